@@ -1,0 +1,36 @@
+// Packing of linear weights: one layout for prefill and decode, GEMV and GEMM, every ISA.
+//
+//   panels of 32 columns (output features), n rounded up to 32 with zeros
+//   f32        [n/32][k][32]                       each k step is one linear run of 128 bytes
+//   bf16, f16  [n/32][ceil(k/2)][2][16][2]         AMX / vdpbf16ps order: pairs of k interleaved, 2
+//   x 16 columns;
+//                                                  k rounded up to a multiple of 32 with zeros
+//   gated      a panel holds 16 gate columns, then their 16 up columns
+//
+// Tested by pack_test.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "graph/type.h"
+
+namespace tilewright::ops {
+
+// A row-major [rows, k] block of a weight; several blocks stacked along rows make one merged
+// weight.
+struct WeightBlock {
+  const void* data = nullptr;
+  std::int64_t rows = 0;
+  std::int64_t row_stride = 0;  // bytes
+};
+
+std::int64_t packed_bytes(std::int64_t n, std::int64_t k, graph::DataType dtype);
+
+// Packs panels [panel_begin, panel_end) of the stacked blocks (gated: exactly two blocks of equal
+// rows, gate and up) into `packed`, which has packed_bytes. Callable from several threads for
+// disjoint panels.
+void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::DataType dtype,
+                 bool gated, std::int64_t panel_begin, std::int64_t panel_end, void* packed);
+
+}  // namespace tilewright::ops
