@@ -56,6 +56,8 @@ class Dim {
   std::optional<Dim> divide_exactly(const Dim& divisor) const;
   Dim substitute(const std::map<std::string, Dim>& replacements) const;
   std::string print() const;
+  // product of symbols (sorted, with repetition) -> coefficient; {} is the constant term.
+  const std::map<std::vector<std::string>, std::int64_t>& terms() const { return terms_; }
 
   friend Dim operator+(const Dim& a, const Dim& b);
   friend Dim operator-(const Dim& a, const Dim& b);

@@ -1,0 +1,73 @@
+// KernelLibrary: every kernel of the process, by key: in memory, else from the cache on disk, else
+// emitted now.
+//
+// The key text is the kernel's printed specification and the ISA it was allowed; cache::Store adds
+// the generator's hash. request() only notes what is needed; flush() loads or emits all of it and
+// publishes it in one slab of executable memory.
+//
+// Thread-safe. Tested by kernel_library_test.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cache/store.h"
+#include "jit/base/result.h"
+#include "jit/base/target.h"
+#include "jit/code_memory.h"
+#include "jit/emit.h"
+
+namespace tilewright::ops {
+
+struct Kernel {
+  std::string key;
+  std::string name;                        // as perf and gdb show it
+  jit::KernelFunction function = nullptr;  // set by flush()
+  IsaMask required_isa = 0;
+  bool loaded = false;  // from the cache; otherwise emitted
+};
+
+struct KernelCounters {
+  std::uint64_t emitted = 0, loaded = 0, code_bytes = 0;
+  double emit_seconds = 0, load_seconds = 0;
+};
+
+class KernelLibrary {
+ public:
+  KernelLibrary(Target target, std::shared_ptr<cache::Store> store, bool check_cache = false);
+
+  const Target& target() const { return target_; }
+
+  // The kernel of this specification. Its function is null until the next flush(). The pointer is
+  // stable. build is called at most once, in flush(), and only if the cache has no such kernel.
+  const Kernel* request(const std::string& specification,
+                        std::function<jit::vir::Function()> build);
+  // Error: a kernel that could not be emitted or published, and why; the others are there.
+  Status flush();
+
+  KernelCounters counters() const;
+  std::vector<Kernel> kernels() const;  // a copy, in order of request
+
+ private:
+  struct Pending {
+    Kernel* kernel;
+    std::function<jit::vir::Function()> build;
+  };
+
+  Target target_;
+  std::shared_ptr<cache::Store> store_;
+  bool check_cache_;
+  mutable std::mutex mutex_;
+  std::map<std::string, std::unique_ptr<Kernel>, std::less<>> kernels_;
+  std::vector<Kernel*> order_;
+  std::vector<Pending> pending_;
+  jit::CodeMemory memory_;
+  KernelCounters counters_;
+};
+
+}  // namespace tilewright::ops

@@ -1,0 +1,97 @@
+// Program: what runs. A list of steps with an arena plan; a step is a set of independent tasks
+// (kernels with their argument slots and partition) or a host call, and a barrier follows each.
+//
+// compile() (compile.h) makes a Program from an optimised graph. A run binds symbols to the shapes
+// of its inputs, plans the arena for them, and executes all consecutive kernel steps inside one
+// parallel region of the OpenMP team that the process already has. Partitions decide who computes,
+// never in which order numbers are added: results are the same for any number of threads.
+//
+// A Program is not thread-safe: one run at a time (the front end holds a lock). Kernels and packed
+// weights are shared. Tested by program_test.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "graph/graph.h"
+#include "jit/base/result.h"
+#include "ops/kv_cache.h"
+#include "ops/tensor_view.h"
+
+namespace tilewright::ops {
+
+// A node that we do not run ourselves: the front end computes outputs (allocated, shapes known)
+// from inputs. `function` is the op's name ("rms_norm") or an external node's function
+// ("aten.cumsum.default"); `attributes` is the node's attribute list in the text form of
+// graph/print (external: its `arguments` string).
+struct HostCall {
+  std::string function;
+  std::string attributes;
+  std::span<const TensorView> inputs;
+  std::span<const TensorView> outputs;
+};
+using HostFunction = std::function<Status(const HostCall&)>;
+
+enum class Phase : std::uint8_t { prefill, decode };
+
+struct RunArguments {
+  std::span<const TensorView> inputs;   // the tensor parameters, in order
+  std::span<KvCache* const> caches;     // the cache parameters, in order
+  std::span<const TensorView> outputs;  // shapes as output_shapes() says
+  const HostFunction* host = nullptr;   // may be null if the program has no host calls
+  Phase phase = Phase::decode;          // for the counters only
+  int threads = 1;
+};
+
+// Counted while running.
+struct PhaseCounters {
+  std::uint64_t runs = 0, steps = 0, fallback_calls = 0, onednn_calls = 0;
+  std::uint64_t layers = 0,
+                layer_steps =
+                    0;  // steps between the first and the last attention, and how many intervals
+  double own_flops = 0, fallback_flops = 0;
+  double own_seconds = 0, fallback_seconds = 0;
+};
+
+// One row of explain().
+struct RegionReport {
+  std::string name;    // "linear+residual", "rms_norm", "attention" ...
+  std::string kernel;  // the kernel's key text, or the fallback's name
+  bool fallback = false;
+  std::string reason;  // why it is a fallback
+  std::string isa;     // "avx2", "avx512", ...
+  double flops = 0;    // of the last run
+  std::uint64_t weight_bytes = 0;
+};
+
+class Program {
+ public:
+  Program();
+  ~Program();
+  Program(Program&&) noexcept;
+  Program& operator=(Program&&) noexcept;
+
+  const graph::Graph& graph() const;  // parameters and outputs as given to compile()
+
+  // Shapes of the outputs for these inputs. Error: a shape that does not fit the graph, and which.
+  Result<std::vector<std::vector<std::int64_t>>> output_shapes(
+      std::span<const TensorView> inputs) const;
+  Status run(const RunArguments& arguments);
+
+  const PhaseCounters& counters(Phase phase) const;
+  std::vector<RegionReport> regions() const;
+  int layer_count() const;            // attention steps
+  std::uint64_t arena_bytes() const;  // of the last run
+
+  struct State;  // program_state.h, for compile() only
+  explicit Program(std::unique_ptr<State> state);
+
+ private:
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace tilewright::ops
