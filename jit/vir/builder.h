@@ -156,6 +156,9 @@ class Builder {
   Reg unary(Op op, Kind kind, Reg a);
   Reg binary(Op op, Kind kind, Reg a, Reg b);
   Reg with_immediate(Op op, Kind kind, Reg a, std::int64_t immediate);
+  Reg with_address(Op op, Kind kind, Element element, Address address);
+  void to_memory(Op op, Element element, Address address, Reg value);
+  void accumulate(Op op, Reg accumulator, Reg a, Reg b);
 
   Function function_;
 };
