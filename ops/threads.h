@@ -1,0 +1,43 @@
+// Threads: the OpenMP team that the process already has, and the barrier between the steps of a program.
+//
+// torch's ATen runs on libgomp; this library links the same SONAME, so both share one pool of workers and none of ours
+// is ever created beside it. One parallel region covers all consecutive steps; between them threads meet at a
+// spinning barrier (a region per op would cost microseconds each, hundreds of times per token).
+//
+// Tested by threads_test.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+
+namespace tilewright::ops {
+
+// A sense-reversing barrier. Spins for about 50 microseconds, then yields: on shared virtual CPUs an unbounded spin
+// could hold the very core that the late thread needs.
+class Barrier {
+ public:
+  // All `threads` threads of the team call wait(); it returns when the last has.
+  void wait(int threads);
+
+ private:
+  std::atomic<int> arrived_{0};
+  std::atomic<std::uint32_t> generation_{0};
+};
+
+// Runs body(thread, threads) on a team of at most `threads`; the calling thread is thread 0. Called inside another
+// parallel region, or with threads == 1, it runs on the caller alone.
+void run_team(int threads, const std::function<void(int thread, int threads)>& body);
+
+// The size of the team that OpenMP would use by default (torch.set_num_threads governs it too).
+int default_threads();
+
+// [begin, end) of `count` work items for one thread of a team: contiguous, balanced.
+struct WorkRange {
+  std::int64_t begin, end;
+};
+inline WorkRange share(std::int64_t count, int thread, int threads) {
+  return {count * thread / threads, count * (thread + 1) / threads};
+}
+
+}  // namespace tilewright::ops
