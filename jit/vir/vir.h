@@ -67,7 +67,11 @@ std::string_view op_name(Op op);
 std::string_view op_signature(Op op);
 std::string_view element_name(Element element);
 
+std::string reg_name(Reg reg);  // "%v7"
+
 std::string print(const Function& function);
+// One line of print(), without indentation.
+std::string print_instruction(const Instruction& instruction);
 Result<Function> parse(std::string_view text);
 // Operand kinds, defined-before-use on every path, structure, element types legal for the op,
 // ranges of immediates. The error begins with the number of the offending instruction's line in
