@@ -1,0 +1,396 @@
+// Program: see program.h. Tested by program_test.
+#include "ops/program.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <optional>
+
+#include "ops/onednn_fallback.h"
+#include "ops/program_state.h"
+#include "ops/threads.h"
+
+namespace tilewright::ops {
+namespace {
+
+using State = Program::State;
+using Clock = std::chrono::steady_clock;
+
+double seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
+
+std::string print_shape(std::span<const std::int64_t> shape) {
+  return fmt::format("[{}]", fmt::join(shape, ", "));
+}
+
+// Values of the symbols from the shapes of the inputs: a dimension that is one symbol defines it.
+Result<std::vector<std::int64_t>> bind_symbols(const State& state,
+                                               std::span<const TensorView> inputs) {
+  if (inputs.size() != state.inputs.size()) {
+    return Error{fmt::format("{} inputs given, {} expected", inputs.size(), state.inputs.size())};
+  }
+  const std::vector<std::string>& names = state.dims.symbols();
+  std::vector<std::int64_t> values(names.size(), -1);
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const TensorParameter& parameter = state.inputs[i];
+    if (inputs[i].dtype != parameter.dtype) {
+      return Error{fmt::format("input %{} has dtype {}, expected {}", parameter.name,
+                               graph::name(inputs[i].dtype), graph::name(parameter.dtype))};
+    }
+    if (inputs[i].shape.size() != parameter.shape.size()) {
+      return Error{fmt::format("input %{} has shape {}, expected {}", parameter.name,
+                               print_shape(inputs[i].shape), graph::print(parameter.shape))};
+    }
+    for (std::size_t axis = 0; axis < parameter.shape.size(); ++axis) {
+      const graph::Dim& dim = parameter.shape[axis];
+      const std::vector<std::string> symbols = dim.symbols();
+      if (symbols.size() == 1 && dim == graph::Dim::symbol(symbols[0])) {
+        const auto at = std::find(names.begin(), names.end(), symbols[0]) - names.begin();
+        if (static_cast<std::size_t>(at) < names.size() && values[static_cast<std::size_t>(at)] < 0)
+          values[static_cast<std::size_t>(at)] = inputs[i].shape[axis];
+      }
+    }
+  }
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (values[i] < 0) return Error{fmt::format("no input defines the symbol {}", names[i])};
+  }
+  return values;
+}
+
+Status check_shapes(const State& state, std::span<const TensorView> inputs,
+                    std::span<const std::int64_t> dims) {
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    for (std::size_t axis = 0; axis < inputs[i].shape.size(); ++axis) {
+      if (inputs[i].shape[axis] != dims[static_cast<std::size_t>(state.input_dims[i][axis])]) {
+        return Error{fmt::format("input %{} has shape {}, expected {}", state.inputs[i].name,
+                                 print_shape(inputs[i].shape),
+                                 graph::print(state.inputs[i].shape))};
+      }
+    }
+  }
+  return {};
+}
+
+Status check_caches(const State& state, std::span<KvCache* const> caches,
+                    std::span<const std::int64_t> dims) {
+  if (caches.size() != state.caches.size()) {
+    return Error{fmt::format("{} caches given, {} expected", caches.size(), state.caches.size())};
+  }
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    const CacheParameter& parameter = state.caches[i];
+    const KvCache& cache = *caches[i];
+    if (cache.kv_heads() != parameter.kv_heads || cache.head_dim() != parameter.head_dim ||
+        cache.dtype() != parameter.dtype) {
+      return Error{fmt::format("cache %{} is {} x {} of {}, expected {} x {} of {}", parameter.name,
+                               cache.kv_heads(), cache.head_dim(), graph::name(cache.dtype()),
+                               parameter.kv_heads, parameter.head_dim,
+                               graph::name(parameter.dtype))};
+    }
+    if (parameter.appended && cache.batch() != dims[static_cast<std::size_t>(parameter.batch)]) {
+      return Error{fmt::format("cache %{} holds {} sequences, the step has {}", parameter.name,
+                               cache.batch(), dims[static_cast<std::size_t>(parameter.batch)])};
+    }
+  }
+  return {};
+}
+
+Status reserve_caches(const State& state, std::span<KvCache* const> caches,
+                      std::span<const std::int64_t> dims) {
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    if (!state.caches[i].appended) continue;
+    Status reserved = caches[i]->reserve(dims[static_cast<std::size_t>(state.caches[i].tokens)]);
+    if (!reserved) return reserved;
+  }
+  return {};
+}
+
+// Linear kernels exist per block of rows and are made when a run first needs them.
+Status ensure_kernels(State& state, std::span<const std::int64_t> dims) {
+  bool missing = false;
+  for (Step& step : state.steps) {
+    for (Task& task : step.tasks) {
+      auto* linear = std::get_if<LinearTask>(&task);
+      if (linear == nullptr) continue;
+      const std::int64_t rows = dims[static_cast<std::size_t>(linear->rows)];
+      for_row_blocks(
+          linear->variants, rows, [&](LinearTask::Variant& variant, std::int64_t, std::int64_t) {
+            if (variant.kernel != nullptr) return;
+            LinearKernel spec = linear->spec;
+            spec.rows = variant.rows;
+            variant.kernel = state.kernels->request(print(spec), [spec] { return build(spec); });
+            missing = true;
+          });
+    }
+  }
+  return missing ? state.kernels->flush() : Status();
+}
+
+std::unique_ptr<char, void (*)(void*)> allocate(std::int64_t bytes) {
+  const auto size = static_cast<std::size_t>((std::max<std::int64_t>(bytes, 64) + 63) / 64 * 64);
+  return {static_cast<char*>(std::aligned_alloc(64, size)), std::free};
+}
+
+Status prepare_arena(State& state, std::span<const std::int64_t> dims) {
+  std::vector<std::int64_t> sizes(state.buffers.size(), 0);
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    const Buffer& buffer = state.buffers[i];
+    if (buffer.kind == Buffer::Kind::arena) {
+      sizes[i] = dims[static_cast<std::size_t>(buffer.elements)] * buffer.element_bytes;
+    }
+  }
+  if (sizes == state.arena_sizes) return {};
+  const std::int64_t total = plan_arena(state.buffers, sizes, state.arena_offsets);
+  if (total > state.arena_capacity) {
+    state.arena = allocate(total);
+    state.arena_capacity = state.arena ? total : 0;
+    if (!state.arena) return Error{fmt::format("out of memory for an arena of {} bytes", total)};
+  }
+  state.arena_sizes = std::move(sizes);
+  return {};
+}
+
+Status prepare_scratch(State& state, const Frame& frame, int threads) {
+  std::int64_t needed = 64;
+  for (const Step& step : state.steps) {
+    for (const Task& task : step.tasks) {
+      const auto* attention = std::get_if<AttentionTask>(&task);
+      if (attention == nullptr) continue;
+      const std::int64_t queries = frame.dim(attention->queries);
+      const std::int64_t batch = frame.dim(attention->batch);
+      for (std::int64_t b = 0; b < batch && queries > 0; ++b) {
+        const KeyRange keys = keys_of(*attention, frame, b, queries - 1);
+        needed = std::max(needed, scratch_bytes(attention->spec, keys.first + keys.count));
+      }
+    }
+  }
+  if (needed > state.scratch_capacity) {
+    state.scratch.clear();
+    state.scratch_capacity = needed * 2;
+  }
+  while (static_cast<int>(state.scratch.size()) < threads) {
+    state.scratch.push_back(allocate(state.scratch_capacity));
+    if (!state.scratch.back()) return Error{"out of memory for scratch"};
+  }
+  return {};
+}
+
+// 2 multiplications and additions per key and element of a head, twice (scores and sum of values).
+double attention_flops(const AttentionTask& task, const Frame& frame) {
+  double keys = 0;
+  const std::int64_t queries = frame.dim(task.queries);
+  for (std::int64_t b = 0; b < frame.dim(task.batch); ++b) {
+    const auto first = static_cast<double>(keys_of(task, frame, b, 0).count);
+    const auto last = static_cast<double>(keys_of(task, frame, b, queries - 1).count);
+    keys += (first + last) / 2 * static_cast<double>(queries);
+  }
+  return 4.0 * keys * task.spec.head_dim * task.spec.group *
+         static_cast<double>(frame.dim(task.kv_heads));
+}
+
+TensorView view_of(const HostTensor& tensor, const Frame& frame) {
+  TensorView view{tensor.operand.address(frame), tensor.dtype, {}};
+  for (DimIndex dim : tensor.shape) view.shape.push_back(frame.dim(dim));
+  return view;
+}
+
+Status run_host(const HostTask& task, const Frame& frame, const HostFunction* host,
+                PhaseCounters& counters) {
+  std::vector<TensorView> inputs, outputs;
+  for (const HostTensor& tensor : task.inputs) inputs.push_back(view_of(tensor, frame));
+  for (const HostTensor& tensor : task.outputs) outputs.push_back(view_of(tensor, frame));
+  const HostCall call{task.function, task.attributes, inputs, outputs};
+  if (task.onednn) {
+    counters.onednn_calls += 1;
+    return run_onednn(call);
+  }
+  if (host == nullptr) {
+    return Error{fmt::format("{} needs a fallback and none was given", task.function)};
+  }
+  return (*host)(call);
+}
+
+void run_steps(const State& state, std::size_t begin, std::size_t end, const Frame& frame,
+               int threads) {
+  Barrier barrier;
+  run_team(threads, [&](int thread, int team) {
+    for (std::size_t i = begin; i < end; ++i) {
+      for (const Task& task : state.steps[i].tasks) run_task(task, frame, thread, team);
+      barrier.wait(team);
+    }
+  });
+}
+
+void count_steps(const State& state, PhaseCounters& counters) {
+  std::optional<std::size_t> first, last;
+  std::uint64_t attentions = 0;
+  for (std::size_t i = 0; i < state.steps.size(); ++i) {
+    if (!state.steps[i].attention) continue;
+    if (!first) first = i;
+    last = i;
+    attentions += 1;
+  }
+  counters.steps += state.steps.size();
+  if (attentions > 1) {
+    counters.layers += attentions - 1;
+    counters.layer_steps += *last - *first;
+  } else {
+    counters.layers += 1;
+    counters.layer_steps += state.steps.size();
+  }
+}
+
+}  // namespace
+
+std::int64_t plan_arena(std::span<const Buffer> buffers, std::span<const std::int64_t> sizes,
+                        std::vector<std::int64_t>& offsets) {
+  offsets.assign(buffers.size(), 0);
+  std::vector<std::size_t> placed;
+  std::int64_t total = 0;
+  for (std::size_t i = 0; i < buffers.size(); ++i) {
+    if (sizes[i] == 0) continue;
+    // First fit among the placed buffers that live at the same time, by offset.
+    std::vector<std::pair<std::int64_t, std::int64_t>> taken;
+    for (std::size_t other : placed) {
+      const bool apart = buffers[other].last_step < buffers[i].first_step ||
+                         buffers[i].last_step < buffers[other].first_step;
+      if (!apart) taken.emplace_back(offsets[other], offsets[other] + sizes[other]);
+    }
+    std::sort(taken.begin(), taken.end());
+    std::int64_t offset = 0;
+    for (const auto& [begin, end] : taken) {
+      if (offset + sizes[i] <= begin) break;
+      offset = std::max(offset, (end + 63) / 64 * 64);
+    }
+    offsets[i] = offset;
+    placed.push_back(i);
+    total = std::max(total, offset + sizes[i]);
+  }
+  return total;
+}
+
+Program::Program() = default;
+Program::~Program() = default;
+Program::Program(Program&&) noexcept = default;
+Program& Program::operator=(Program&&) noexcept = default;
+Program::Program(std::unique_ptr<State> state) : state_(std::move(state)) {}
+
+const graph::Graph& Program::graph() const { return state_->graph; }
+
+Result<std::vector<std::vector<std::int64_t>>> Program::output_shapes(
+    std::span<const TensorView> inputs) const {
+  Result<std::vector<std::int64_t>> symbols = bind_symbols(*state_, inputs);
+  if (!symbols) return symbols.error();
+  std::vector<std::int64_t> dims;
+  state_->dims.evaluate(*symbols, dims);
+  if (Status fit = check_shapes(*state_, inputs, dims); !fit) return fit.error();
+  std::vector<std::vector<std::int64_t>> shapes;
+  for (const TensorOutput& output : state_->outputs) {
+    shapes.emplace_back();
+    for (DimIndex dim : output.dims) {
+      shapes.back().push_back(dims[static_cast<std::size_t>(dim)]);
+    }
+  }
+  return shapes;
+}
+
+Status Program::run(const RunArguments& arguments) {
+  State& state = *state_;
+  Result<std::vector<std::int64_t>> symbols = bind_symbols(state, arguments.inputs);
+  if (!symbols) return symbols.error();
+  state.dims.evaluate(*symbols, state.dim_values);
+  const std::span<const std::int64_t> dims = state.dim_values;
+  if (Status fit = check_shapes(state, arguments.inputs, dims); !fit) return fit;
+  if (Status fit = check_caches(state, arguments.caches, dims); !fit) return fit;
+  if (arguments.outputs.size() != state.outputs.size()) {
+    return Error{fmt::format("{} outputs given, {} expected", arguments.outputs.size(),
+                             state.outputs.size())};
+  }
+  if (Status made = ensure_kernels(state, dims); !made) return made;
+  if (Status room = prepare_arena(state, dims); !room) return room;
+  if (Status room = reserve_caches(state, arguments.caches, dims); !room) return room;
+
+  std::vector<char*> buffers(state.buffers.size());
+  for (std::size_t i = 0; i < buffers.size(); ++i) {
+    const Buffer& buffer = state.buffers[i];
+    const auto index = static_cast<std::size_t>(buffer.index);
+    switch (buffer.kind) {
+      case Buffer::Kind::input:
+        buffers[i] = static_cast<char*>(arguments.inputs[index].data);
+        break;
+      case Buffer::Kind::output:
+        buffers[i] = static_cast<char*>(arguments.outputs[index].data);
+        break;
+      case Buffer::Kind::constant:
+        buffers[i] = static_cast<char*>(buffer.constant);
+        break;
+      case Buffer::Kind::arena:
+        buffers[i] = state.arena.get() + state.arena_offsets[i];
+        break;
+    }
+  }
+  std::atomic<const char*> problem{nullptr};
+  Frame frame{dims, buffers, arguments.caches, {}, &problem};
+  if (Status room = prepare_scratch(state, frame, arguments.threads); !room) return room;
+  std::vector<char*> scratch;
+  for (const auto& memory : state.scratch) scratch.push_back(memory.get());
+  frame.scratch = scratch;
+
+  PhaseCounters& counters = state.counters[static_cast<std::size_t>(arguments.phase)];
+  std::size_t next = 0;
+  while (next < state.steps.size()) {
+    const auto start = Clock::now();
+    if (state.steps[next].host) {
+      const Status done =
+          run_host(std::get<HostTask>(state.steps[next].tasks[0]), frame, arguments.host, counters);
+      if (!done) return done;
+      counters.fallback_calls += 1;
+      counters.fallback_seconds += seconds(Clock::now() - start);
+      next += 1;
+      continue;
+    }
+    std::size_t end = next;
+    while (end < state.steps.size() && !state.steps[end].host) end += 1;
+    run_steps(state, next, end, frame, arguments.threads);
+    counters.own_seconds += seconds(Clock::now() - start);
+    next = end;
+    if (problem.load() != nullptr) return Error{problem.load()};
+  }
+  for (const Step& step : state.steps) {
+    double flops = static_cast<double>(frame.dim(step.work));
+    for (const Task& task : step.tasks) {
+      if (const auto* attention = std::get_if<AttentionTask>(&task)) {
+        flops += attention_flops(*attention, frame);
+      }
+    }
+    (step.host ? counters.fallback_flops : counters.own_flops) += flops;
+    if (step.region >= 0) state.regions[static_cast<std::size_t>(step.region)].flops = flops;
+  }
+  for (std::size_t i = 0; i < state.caches.size(); ++i) {
+    if (state.caches[i].appended) {
+      arguments.caches[i]->advance(dims[static_cast<std::size_t>(state.caches[i].tokens)]);
+    }
+  }
+  counters.runs += 1;
+  count_steps(state, counters);
+  return {};
+}
+
+const PhaseCounters& Program::counters(Phase phase) const {
+  return state_->counters[static_cast<std::size_t>(phase)];
+}
+
+std::vector<RegionReport> Program::regions() const { return state_->regions; }
+
+int Program::layer_count() const {
+  int count = 0;
+  for (const Step& step : state_->steps) count += step.attention ? 1 : 0;
+  return count;
+}
+
+std::uint64_t Program::arena_bytes() const {
+  return static_cast<std::uint64_t>(state_->arena_capacity);
+}
+
+}  // namespace tilewright::ops

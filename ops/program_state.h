@@ -1,0 +1,83 @@
+// The inside of a Program, as compile() fills it and run() reads it.
+//
+// Tested by program_test.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ops/dim_table.h"
+#include "ops/program.h"
+#include "ops/task.h"
+
+namespace tilewright::ops {
+
+struct Buffer {
+  enum class Kind : std::uint8_t { input, constant, arena, output };
+  Kind kind = Kind::arena;
+  int index = 0;  // input, output: which
+  void* constant = nullptr;
+  DimIndex elements{};
+  std::int64_t element_bytes = 4;
+  int first_step = -1, last_step = -1;  // arena: lifetime
+};
+
+struct Step {
+  std::vector<Task> tasks;  // independent of each other
+  int region = -1;          // index into State::regions
+  bool host = false;        // its one task is a HostTask
+  bool attention = false;
+  DimIndex work{};  // floating-point operations, but for attention (counted from the keys)
+};
+
+struct TensorParameter {
+  std::string name;
+  graph::DataType dtype;
+  graph::Shape shape;
+};
+
+struct CacheParameter {
+  std::string name;
+  graph::DataType dtype;
+  std::int64_t kv_heads, head_dim;
+  bool appended = false;
+  DimIndex batch{}, tokens{};  // of its kv_append
+};
+
+struct TensorOutput {
+  graph::DataType dtype;
+  graph::Shape shape;
+  std::vector<DimIndex> dims;
+};
+
+struct Program::State {
+  graph::Graph graph;
+  std::shared_ptr<KernelLibrary> kernels;
+  DimTable dims;
+  std::vector<TensorParameter> inputs;
+  std::vector<std::vector<DimIndex>> input_dims;
+  std::vector<CacheParameter> caches;
+  std::vector<TensorOutput> outputs;
+  std::vector<Buffer> buffers;
+  std::vector<Step> steps;
+  std::vector<RegionReport> regions;
+  std::vector<std::shared_ptr<const void>> keep_alive;  // constants that compile() made
+
+  // Of the last run.
+  std::vector<std::int64_t> dim_values;
+  std::vector<std::int64_t> arena_sizes, arena_offsets;
+  std::unique_ptr<char, void (*)(void*)> arena{nullptr, nullptr};
+  std::int64_t arena_capacity = 0;
+  std::vector<std::unique_ptr<char, void (*)(void*)>> scratch;
+  std::int64_t scratch_capacity = 0;
+  PhaseCounters counters[2];
+};
+
+// Offsets for buffers with lifetimes [first_step, last_step] and sizes (bytes), reusing memory
+// greedily, 64-byte aligned; returns the total. offsets.size() == sizes.size() afterwards.
+std::int64_t plan_arena(std::span<const Buffer> buffers, std::span<const std::int64_t> sizes,
+                        std::vector<std::int64_t>& offsets);
+
+}  // namespace tilewright::ops

@@ -1,0 +1,181 @@
+// Tasks: the pieces of work of a step, each a kernel with the places its operands have and the way
+// it is shared out.
+//
+// A task is plain data made by compile(); run_task() executes one thread's share of it. Sizes,
+// offsets and strides are indices into the run's evaluated dims, so the same task serves every
+// shape.
+//
+// Tested by program_test.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "ops/attention/attention_kernel.h"
+#include "ops/dim_table.h"
+#include "ops/gemm/linear_kernel.h"
+#include "ops/kernel_library.h"
+#include "ops/kv_cache.h"
+#include "ops/rope_kernel.h"
+#include "ops/row_kernel.h"
+#include "ops/tensor_view.h"
+#include "ops/weights.h"
+
+namespace tilewright::ops {
+
+// What a run hands to tasks.
+struct Frame {
+  std::span<const std::int64_t> dims;  // by DimIndex
+  std::span<char* const> buffers;      // base addresses
+  std::span<KvCache* const> caches;
+  std::span<char* const> scratch;     // one per thread
+  std::atomic<const char*>* problem;  // first error found by a task (a static string)
+
+  std::int64_t dim(DimIndex index) const { return dims[static_cast<std::size_t>(index)]; }
+};
+
+// The first element of an operand.
+struct Operand {
+  int buffer = -1;
+  DimIndex offset{};  // elements
+  std::int64_t element_bytes = 4;
+  char* address(const Frame& frame) const {
+    return frame.buffers[static_cast<std::size_t>(buffer)] + frame.dim(offset) * element_bytes;
+  }
+};
+
+struct TaskLoop {
+  DimIndex size;
+  std::vector<DimIndex> strides;  // per operand, elements
+};
+
+struct LinearTask {
+  LinearKernel spec;  // rows is set per variant
+  struct Variant {
+    int rows;
+    const Kernel* kernel;  // null until a run needs it
+  };
+  std::vector<Variant> variants;  // rows descending; the last has 1
+  std::shared_ptr<const PackedWeight> weight;
+  DimIndex rows;
+  Operand x, y, bias, residual;
+  DimIndex x_stride, y_stride, residual_stride;  // elements per row
+};
+
+struct RowTask {
+  const Kernel* kernel;
+  DimIndex columns;
+  std::vector<Operand> operands;  // inputs, then outputs
+  std::vector<TaskLoop> loops;    // outer to inner; the innermost are the kernel's rows
+};
+
+struct CopyTask {
+  const Kernel* kernel;
+  DimIndex columns;
+  Operand x, y;
+  std::vector<TaskLoop> loops;  // strides: x, y
+};
+
+// Strides of a [batch, heads, tokens, ...] operand, elements.
+struct HeadStrides {
+  DimIndex batch, head, token;
+};
+
+// Where rope or an append puts rows: a tensor, or this step's tokens in a cache.
+struct HeadDestination {
+  int cache = -1;
+  bool values = false;  // of the cache: V, else K
+  Operand tensor;
+  HeadStrides strides;
+};
+
+struct RopeTask {
+  const Kernel* kernel;
+  DimIndex batch, heads, tokens;
+  Operand x, cosine, sine;
+  HeadStrides x_strides, table_strides;  // table: batch and token
+  HeadDestination destination;
+};
+
+struct AppendTask {
+  const Kernel* kernel;
+  DimIndex batch, heads, tokens;
+  std::int64_t columns;
+  Operand x;
+  HeadStrides x_strides;
+  HeadDestination destination;
+};
+
+struct AttentionTask {
+  AttentionKernel spec;
+  const Kernel* kernel;
+  float scale;
+  bool causal;
+  DimIndex batch, kv_heads, queries;
+  Operand q, output;
+  HeadStrides q_strides, output_strides;
+  int cache = -1;  // else plain tensors:
+  DimIndex keys;
+  DimIndex values_keys;  // V's own length: checked equal
+  Operand k, v;
+  HeadStrides k_strides, v_strides;
+  Operand mask;
+  DimIndex mask_batch_stride, mask_query_stride;
+};
+
+struct EmbeddingTask {
+  const Kernel* kernel;
+  DimIndex rows;
+  std::int64_t columns, table_rows;
+  Operand table, indices, y;
+};
+
+// arange: i64, written by the runtime itself.
+struct ArangeTask {
+  DimIndex start, count;
+  Operand y;
+};
+
+struct HostTensor {
+  Operand operand;
+  graph::DataType dtype;
+  std::vector<DimIndex> shape;
+};
+
+// A call to oneDNN or to the front end; alone in its step, which runs outside the parallel region.
+struct HostTask {
+  std::string function, attributes;
+  bool onednn = false;
+  std::vector<HostTensor> inputs, outputs;
+};
+
+using Task = std::variant<LinearTask, RowTask, CopyTask, RopeTask, AppendTask, AttentionTask,
+                          EmbeddingTask, ArangeTask, HostTask>;
+
+// One thread's share. HostTask is not run here.
+void run_task(const Task& task, const Frame& frame, int thread, int threads);
+
+// Keys that query token `query` of `sequence` sees: [first, first + count).
+struct KeyRange {
+  std::int64_t first, count;
+};
+KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence,
+                 std::int64_t query);
+
+// Calls part(variant, first row, blocks of variant.rows rows) for pieces that cover `rows` rows.
+template <class Variants, class Part>
+void for_row_blocks(Variants& variants, std::int64_t rows, Part&& part) {
+  std::int64_t first = 0;
+  for (auto& variant : variants) {
+    const std::int64_t blocks = (rows - first) / variant.rows;
+    if (blocks > 0) part(variant, first, blocks);
+    first += blocks * variant.rows;
+  }
+}
+
+}  // namespace tilewright::ops
