@@ -24,11 +24,11 @@ constexpr std::size_t kEntryMinBytes = 64 + 32;   // header and trailer
 constexpr std::size_t kEntryMaxBytes = 16 << 20;  // larger files are not read
 
 struct Entry {
-  std::string key_text;          // the full key, compared on load
-  std::string name;              // as perf and gdb show the kernel
-  IsaMask required_isa = 0;      // collected from the instructions emitted
-  std::vector<std::byte> code;   // position independent, no relocations
-  std::string recipe;            // the VIR text that the code was emitted from
+  std::string key_text;         // the full key, compared on load
+  std::string name;             // as perf and gdb show the kernel
+  IsaMask required_isa = 0;     // collected from the instructions emitted
+  std::vector<std::byte> code;  // position independent, no relocations
+  std::string recipe;           // the VIR text that the code was emitted from
 
   friend bool operator==(const Entry&, const Entry&) = default;
 };
