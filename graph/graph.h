@@ -36,6 +36,11 @@ enum class Op : std::uint8_t {
 #include "graph/op_list.def"
 #undef GRAPH_OP
 };
+inline constexpr std::size_t op_count = 0
+#define GRAPH_OP(name, op_class, minimum, maximum, attributes) +1
+#include "graph/op_list.def"
+#undef GRAPH_OP
+    ;
 
 enum class OpClass : std::uint8_t {
   source,
@@ -53,6 +58,19 @@ std::string_view name(Op op);
 OpClass op_class(Op op);
 std::optional<Op> op(std::string_view name);
 
+// What an op's attribute list may hold, from its row of op_list.def.
+enum class AttributeKind : std::uint8_t { integer, floating, boolean, string, ints, dims, dtype };
+struct AttributeRule {
+  std::string_view key;
+  AttributeKind kind;
+  bool optional;
+};
+std::span<const AttributeRule> attribute_rules(Op op);
+struct OperandCount {
+  int minimum, maximum;  // maximum -1: any
+};
+OperandCount operand_count(Op op);
+
 enum class ValueId : std::int32_t { none = -1 };
 enum class NodeId : std::int32_t { none = -1 };
 
@@ -68,9 +86,9 @@ struct Value {
 
 struct Node {
   Op op;
-  std::vector<ValueId> operands;
-  std::vector<ValueId> results;
-  Attributes attributes;
+  std::vector<ValueId> operands = {};
+  std::vector<ValueId> results = {};
+  Attributes attributes = {};
   int region = -1;  // -1: not assigned
 
   // REQUIRES: the attribute exists with that kind (the verifier has checked it), unless a default
@@ -105,16 +123,30 @@ struct Graph {
   bool is_output(ValueId id) const;
 
   // Appends; result types are inferred by the op's type rule (error: why the operands do not fit).
+  // The name is made unique, and legal: [A-Za-z0-9_.]+.
   Result<ValueId> append(Op op, std::vector<ValueId> operands, Attributes attributes,
                          std::string result_name = "");
+  // The same for an external node, whose result types are stated: as many results as types.
+  Result<std::vector<ValueId>> append_external(std::vector<ValueId> operands, Attributes attributes,
+                                               std::vector<Type> types,
+                                               std::vector<std::string> result_names = {});
   ValueId add_parameter(std::string name, Type type);
   ValueId add_constant(std::string source, Type type, std::string name = "");
+
+ private:
+  std::string unique_name(std::string_view wanted, std::string_view otherwise) const;
+  std::vector<ValueId> append_node(Node node, std::vector<Type> types,
+                                   std::span<const std::string> names);
 };
 
 std::string print(const Graph& graph);
-Result<Graph> parse(std::string_view text);  // the error begins with "line N: "
-Status verify(const Graph& graph);           // the error begins with "line N: " of print(graph)
-// Types of the results of an op from its operands and attributes.
+std::string print(const Attributes& attributes);  // {eps = 1e-05}; "" if there are none
+Result<Graph> parse(std::string_view text);       // the error begins with "line N: "
+Status verify(const Graph& graph);  // the error begins with "line N: " of print(graph)
+// Operand count, attribute names, presence and kinds, as the op's row says.
+Status check_signature(Op op, std::size_t operands, const Attributes& attributes);
+// Types of the results of an op from its operands and attributes. Error: why they do not fit.
+// constant and external have no rule, their types are stated.
 Result<std::vector<Type>> infer(Op op, std::span<const Type> operands,
                                 const Attributes& attributes);
 

@@ -78,12 +78,13 @@ Dim element_count(const Shape& shape);
 // run-time state).
 struct Type {
   DataType dtype = DataType::f32;
-  Shape shape;
-  bool is_cache = false;  // then shape = {kv_heads, head_dim}
-  std::string encoding;   // of a constant: "" (plain), "exact_bf16", ...
-  std::string layout;     // of a constant: "" (row major), "tile16", ...
+  Shape shape = {};
+  bool is_cache = false;      // then shape = {kv_heads, head_dim}
+  std::string encoding = {};  // of a constant: "" (plain), "exact_bf16", ...
+  std::string layout = {};    // of a constant: "" (row major), "tile16", ...
   friend bool operator==(const Type&, const Type&) = default;
 };
 std::string print(const Type& type);
+Result<Type> parse_type(std::string_view text);
 
 }  // namespace tilewright::graph
