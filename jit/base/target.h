@@ -55,6 +55,8 @@ struct Target {
   // oneDNN's spellings
   // ("avx512_core_amx") are accepted. Error names the valid values.
   static Result<IsaMask> ladder(std::string_view rung);
+  // The valid names, comma-separated, lowest first: for messages and `tilewright env`.
+  static std::string ladder_names();
   // host() capped by a rung; the rung may also be above the host's only for cross-target emission
   // (see for_rung).
   Result<Target> capped(std::string_view rung) const;

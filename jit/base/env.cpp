@@ -1,0 +1,235 @@
+// The table of environment variables and its readers.
+//
+// Tested by base_test.
+#include "jit/base/env.h"
+
+#include <fmt/format.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <optional>
+
+#include "jit/base/target.h"
+
+namespace tilewright {
+namespace {
+
+std::optional<std::int64_t> parse_integer(std::string_view text) {
+  std::int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
+bool read_integer(std::string_view text, int low, int high, int& value) {
+  const std::optional<std::int64_t> number = parse_integer(text);
+  if (!number || *number < low || *number > high) return false;
+  value = static_cast<int>(*number);
+  return true;
+}
+
+bool read_flag(std::string_view text, bool& value) {
+  if (text != "0" && text != "1") return false;
+  value = text == "1";
+  return true;
+}
+
+bool read_bytes(std::string_view text, std::uint64_t& bytes) {
+  int shift = 0;
+  if (!text.empty()) {
+    switch (text.back()) {
+      case 'K':
+        shift = 10;
+        break;
+      case 'M':
+        shift = 20;
+        break;
+      case 'G':
+        shift = 30;
+        break;
+      default:
+        break;
+    }
+  }
+  if (shift != 0) text.remove_suffix(1);
+  const std::optional<std::int64_t> number = parse_integer(text);
+  if (!number || *number < 0 || *number > std::int64_t{1} << 32) return false;
+  bytes = static_cast<std::uint64_t>(*number) << shift;
+  return true;
+}
+
+template <class Value>
+struct Choice {
+  std::string_view name;
+  Value value;
+};
+
+template <class Value>
+bool read_choice(std::string_view text, std::initializer_list<Choice<Value>> choices,
+                 Value& value) {
+  for (const Choice<Value>& choice : choices) {
+    if (text != choice.name) continue;
+    value = choice.value;
+    return true;
+  }
+  return false;
+}
+
+// An empty `known` accepts every name: the layer that knows the names checks them.
+bool read_selection(std::string_view text, std::initializer_list<std::string_view> known,
+                    Selection& selection) {
+  Selection result;
+  if (text == "1") {
+    result.all = true;
+  } else if (text != "0") {
+    while (!text.empty()) {
+      const std::size_t length = std::min(text.find(','), text.size());
+      const std::string_view name = text.substr(0, length);
+      text.remove_prefix(std::min(length + 1, text.size()));
+      const bool accepted =
+          known.size() == 0 || std::find(known.begin(), known.end(), name) != known.end();
+      if (name.empty() || !accepted) return false;
+      result.names.emplace_back(name);
+    }
+  }
+  selection = std::move(result);
+  return true;
+}
+
+bool read_text(std::string_view text, std::string& value) {
+  value = text;
+  return true;
+}
+
+std::vector<Variable> make_table() {
+  using E = Environment;
+  using Text = std::string_view;
+  return {
+      {"MAX_CPU_ISA", "all", Target::ladder_names(),
+       "Highest instruction set that generated code may use.",
+       [](Text v, E& e) { return Target::ladder(v).ok() && read_text(v, e.max_cpu_isa); }},
+      {"CACHE", "rw", "rw, ro, off", "Kernel cache on disk: read and write, read only, or neither.",
+       [](Text v, E& e) {
+         return read_choice<CacheMode>(
+             v,
+             {{"rw", CacheMode::read_write}, {"ro", CacheMode::read_only}, {"off", CacheMode::off}},
+             e.cache);
+       }},
+      {"CACHE_DIR", "", "a directory", "Where the cache is; the user's cache directory if not set.",
+       [](Text v, E& e) { return read_text(v, e.cache_dir); }},
+      {"CACHE_MAX_SIZE", "1G", "bytes, with K, M or G", "Size above which old entries are removed.",
+       [](Text v, E& e) { return read_bytes(v, e.cache_max_bytes); }},
+      {"CACHE_CHECK", "0", "0, 1", "Emit every cached kernel again and compare the bytes.",
+       [](Text v, E& e) { return read_flag(v, e.cache_check); }},
+      {"CACHE_PACK", "", "a file",
+       "A sealed pack, made by `tilewright prewarm`, read before CACHE_DIR.",
+       [](Text v, E& e) { return read_text(v, e.cache_pack); }},
+      {"NUM_THREADS", "0", "0 to 4096", "Threads of a program; 0 follows torch.",
+       [](Text v, E& e) { return read_integer(v, 0, 4096, e.num_threads); }},
+      {"VERBOSE", "0", "0, 1, 2", "Messages on stderr: warnings, information, debugging.",
+       [](Text v, E& e) { return read_integer(v, 0, 2, e.verbose); }},
+      {"DUMP", "0", "0, 1 or a comma-separated list of graph, passes, program, vir, code",
+       "Write these forms of everything that is compiled to DUMP_DIR.",
+       [](Text v, E& e) {
+         return read_selection(v, {"graph", "passes", "program", "vir", "code"}, e.dump);
+       }},
+      {"DUMP_DIR", "tilewright_dump", "a directory", "Where DUMP writes.",
+       [](Text v, E& e) { return read_text(v, e.dump_dir); }},
+      {"JIT_PROFILE", "none", "none, perf, vtune, gdb", "Tell this tool the names of kernels.",
+       [](Text v, E& e) {
+         return read_choice<JitProfile>(v,
+                                        {{"none", JitProfile::none},
+                                         {"perf", JitProfile::perf},
+                                         {"vtune", JitProfile::vtune},
+                                         {"gdb", JitProfile::gdb}},
+                                        e.jit_profile);
+       }},
+      {"STRICT", "0", "0, 1", "Raise an error where a fallback would be used.",
+       [](Text v, E& e) { return read_flag(v, e.strict); }},
+      {"DISABLE", "0", "0, 1 or a comma-separated list of ops",
+       "Run these ops, or with 1 everything, by the fallback.",
+       [](Text v, E& e) { return read_selection(v, {}, e.disable); }},
+      {"FALLBACK", "aten", "aten, onednn", "Which library runs what our kernels do not.",
+       [](Text v, E& e) {
+         return read_choice<Fallback>(v, {{"aten", Fallback::aten}, {"onednn", Fallback::onednn}},
+                                      e.fallback);
+       }},
+      {"PASS_LIMIT", "-1", "-1 (none) or a count", "Stop the pipeline after so many passes.",
+       [](Text v, E& e) { return read_integer(v, -1, 1 << 20, e.pass_limit); }},
+      {"WEIGHTS", "auto", "auto, exact, plain",
+       "Weight storage: chosen by value, always lossless 16-bit where possible, or as given.",
+       [](Text v, E& e) {
+         return read_choice<WeightMode>(v,
+                                        {{"auto", WeightMode::automatic},
+                                         {"exact", WeightMode::exact},
+                                         {"plain", WeightMode::plain}},
+                                        e.weights);
+       }},
+      {"FP32", "auto", "auto, fma, amx", "Arithmetic of fp32 matrix products.",
+       [](Text v, E& e) {
+         return read_choice<Fp32Mode>(
+             v, {{"auto", Fp32Mode::automatic}, {"fma", Fp32Mode::fma}, {"amx", Fp32Mode::amx}},
+             e.fp32);
+       }},
+  };
+}
+
+std::vector<std::string_view> process_entries() {
+  std::vector<std::string_view> entries;
+  for (char** entry = environ; entry != nullptr && *entry != nullptr; ++entry) {
+    entries.emplace_back(*entry);
+  }
+  return entries;
+}
+
+}  // namespace
+
+bool Selection::contains(std::string_view name) const {
+  return all || std::find(names.begin(), names.end(), name) != names.end();
+}
+
+std::span<const Variable> variables() {
+  static const std::vector<Variable> table = make_table();
+  return table;
+}
+
+Environment parse_environment(const VariableGetter& getter) {
+  Environment result;
+  for (const Variable& variable : variables()) {
+    variable.read(variable.default_value, result);
+    const std::string full_name = fmt::format("{}{}", kVariablePrefix, variable.name);
+    const char* value = getter(full_name.c_str());
+    if (value == nullptr || *value == '\0' || variable.read(value, result)) continue;
+    result.problems.push_back(fmt::format("{}={} is not valid (values: {}); using {}", full_name,
+                                          value, variable.values, variable.default_value));
+  }
+  return result;
+}
+
+std::vector<std::string> unknown_variables(std::span<const std::string_view> entries) {
+  std::vector<std::string> messages;
+  for (std::string_view entry : entries) {
+    if (!entry.starts_with(kVariablePrefix)) continue;
+    const std::string_view full_name = entry.substr(0, entry.find('='));
+    const std::string_view name = full_name.substr(kVariablePrefix.size());
+    const auto known = [&](const Variable& variable) { return variable.name == name; };
+    if (std::any_of(variables().begin(), variables().end(), known)) continue;
+    messages.push_back(fmt::format("{} is not a variable of Tilewright; ignored", full_name));
+  }
+  return messages;
+}
+
+const Environment& environment() {
+  static const Environment result = [] {
+    Environment e = parse_environment([](const char* name) { return secure_getenv(name); });
+    for (std::string& message : unknown_variables(process_entries())) {
+      e.problems.push_back(std::move(message));
+    }
+    return e;
+  }();
+  return result;
+}
+
+}  // namespace tilewright
