@@ -357,6 +357,7 @@ Status Program::run(const RunArguments& arguments) {
     next = end;
     if (problem.load() != nullptr) return Error{problem.load()};
   }
+  for (RegionReport& region : state.regions) region.flops = 0;
   for (const Step& step : state.steps) {
     double flops = static_cast<double>(frame.dim(step.work));
     for (const Task& task : step.tasks) {
@@ -365,7 +366,7 @@ Status Program::run(const RunArguments& arguments) {
       }
     }
     (step.host ? counters.fallback_flops : counters.own_flops) += flops;
-    if (step.region >= 0) state.regions[static_cast<std::size_t>(step.region)].flops = flops;
+    if (step.region >= 0) state.regions[static_cast<std::size_t>(step.region)].flops += flops;
   }
   for (std::size_t i = 0; i < state.caches.size(); ++i) {
     if (state.caches[i].appended) {

@@ -1,0 +1,122 @@
+// Lowering of contractions with constant weights: linear, merged projections, the gated MLP's first
+// half. Tested by program_test.
+#include <fmt/format.h>
+
+#include "ops/gemm/linear_kernel.h"
+#include "ops/lowering.h"
+
+namespace tilewright::ops {
+
+using graph::Dim;
+using graph::Op;
+using graph::ValueId;
+
+namespace {
+
+// Blocks of rows that kernels exist for, largest first. Fewer kernels than one per remainder
+// (emission time), and any number of rows is covered: 5 = 4 + 1.
+std::vector<LinearTask::Variant> row_variants(int lanes) {
+  std::vector<LinearTask::Variant> variants;
+  for (int rows : {12, 8, 6, 4, 2, 1}) {
+    const bool useful = rows <= 4 || rows == max_rows(lanes) || (rows == 8 && lanes == 16);
+    if (useful && rows <= max_rows(lanes)) variants.push_back({rows, nullptr});
+  }
+  return variants;
+}
+
+}  // namespace
+
+Status Lowering::lower_linear(const graph::Node& node) {
+  Epilogue epilogue;
+  epilogue.bias = node.attribute_or("bias", false);
+  epilogue.residual = node.attribute_or("residual", false);
+  epilogue.activation = node.attribute_or<std::string>("activation", "");
+  std::size_t next = 2;
+  const ValueId bias = epilogue.bias ? node.operands[next++] : ValueId::none;
+  const ValueId residual = epilogue.residual ? node.operands[next++] : ValueId::none;
+  return lower_contraction(node, epilogue, {node.operands[1]}, bias, residual);
+}
+
+Status Lowering::lower_gated_mlp(const graph::Node& node) {
+  Epilogue epilogue;
+  epilogue.gated = true;
+  epilogue.activation = node.attribute<std::string>("activation");
+  return lower_contraction(node, epilogue, {node.operands[1], node.operands[2]}, ValueId::none,
+                           ValueId::none);
+}
+
+Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
+                                   const std::vector<ValueId>& weights, ValueId bias,
+                                   ValueId residual) {
+  const ValueId input = node.operands[0], result = node.results[0];
+  LinearTask task;
+  task.spec.lanes = target_.lanes();
+  task.spec.epilogue = epilogue;
+  task.spec.input = type(input).dtype;
+  task.spec.output = type(result).dtype;
+  task.spec.weight = type(weights[0]).dtype;
+
+  std::vector<WeightBlock> blocks;
+  for (ValueId weight : weights) {
+    const std::vector<std::string> sources = constant_sources(weight);
+    if (sources.empty()) return Error{"its weight is not a constant"};
+    const graph::Type& weight_type = type(weight);
+    if (weight_type.dtype != task.spec.weight) return Error{"its weights differ in dtype"};
+    if (!weight_type.shape[0].is_constant() || !weight_type.shape[1].is_constant()) {
+      return Error{"its weight has a symbolic shape"};
+    }
+    task.spec.k = weight_type.shape[1].constant();
+    task.spec.n += weight_type.shape[0].constant();
+    for (const std::string& name : sources) {
+      const TensorView& source = constants_.at(name);
+      blocks.push_back(
+          {source.data, source.shape[0], task.spec.k * graph::size_in_bytes(task.spec.weight)});
+    }
+  }
+  if (epilogue.gated && blocks.size() != 2) return Error{"gate and up must be one constant each"};
+  if (epilogue.gated && blocks[0].rows != blocks[1].rows) {
+    return Error{"gate and up have different sizes"};
+  }
+  if (Status possible = supported(task.spec); !possible) return possible;
+
+  const std::optional<Matrix> x = matrix(layout(input), task.spec.input);
+  if (!x) {
+    const Layout copied = contiguous(layout(input), task.spec.input);
+    set_layout(input, copied);
+    return lower_contraction(node, epilogue, weights, bias, residual);
+  }
+  Result<std::shared_ptr<const PackedWeight>> packed =
+      weights_->pack(blocks, task.spec.k, task.spec.weight, epilogue.gated);
+  if (!packed) return packed.error();
+  task.weight = *packed;
+  task.rows = dim(x->rows);
+  task.x = x->operand;
+  task.x_stride = dim(x->stride);
+  std::vector<int> reads{x->buffer};
+  if (bias != ValueId::none) {
+    const Layout values = contiguous(layout(bias), type(bias).dtype);
+    if (type(bias).dtype != task.spec.output) return Error{"its bias has another dtype"};
+    task.bias = operand(values, type(bias).dtype);
+    reads.push_back(values.buffer);
+  }
+  if (residual != ValueId::none) {
+    if (type(residual).dtype != task.spec.output) return Error{"its residual has another dtype"};
+    std::optional<Matrix> values = matrix(layout(residual), task.spec.output);
+    if (!values) values = matrix(contiguous(layout(residual), task.spec.output), task.spec.output);
+    task.residual = values->operand;
+    task.residual_stride = dim(values->stride);
+    reads.push_back(values->buffer);
+  }
+  set_layout(result, destination(result));
+  const std::optional<Matrix> y = matrix(layout(result), task.spec.output);
+  task.y = y->operand;
+  task.y_stride = dim(y->stride);
+  task.variants = row_variants(task.spec.lanes);
+  const std::string specification = print(task.spec);
+  const std::int64_t bytes = task.weight->bytes;
+  add_task(std::move(task), reads, {y->buffer}, work_of(graph_, node), specification);
+  state_->regions.back().weight_bytes += static_cast<std::uint64_t>(bytes);
+  return {};
+}
+
+}  // namespace tilewright::ops

@@ -1,0 +1,53 @@
+// Threads: the barrier orders steps, teams cover all work, shares partition exactly.
+#include "ops/threads.h"
+
+#include <gtest/gtest.h>
+
+#include <vector>
+
+namespace tilewright::ops {
+namespace {
+
+TEST(Threads, SharesPartitionTheWork) {
+  for (std::int64_t count : {0, 1, 2, 7, 100}) {
+    for (int threads : {1, 2, 3, 5, 16}) {
+      std::int64_t next = 0;
+      for (int thread = 0; thread < threads; ++thread) {
+        const WorkRange range = share(count, thread, threads);
+        EXPECT_EQ(range.begin, next);
+        next = range.end;
+      }
+      EXPECT_EQ(next, count);
+    }
+  }
+}
+
+TEST(Threads, BarrierSeparatesSteps) {
+  constexpr int steps = 2000;
+  std::vector<std::atomic<int>> done(steps);
+  std::atomic<bool> early{false};
+  Barrier barrier;
+  run_team(3, [&](int, int threads) {
+    for (int step = 0; step < steps; ++step) {
+      done[static_cast<std::size_t>(step)].fetch_add(1);
+      barrier.wait(threads);
+      if (done[static_cast<std::size_t>(step)].load() != threads) early = true;
+    }
+  });
+  EXPECT_FALSE(early);
+}
+
+TEST(Threads, NestedTeamsRunOnTheCaller) {
+  std::atomic<int> inner{0}, wide{0};
+  run_team(2, [&](int, int) {
+    run_team(2, [&](int thread, int threads) {
+      inner.fetch_add(1);
+      if (thread != 0 || threads != 1) wide.fetch_add(1);
+    });
+  });
+  EXPECT_GE(inner.load(), 1);
+  EXPECT_EQ(wide.load(), 0);
+}
+
+}  // namespace
+}  // namespace tilewright::ops
