@@ -1,0 +1,137 @@
+// match_attention: matmul(softmax(matmul(q, k.T) * scale + mask), v) becomes attention, and keys
+// and values that were repeated for each group of query heads are read where they are:
+//
+//   k[b, kv, s, d] -> [b, kv, 1, s, d] -> expand [b, kv, n, s, d] -> [b, kv * n, s, d]
+//
+// head h of the repeated tensor is head h / n of the original, which is what attention's native
+// grouped heads read. One pass over the keys replaces four kernels and a score matrix in memory.
+//
+// A conversion of the scores to fp32 and back is taken in: the fused op is in fp32 throughout.
+//
+// Tested by passes_test, filetests/passes/match_attention.graph.
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "graph/match.h"
+#include "graph/passes.h"
+
+namespace tilewright::graph {
+
+namespace {
+
+using match::any;
+using match::either;
+using match::find;
+using match::Match;
+using match::maybe_converted;
+using match::number;
+using match::op;
+using match::Pattern;
+using match::shared;
+using match::when;
+
+bool swaps_last_two(const Graph&, const Node& node) {
+  return node.attribute<std::vector<std::int64_t>>("order") ==
+         std::vector<std::int64_t>{0, 1, 3, 2};
+}
+
+// The scale is applied to the product, or to q before it.
+Pattern scores() {
+  Pattern k_transposed = shared(when(swaps_last_two, op(Op::permute, any("k"))));
+  Pattern product = op(Op::matmul, any("q"), k_transposed);
+  Pattern scaled_q = op(Op::mul, any("q"), number("scale"));
+  return either(
+      either(op(Op::mul, product, number("scale")), op(Op::div, product, number("divisor"))),
+      either(op(Op::matmul, scaled_q, k_transposed), product));
+}
+
+Pattern spelled_out() {
+  Pattern masked = either(op(Op::add, scores(), any("mask")), scores());
+  Pattern weights = maybe_converted(op(Op::softmax, maybe_converted(masked)));
+  return op(Op::matmul, weights, any("v"));
+}
+
+double scale(const Match& found) {
+  if (found.has_number("scale")) return found.number("scale");
+  return found.has_number("divisor") ? 1.0 / found.number("divisor") : 1.0;
+}
+
+// What was repeated to give a value (a value of the new graph), and how often.
+struct Repeated {
+  ValueId source;
+  Dim times = 1;
+};
+
+Repeated unrepeated(Rewriter& rewriter, ValueId value, NodeId reader) {
+  const Graph& graph = rewriter.source();
+  const Repeated itself{rewriter.mapped(value)};
+  auto above = [&](ValueId result, Op op) {
+    const Node* node = graph.producer(result);
+    return node != nullptr && node->op == op ? node : nullptr;
+  };
+  const Node* joined = above(value, Op::reshape);
+  const Node* expanded = joined != nullptr ? above(joined->operands[0], Op::expand) : nullptr;
+  const Node* split = expanded != nullptr ? above(expanded->operands[0], Op::reshape) : nullptr;
+  if (split == nullptr) return itself;
+
+  const Shape& wide = graph.type(expanded->results[0]).shape;
+  if (wide.size() != 5) return itself;
+  const Dim &batch = wide[0], &heads = wide[1], &times = wide[2], &keys = wide[3], &size = wide[4];
+  if (graph.type(split->results[0]).shape != Shape{batch, heads, 1, keys, size} ||
+      graph.type(value).shape != Shape{batch, heads * times, keys, size}) {
+    return itself;
+  }
+  const ValueId base = split->operands[0];
+  const NodeId first = graph.value(split->results[0]).producer;
+  if (rewriter.aliases().written_between(base, first, reader)) return itself;
+  const Shape narrow = {batch, heads, keys, size};
+  if (graph.type(base).shape == narrow) return {rewriter.mapped(base), times};
+  auto source = rewriter.append(Op::reshape, {rewriter.mapped(base)}, {{"shape", narrow}});
+  return source ? Repeated{*source, times} : itself;
+}
+
+// q, k, v [, mask] are values of the old graph.
+bool emit(Rewriter& rewriter, const Node& node, const std::vector<ValueId>& values,
+          const Attributes& attributes) {
+  const NodeId self = rewriter.source().value(node.results[0]).producer;
+  const Repeated k = unrepeated(rewriter, values[1], self);
+  const Repeated v = unrepeated(rewriter, values[2], self);
+  std::vector<ValueId> operands = rewriter.mapped(values);
+  if (k.times == v.times) {
+    operands[1] = k.source;
+    operands[2] = v.source;
+  }
+  if (node.op == Op::attention && operands == rewriter.mapped(node.operands)) return false;
+  return rewriter.replace(node.results[0], Op::attention, std::move(operands), attributes);
+}
+
+bool match_spelled_out(Rewriter& rewriter, const Node& node, const Pattern& pattern) {
+  auto found = find(pattern, rewriter, node.results[0]);
+  if (!found) return false;
+  const Type &q = found->type("q"), &k = found->type("k"), &v = found->type("v");
+  const bool plain = q.dtype == k.dtype && q.dtype == v.dtype && q.shape.size() == 4 &&
+                     k.shape.size() == 4 && v.shape.size() == 4 && q.shape[1] == k.shape[1] &&
+                     k.shape[2] == v.shape[2] && v.shape[1] == k.shape[1];
+  if (!plain) return false;
+  std::vector<ValueId> values = {found->value("q"), found->value("k"), found->value("v")};
+  if (found->has("mask")) {
+    if (!is_float(found->type("mask").dtype)) return false;
+    values.push_back(found->value("mask"));
+  }
+  return emit(rewriter, node, values, {{"scale", scale(*found)}, {"causal", false}});
+}
+
+}  // namespace
+
+Graph match_attention(Graph graph, const Target&) {
+  const Pattern pattern = spelled_out();
+  return rewrite(graph, [&](Rewriter& rewriter, const Node& node) {
+    if (node.op == Op::attention) {
+      return node.operands.size() > 2 && emit(rewriter, node, node.operands, node.attributes);
+    }
+    return node.op == Op::matmul && match_spelled_out(rewriter, node, pattern);
+  });
+}
+
+}  // namespace tilewright::graph
