@@ -1,4 +1,5 @@
-// The directory of entries: lookup, publication, pruning. See store.h. Tested by cache_test.
+// The directory of entries: lookup, publication, pruning. See store.h. Tested by cache_test and
+// cache_trust_test.
 #include "cache/store.h"
 
 #include <dirent.h>

@@ -8,7 +8,8 @@
 //
 // Nothing here fails: whatever goes wrong is a miss, counted with its reason.
 //
-// Thread-safe, and any number of processes may share a directory. Tested by cache_test.
+// Thread-safe, and any number of processes may share a directory. Tested by cache_test and
+// cache_trust_test.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Checked reading and atomic writing of files. See trusted_file.h. Tested by cache_test.
+// Checked reading and atomic writing of files. See trusted_file.h. Tested by cache_trust_test.
 #include "cache/trusted_file.h"
 
 #include <fcntl.h>
@@ -121,6 +121,9 @@ Result<FileDescriptor> open_trusted_directory(int parent, const std::string& pat
   const int flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
   FileDescriptor directory(openat(parent, path.c_str(), flags));
   *absent = !directory.valid() && errno == ENOENT;
+  if (!directory.valid() && (errno == ENOTDIR || errno == ELOOP)) {
+    return Error{"directory is a link or a file"};
+  }
   if (!directory.valid()) return Error{"directory " + system_reason("open")};
   struct stat status;
   if (fstat(directory.get(), &status) != 0) return Error{"directory " + system_reason("stat")};

@@ -1,7 +1,7 @@
 // Files whose content may be executed: opened without following links, owned by this user or root,
 // writable by nobody else, read whole into private memory, written whole or not at all.
 //
-// Thread-safe. Tested by cache_test.
+// Thread-safe. Tested by cache_trust_test.
 #pragma once
 
 #include <sys/types.h>
