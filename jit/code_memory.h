@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstddef>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -34,7 +35,8 @@ class CodeMemory {
     void* address;
     std::size_t size;
   };
-  std::vector<Slab> slabs_;  // guarded by a mutex in the .cpp's lock order: none other is held
+  std::mutex mutex_;  // guards slabs_; no other lock is taken while it is held
+  std::vector<Slab> slabs_;
 };
 
 }  // namespace tilewright::jit

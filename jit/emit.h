@@ -26,6 +26,7 @@ using KernelFunction = void (*)(const std::int64_t* args);
 struct CodeObject {
   std::string name;
   std::vector<std::byte> bytes;
+  std::size_t code_size = 0;  // where the instructions end; padding and constants follow
   IsaMask required_isa = 0;
   int spills = 0;             // registers that had no home; 0 in every kernel that matters
   int inner_loop_spills = 0;  // of these, how many are touched in an innermost loop: tests demand 0
