@@ -1,8 +1,8 @@
 // DimTable: every distinct size, offset and stride of a program, evaluated together once per run.
 //
-// compile() interns polynomials (graph::Dim) and steps hold small indices; a run binds the symbols and evaluates the
-// table in one pass over flat terms, without maps or allocation. A decode step whose cache length is symbolic costs
-// microseconds here.
+// compile() interns polynomials (graph::Dim) and steps hold small indices; a run binds the symbols
+// and evaluates the table in one pass over flat terms, without maps or allocation. A decode step
+// whose cache length is symbolic costs microseconds here.
 //
 // Tested by dim_table_test.
 #pragma once

@@ -84,8 +84,8 @@ void* const* KvCache::value_blocks(std::int64_t sequence, std::int64_t head) con
 }
 
 char* KvCache::key(std::int64_t sequence, std::int64_t token) const {
-  const Block& block = blocks_[static_cast<std::size_t>(sequence)]
-                              [static_cast<std::size_t>(token / block_tokens)];
+  const Block& block =
+      blocks_[static_cast<std::size_t>(sequence)][static_cast<std::size_t>(token / block_tokens)];
   return block.memory.get() + token % block_tokens * token_stride();
 }
 

@@ -1,6 +1,7 @@
 // Layout: where a value lies, symbolically: a buffer, an offset and a stride per axis, in elements.
 //
-// View ops (reshape, permute, expand, slice) only compute a new Layout; whatever cannot be expressed as one is copied.
+// View ops (reshape, permute, expand, slice) only compute a new Layout; whatever cannot be
+// expressed as one is copied.
 //
 // Tested by layout_test.
 #pragma once
@@ -26,7 +27,8 @@ std::vector<graph::Dim> row_major(const graph::Shape& shape);
 bool is_row_major(const Layout& layout);
 
 // The layout of a view node's result. nullopt: only a copy can do it (a reshape across strides).
-std::optional<Layout> view(const graph::Node& node, const graph::Type& result, const Layout& source);
+std::optional<Layout> view(const graph::Node& node, const graph::Type& result,
+                           const Layout& source);
 
 // The layout of `source` broadcast to `shape` (right-aligned, sizes of 1 repeat with stride 0).
 Layout broadcast(const Layout& source, const graph::Shape& shape);
@@ -36,7 +38,8 @@ struct Loop {
   graph::Dim size;
   std::vector<graph::Dim> strides;
 };
-// The axes [0, axes) of layouts with equal shapes, merged wherever every layout allows it; loops of size 1 vanish.
+// The axes [0, axes) of layouts with equal shapes, merged wherever every layout allows it; loops of
+// size 1 vanish.
 std::vector<Loop> collapse(std::span<const Layout> layouts, std::size_t axes);
 
 }  // namespace tilewright::ops

@@ -1,8 +1,10 @@
-// Threads: the OpenMP team that the process already has, and the barrier between the steps of a program.
+// Threads: the OpenMP team that the process already has, and the barrier between the steps of a
+// program.
 //
-// torch's ATen runs on libgomp; this library links the same SONAME, so both share one pool of workers and none of ours
-// is ever created beside it. One parallel region covers all consecutive steps; between them threads meet at a
-// spinning barrier (a region per op would cost microseconds each, hundreds of times per token).
+// torch's ATen runs on libgomp; this library links the same SONAME, so both share one pool of
+// workers and none of ours is ever created beside it. One parallel region covers all consecutive
+// steps; between them threads meet at a spinning barrier (a region per op would cost microseconds
+// each, hundreds of times per token).
 //
 // Tested by threads_test.
 #pragma once
@@ -13,8 +15,8 @@
 
 namespace tilewright::ops {
 
-// A sense-reversing barrier. Spins for about 50 microseconds, then yields: on shared virtual CPUs an unbounded spin
-// could hold the very core that the late thread needs.
+// A sense-reversing barrier. Spins for about 50 microseconds, then yields: on shared virtual CPUs
+// an unbounded spin could hold the very core that the late thread needs.
 class Barrier {
  public:
   // All `threads` threads of the team call wait(); it returns when the last has.
@@ -25,8 +27,8 @@ class Barrier {
   std::atomic<std::uint32_t> generation_{0};
 };
 
-// Runs body(thread, threads) on a team of at most `threads`; the calling thread is thread 0. Called inside another
-// parallel region, or with threads == 1, it runs on the caller alone.
+// Runs body(thread, threads) on a team of at most `threads`; the calling thread is thread 0. Called
+// inside another parallel region, or with threads == 1, it runs on the caller alone.
 void run_team(int threads, const std::function<void(int thread, int threads)>& body);
 
 // The size of the team that OpenMP would use by default (torch.set_num_threads governs it too).

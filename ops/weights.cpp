@@ -13,7 +13,8 @@ namespace tilewright::ops {
 namespace {
 
 std::unique_ptr<char, void (*)(void*)> allocate_weight(std::int64_t bytes) {
-  // 2 MiB alignment lets the kernel back it with huge pages: fewer TLB misses while decode streams all weights.
+  // 2 MiB alignment lets the kernel back it with huge pages: fewer TLB misses while decode streams
+  // all weights.
   constexpr std::size_t huge_page = 2u << 20;
   const auto size = (static_cast<std::size_t>(bytes) + 63) / 64 * 64;
   const std::size_t alignment = size >= huge_page ? huge_page : 64;
