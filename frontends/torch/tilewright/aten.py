@@ -1,0 +1,626 @@
+"""The table: how each pre-dispatch ATen overload becomes graph nodes.
+
+One entry per overload. An entry gets the call's arguments in schema order, with tensors as graph
+Values and symbolic integers as Dims, and returns the Value (or Values) of its result. It raises
+UnsupportedError for argument values outside its domain; lower.py then makes the node `external`,
+with that reason. Ops that only differ in spelling share a function through a list of names.
+
+To add an op: write a function, decorate it with the overloads it lowers, add a case to
+tests/python/test_lower.py.
+
+Tested by tests/python/test_lower.py (every entry, against eager).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tilewright.dims import Dim
+from tilewright.graph_text import Type, UnsupportedError, Value
+
+if TYPE_CHECKING:
+    from tilewright.lower import Call
+
+Lowering = Callable[..., Any]
+TABLE: dict[str, Lowering] = {}
+
+# In-place overloads whose functional twin differs by more than the trailing underscore.
+INPLACE_TWINS: dict[str, str] = {"aten.index_copy_.default": "aten.index_copy.default"}
+
+# Calls without a result that inference can drop: assertions and hints about sizes.
+DROPPED = frozenset(
+    {
+        "aten._assert_tensor_metadata.default",
+        "aten._assert_async.default",
+        "aten._assert_async.msg",
+        "aten._assert_scalar.default",
+        "aten.sym_constrain_range.default",
+        "aten.sym_constrain_range_for_size.default",
+    }
+)
+
+
+def lowers(*overloads: str) -> Callable[[Lowering], Lowering]:
+    """Registers a function for `aten.` overloads."""
+
+    def register(function: Lowering) -> Lowering:
+        for overload in overloads:
+            TABLE[f"aten.{overload}"] = function
+        return function
+
+    return register
+
+
+def axis_of(axis: int, rank: int) -> int:
+    return axis + rank if axis < 0 else axis
+
+
+# --- values that stay what they are. Layout is the compiler's business; an output that must not
+# alias its input is copied where outputs are made (lower.py).
+
+
+@lowers(
+    "alias.default",
+    "clone.default",
+    "contiguous.default",
+    "detach.default",
+    "detach_.default",
+    "lift_fresh.default",
+    "lift_fresh_copy.default",
+    "positive.default",
+    "conj.default",
+    "resolve_conj.default",
+    "resolve_neg.default",
+)
+def same(call: Call, x: Value, *_: Any) -> Value:
+    return x
+
+
+@lowers("dropout.default", "dropout_.default", "feature_dropout.default", "alpha_dropout.default")
+def dropout(call: Call, x: Value, probability: float, train: bool) -> Value:
+    if train and probability > 0:
+        raise UnsupportedError("dropout in training mode")
+    return x
+
+
+@lowers(
+    "to.dtype",
+    "to.device",
+    "to.dtype_layout",
+    "to.other",
+    "to.prim_Device",
+    "to.prim_dtype",
+    "to.prim_other",
+    "type_as.default",
+    "_to_copy.default",
+    "_autocast_to_reduced_precision.default",
+    "_autocast_to_full_precision.default",
+)
+def convert(call: Call, x: Value, *_: Any) -> Value:
+    """All spellings of `to`: the traced result says the element type; the device is always CPU."""
+    return call.convert(x, call.type.dtype)
+
+
+# --- views
+
+
+@lowers(
+    "view.default",
+    "reshape.default",
+    "_unsafe_view.default",
+    "unsqueeze.default",
+    "squeeze.default",
+    "squeeze.dim",
+    "squeeze.dims",
+    "flatten.using_ints",
+    "unflatten.int",
+    "view_as.default",
+    "reshape_as.default",
+    "ravel.default",
+    "atleast_1d.default",
+    "atleast_2d.default",
+    "atleast_3d.default",
+    "_reshape_alias.default",
+)
+def reshape(call: Call, x: Value, *_: Any) -> Value:
+    if call.type.dtype != x.dtype:
+        raise UnsupportedError("a view with another element type")
+    return call.reshape(x, call.type.shape)
+
+
+@lowers("expand.default", "expand_as.default", "broadcast_to.default")
+def expand(call: Call, x: Value, *_: Any) -> Value:
+    return call.expand(x, call.type.shape)
+
+
+@lowers("permute.default")
+def permute(call: Call, x: Value, order: Sequence[int]) -> Value:
+    rank = len(x.shape)
+    return call.permute(x, [axis_of(axis, rank) for axis in order])
+
+
+@lowers("transpose.int", "swapaxes.default", "swapdims.default")
+def transpose(call: Call, x: Value, first: int, second: int) -> Value:
+    order = list(range(len(x.shape)))
+    if not order:
+        return x
+    first, second = axis_of(first, len(order)), axis_of(second, len(order))
+    order[first], order[second] = order[second], order[first]
+    return call.permute(x, order)
+
+
+@lowers("t.default", "numpy_T.default", "mT.default", "matrix_H.default", "adjoint.default")
+def reverse_axes(call: Call, x: Value) -> Value:
+    order = list(range(len(x.shape)))
+    keep = 0 if call.overload == "aten.numpy_T.default" else max(0, len(order) - 2)
+    return call.permute(x, order[:keep] + order[keep:][::-1])
+
+
+@lowers("movedim.int", "movedim.intlist", "moveaxis.int", "moveaxis.intlist")
+def movedim(call: Call, x: Value, source: Any, destination: Any) -> Value:
+    rank = len(x.shape)
+    sources = [axis_of(a, rank) for a in ([source] if isinstance(source, int) else source)]
+    targets = [
+        axis_of(a, rank) for a in ([destination] if isinstance(source, int) else destination)
+    ]
+    order = [a for a in range(rank) if a not in sources]
+    for target, moved in sorted(zip(targets, sources, strict=True)):
+        order.insert(target, moved)
+    return call.permute(x, order)
+
+
+@lowers("slice.Tensor")
+def slice_(
+    call: Call, x: Value, axis: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Value:
+    """Bounds may be negative or huge; the traced size of the result says how many remain."""
+    axis = axis_of(axis, len(x.shape))
+    size = x.shape[axis]
+    if not isinstance(step, int):
+        raise UnsupportedError("a slice with a symbolic step")
+    first = Dim.of(0 if start is None else start)
+    if first.constant is not None and first.constant < 0:
+        first = size + first
+        if first.constant is not None and first.constant < 0:
+            first = Dim.of(0)
+    if first.constant is not None and size.constant is not None:
+        first = Dim.of(min(first.constant, size.constant))
+    count = call.type.shape[axis]
+    if step == 1:
+        stop = first + count
+    elif size.constant is not None and isinstance(end, int | None):
+        stop = Dim.of(slice(None, end).indices(size.constant)[1])
+    else:
+        stop = first + (count - 1) * step + 1
+    return call.slice(x, axis, first, stop, step, call.type)
+
+
+@lowers("narrow.default")
+def narrow(call: Call, x: Value, axis: int, start: Any, length: Any) -> Value:
+    return slice_(call, x, axis, start, None, 1)
+
+
+@lowers("select.int")
+def select(call: Call, x: Value, axis: int, index: Any) -> Value:
+    axis = axis_of(axis, len(x.shape))
+    first = Dim.of(index)
+    if first.constant is not None and first.constant < 0:
+        first = x.shape[axis] + first
+    one = (*x.shape[:axis], Dim.of(1), *x.shape[axis + 1 :])
+    row = call.slice(x, axis, first, first + 1, 1, Type(x.dtype, one))
+    return call.reshape(row, call.type.shape)
+
+
+@lowers(
+    "split.Tensor",
+    "split.sizes",
+    "split_with_sizes.default",
+    "chunk.default",
+    "tensor_split.sections",
+    "tensor_split.indices",
+)
+def split(call: Call, x: Value, _sizes: Any, axis: int = 0) -> list[Value]:
+    """The traced results say where each piece ends."""
+    axis = axis_of(axis, len(x.shape))
+    pieces, start = [], Dim.of(0)
+    for type_ in call.types:
+        stop = start + type_.shape[axis]
+        pieces.append(call.slice(x, axis, start, stop, 1, type_))
+        start = stop
+    return pieces
+
+
+@lowers("unbind.int")
+def unbind(call: Call, x: Value, axis: int = 0) -> list[Value]:
+    axis = axis_of(axis, len(x.shape))
+    one = (*x.shape[:axis], Dim.of(1), *x.shape[axis + 1 :])
+    rows = []
+    for i, type_ in enumerate(call.types):
+        row = call.slice(x, axis, Dim.of(i), Dim.of(i + 1), 1, Type(x.dtype, one))
+        rows.append(call.reshape(row, type_.shape))
+    return rows
+
+
+# --- elementwise
+
+_UNARY = {
+    "neg": "neg",
+    "abs": "abs",
+    "reciprocal": "reciprocal",
+    "sqrt": "sqrt",
+    "rsqrt": "rsqrt",
+    "exp": "exp",
+    "sin": "sin",
+    "cos": "cos",
+    "tanh": "tanh",
+    "erf": "erf",
+    "sigmoid": "sigmoid",
+    "silu": "silu",
+    "relu": "relu",
+}
+
+
+def _unary(op: str) -> Lowering:
+    def lower(call: Call, x: Value) -> Value:
+        # ATen computes these in the result's type: int64 -> float32.
+        return call.emit(op, call.convert(x, call.type.dtype))
+
+    return lower
+
+
+for _name, _op in _UNARY.items():
+    lowers(f"{_name}.default")(_unary(_op))
+
+
+@lowers("gelu.default")
+def gelu(call: Call, x: Value, approximate: str = "none") -> Value:
+    return call.emit("gelu", x, approximate=approximate)
+
+
+def _binary(op: str) -> Lowering:
+    def lower(call: Call, a: Any, b: Any) -> Value:
+        left, right = call.promote(a, b)
+        return call.emit(op, left, right)
+
+    return lower
+
+
+lowers("mul.Tensor", "mul.Scalar", "multiply.Tensor")(_binary("mul"))
+lowers("maximum.default", "max.other")(_binary("maximum"))
+lowers("minimum.default", "min.other")(_binary("minimum"))
+
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+for _name in _COMPARISONS:
+    lowers(f"{_name}.Tensor", f"{_name}.Scalar")(_binary(_name))
+
+
+def _sum(op: str) -> Lowering:
+    def lower(call: Call, a: Any, b: Any, alpha: Any = 1) -> Value:
+        left, right = call.promote(a, b)
+        if alpha != 1:
+            right = call.append(
+                "mul", [right, call.scalar(alpha, call.type.dtype)], Type(right.dtype, right.shape)
+            )
+        return call.emit(op, left, right)
+
+    return lower
+
+
+lowers("add.Tensor", "add.Scalar")(_sum("add"))
+lowers("sub.Tensor", "sub.Scalar", "subtract.Tensor")(_sum("sub"))
+
+
+@lowers("rsub.Scalar", "rsub.Tensor")
+def rsub(call: Call, a: Any, b: Any, alpha: Any = 1) -> Value:
+    if alpha != 1:
+        raise UnsupportedError("rsub with alpha")
+    left, right = call.promote(b, a)
+    return call.emit("sub", left, right)
+
+
+@lowers("div.Tensor", "div.Scalar", "true_divide.Tensor", "divide.Tensor")
+def div(call: Call, a: Any, b: Any) -> Value:
+    left, right = call.promote(a, b, to=call.type.dtype)
+    return call.emit("div", left, right)
+
+
+@lowers("pow.Tensor_Scalar")
+def pow_(call: Call, x: Value, exponent: Any) -> Value:
+    if not isinstance(exponent, int | float) or float(exponent) not in (2.0, 3.0, 0.5, -0.5, -1.0):
+        raise UnsupportedError(f"pow with exponent {exponent}")
+    if not x.dtype.is_floating_point:
+        raise UnsupportedError("pow of integers")
+    return call.emit("pow", x, exponent=float(exponent))
+
+
+@lowers("square.default")
+def square(call: Call, x: Value) -> Value:
+    return pow_(call, x, 2)
+
+
+@lowers("clamp.default", "clip.default")
+def clamp(call: Call, x: Value, low: Any = None, high: Any = None) -> Value:
+    for op, bound in (("maximum", low), ("minimum", high)):
+        if bound is not None:
+            left, right = call.promote(x, bound)
+            x = call.append(op, [left, right], call.type)
+    return x
+
+
+@lowers("clamp_min.default", "clamp_max.default")
+def clamp_one(call: Call, x: Value, bound: Any) -> Value:
+    is_low = call.overload == "aten.clamp_min.default"
+    return clamp(call, x, bound if is_low else None, None if is_low else bound)
+
+
+@lowers(
+    "logical_and.default",
+    "bitwise_and.Tensor",
+    "__and__.Tensor",
+    "logical_or.default",
+    "bitwise_or.Tensor",
+    "__or__.Tensor",
+)
+def logical(call: Call, a: Value, b: Value) -> Value:
+    if a.dtype != torch.bool or b.dtype != torch.bool:
+        raise UnsupportedError("bit operations on integers")
+    return call.emit("logical_and" if "and" in call.overload else "logical_or", a, b)
+
+
+@lowers("logical_not.default", "bitwise_not.default")
+def logical_not(call: Call, x: Value) -> Value:
+    if x.dtype != torch.bool:
+        raise UnsupportedError("logical_not of numbers")
+    return call.emit("logical_not", x)
+
+
+@lowers("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
+def where(call: Call, condition: Value, a: Any, b: Any) -> Value:
+    left, right = call.promote(a, b, to=call.type.dtype)
+    return call.emit("where", condition, left, right)
+
+
+@lowers("masked_fill.Scalar", "masked_fill.Tensor")
+def masked_fill(call: Call, x: Value, mask: Value, number: Any) -> Value:
+    left, right = call.promote(number, x, to=x.dtype)
+    return call.emit("where", mask, left, right)
+
+
+# --- reductions and norms over the last axis
+
+
+def _reduce(call: Call, op: str, x: Value, axes: Sequence[int] | None, keep: bool) -> Value:
+    rank = len(x.shape)
+    if axes is None or rank == 0 or [axis_of(a, rank) for a in axes] != [rank - 1]:
+        raise UnsupportedError(f"{op} over other axes than the last")
+    reduced = call.append(op, [x], Type(call.type.dtype, (*x.shape[:-1], Dim.of(1))))
+    return reduced if keep else call.reshape(reduced, call.type.shape)
+
+
+def _reduction(op: str) -> Lowering:
+    def lower(
+        call: Call, x: Value, axes: Sequence[int] | None, keep: bool = False, dtype: Any = None
+    ) -> Value:
+        x = call.convert(x, call.type.dtype)
+        if not x.dtype.is_floating_point:
+            raise UnsupportedError(f"{op} of integers")
+        return _reduce(call, op, x, axes, keep)
+
+    return lower
+
+
+lowers("mean.dim")(_reduction("mean"))
+lowers("sum.dim_IntList")(_reduction("sum"))
+
+
+@lowers("amax.default")
+def amax(call: Call, x: Value, axes: Sequence[int] = (), keep: bool = False) -> Value:
+    return _reduce(call, "amax", x, axes, keep)
+
+
+@lowers("softmax.int", "_softmax.default")
+def softmax(call: Call, x: Value, axis: int, dtype: Any = None) -> Value:
+    """`dtype` is where the sum is formed; the traced result has it already."""
+    x = call.convert(x, call.type.dtype)
+    rank = len(x.shape)
+    if rank == 0:
+        raise UnsupportedError("softmax of a scalar")
+    axis = axis_of(axis, rank)
+    if axis == rank - 1:
+        return call.emit("softmax", x)
+    order = [a for a in range(rank) if a != axis] + [axis]
+    moved = call.permute(x, order)
+    result = call.append("softmax", [moved], moved.type)
+    return call.permute(result, [order.index(a) for a in range(rank)])
+
+
+def _check_last_axis(shape: Sequence[Any], x: Value) -> None:
+    if len(shape) != 1:
+        raise UnsupportedError("a norm over more than the last axis")
+
+
+@lowers("rms_norm.default")
+def rms_norm(
+    call: Call, x: Value, shape: Sequence[Any], weight: Value | None = None, eps: Any = None
+) -> Value:
+    _check_last_axis(shape, x)
+    if eps is None:
+        # ATen: the machine epsilon of the type it computes in.
+        reduced = x.dtype in (torch.bfloat16, torch.float16)
+        eps = torch.finfo(torch.float32 if reduced else x.dtype).eps
+    return call.emit("rms_norm", *[v for v in (x, weight) if v is not None], eps=float(eps))
+
+
+@lowers("layer_norm.default")
+def layer_norm(
+    call: Call,
+    x: Value,
+    shape: Sequence[Any],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    eps: float = 1e-5,
+    cudnn: bool = True,
+) -> Value:
+    _check_last_axis(shape, x)
+    if bias is not None and weight is None:
+        raise UnsupportedError("layer_norm with a bias but no weight")
+    operands = [v for v in (x, weight, bias) if v is not None]
+    return call.emit("layer_norm", *operands, eps=float(eps))
+
+
+# --- contractions
+
+
+@lowers("linear.default")
+def linear(call: Call, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    if len(weight.shape) != 2 or not x.shape:
+        raise UnsupportedError("linear with a weight that is not a matrix")
+    if bias is None:
+        return call.emit("linear", x, weight)
+    return call.emit("linear", x, weight, bias, bias=True)
+
+
+@lowers("matmul.default", "mm.default", "bmm.default")
+def matmul(call: Call, a: Value, b: Value) -> Value:
+    if len(a.shape) < 2 or len(b.shape) < 2:
+        raise UnsupportedError("matmul with a vector")
+    return call.emit("matmul", a, b)
+
+
+@lowers("addmm.default", "baddbmm.default")
+def addmm(call: Call, bias: Value, a: Value, b: Value, beta: Any = 1, alpha: Any = 1) -> Value:
+    if beta != 1 or alpha != 1:
+        raise UnsupportedError("addmm with alpha or beta")
+    product = call.append("matmul", [a, b], call.type)
+    return call.emit("add", product, bias)
+
+
+@lowers("scaled_dot_product_attention.default")
+def attention(
+    call: Call,
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Value:
+    if dropout_p != 0.0:
+        raise UnsupportedError("attention with dropout")
+    if not len(q.shape) == len(k.shape) == len(v.shape) == 4:
+        raise UnsupportedError("attention on tensors that are not [b, heads, s, d]")
+    if q.shape[0] != k.shape[0] or q.shape[0] != v.shape[0]:
+        raise UnsupportedError("attention with a broadcast batch")
+    if not enable_gqa and q.shape[1] != k.shape[1]:
+        raise UnsupportedError("attention with broadcast heads")
+    if scale is None:
+        head_dim = q.shape[3].constant
+        if not head_dim:
+            raise UnsupportedError("attention with a symbolic head size")
+        scale = 1.0 / math.sqrt(head_dim)
+    operands = [q, k, v]
+    if mask is not None and is_causal:
+        raise UnsupportedError("attention that is causal and has a mask")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            mask = call.convert(mask, torch.float32)
+        missing = 4 - len(mask.shape)
+        operands.append(call.reshape(mask, (Dim.of(1),) * missing + mask.shape))
+    return call.emit("attention", *operands, scale=float(scale), causal=is_causal)
+
+
+# --- sources
+
+
+@lowers("arange.default", "arange.start", "arange.start_step")
+def arange(call: Call, *arguments: Any) -> Value:
+    positional = {"aten.arange.default": 1, "aten.arange.start": 2, "aten.arange.start_step": 3}
+    bounds = arguments[: positional[call.overload]]
+    if not all(isinstance(bound, int | Dim) for bound in bounds):
+        raise UnsupportedError("arange of fractions")
+    if len(bounds) == 3 and bounds[2] != 1:
+        raise UnsupportedError("arange with a step")
+    start = Dim.of(bounds[0]) if len(bounds) > 1 else Dim.of(0)
+    shape = call.type.shape
+    values = call.append(
+        "arange", [], Type(torch.int64, shape), start=[start], end=[start + shape[0]]
+    )
+    return call.convert(values, call.type.dtype)
+
+
+@lowers(
+    "full.default",
+    "full_like.default",
+    "new_full.default",
+    "fill.Scalar",
+    "scalar_tensor.default",
+    "zeros.default",
+    "zeros_like.default",
+    "new_zeros.default",
+    "ones.default",
+    "ones_like.default",
+    "new_ones.default",
+)
+def fill(call: Call, *arguments: Any) -> Value:
+    if "zeros" in call.overload or "ones" in call.overload:
+        number: Any = 1.0 if "ones" in call.overload else 0.0
+    else:
+        number = arguments[0 if "scalar_tensor" in call.overload else 1]
+    if not isinstance(number, int | float):
+        raise UnsupportedError("a fill with a symbolic number")
+    return call.expand(call.builder.scalar(number, call.type.dtype), call.type.shape)
+
+
+# --- data movement
+
+
+@lowers("embedding.default")
+def embedding(call: Call, table: Value, indices: Value, *_: Any) -> Value:
+    if indices.dtype not in (torch.int64, torch.int32) or len(table.shape) != 2:
+        raise UnsupportedError("embedding with these indices or table")
+    return call.emit("embedding", table, call.convert(indices, torch.int64))
+
+
+@lowers("cat.default", "concat.default", "concatenate.default")
+def cat(call: Call, pieces: Sequence[Value], axis: int = 0) -> Value:
+    """ATen skips empty vectors, which DynamicCache starts with."""
+    rank = len(call.type.shape)
+    kept = [p for p in pieces if not (len(p.shape) == 1 and p.shape[0].constant == 0)] or pieces[:1]
+    kept = [call.convert(piece, call.type.dtype) for piece in kept]
+    if len(kept) == 1:
+        return kept[0]
+    return call.emit("cat", *kept, axis=axis_of(axis, rank))
+
+
+@lowers("stack.default")
+def stack(call: Call, pieces: Sequence[Value], axis: int = 0) -> Value:
+    axis = axis_of(axis, len(call.type.shape))
+    shape = (*call.type.shape[:axis], Dim.of(1), *call.type.shape[axis + 1 :])
+    return call.emit("cat", *[call.reshape(piece, shape) for piece in pieces], axis=axis)
+
+
+@lowers("repeat.default")
+def repeat(call: Call, x: Value, repeats: Sequence[Any]) -> Value:
+    """[a, b].repeat(n, m) is expand to [n, a, m, b] and reshape."""
+    lead = len(repeats) - len(x.shape)
+    sizes = (Dim.of(1),) * lead + x.shape
+    split_shape = [d for size in sizes for d in (Dim.of(1), size)]
+    wide_shape = [d for n, size in zip(repeats, sizes, strict=True) for d in (Dim.of(n), size)]
+    wide = call.expand(call.reshape(x, tuple(split_shape)), tuple(wide_shape))
+    return call.reshape(wide, call.type.shape)
+
+
+@lowers("index_copy.default")
+def index_copy(call: Call, x: Value, axis: int, index: Value, source: Value) -> Value:
+    """The graph op writes operand 0: lower.py decides whether that is the caller's tensor."""
+    return call.emit("index_copy", x, index, source, axis=axis_of(axis, len(x.shape)))
+
+
+@lowers("copy.default")
+def copy(call: Call, x: Value, source: Value, non_blocking: bool = False) -> Value:
+    return call.expand(call.convert(source, x.dtype), x.shape)

@@ -1,0 +1,60 @@
+"""Capture: from a Dynamo graph, or from a function over fake tensors, to pre-dispatch ATen.
+
+Pre-dispatch keeps the ops that matter whole (linear, scaled_dot_product_attention, silu, in-place
+index_copy_); AOTAutograd would decompose and functionalise them.
+
+Tested by tests/python/test_capture.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tilewright.graph_text import UnsupportedError
+from torch.fx import GraphModule
+
+
+def trace(function: Callable[..., Any], fakes: Sequence[Any], fake_mode: Any) -> GraphModule:
+    """`function` over `fakes` as a graph of pre-dispatch ATen.
+
+    Real tensors that the function closes over (parameters) become attributes of the graph. Raises
+    UnsupportedError with torch's message when the function cannot be traced.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    try:
+        with fake_mode, torch.no_grad():
+            return make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedError(f"the graph cannot be captured: {reason[0]}") from error
+
+
+def from_dynamo(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+    """The graph that Dynamo hands to a backend, as pre-dispatch ATen.
+
+    Dynamo gives real tensors, and its placeholders' own fakes belong to a mode that make_fx cannot
+    share; so each input is made fake again with Dynamo's record of its symbols, as AOTAutograd
+    does.
+    """
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise UnsupportedError("called outside of torch.compile")
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    fakes: list[Any] = []
+    for value, node in zip(inputs, placeholders, strict=True):
+        if isinstance(value, torch.Tensor):
+            fakes.append(
+                context.fake_mode.from_tensor(
+                    value,
+                    symbolic_context=context.tensor_to_context.get(value),
+                    source=getattr(node, "_dynamo_source", None),
+                )
+            )
+        else:
+            fakes.append(node.meta.get("example_value", value))
+    return trace(gm, fakes, context.fake_mode)

@@ -1,0 +1,297 @@
+"""Lowering: every entry of the ATen table against eager, with fixed and with symbolic sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graph_evaluator import parse
+from lowered_function import LoweredFunction, check
+from tilewright import aten
+from tilewright.dims import Dim, NotPolynomialError
+from tilewright.graph_text import DTYPES, UnsupportedError
+
+torch.manual_seed(0)
+X = torch.randn(2, 6, 8)
+Y = torch.randn(2, 6, 8)
+P = torch.rand(2, 6, 8) + 0.5
+W = torch.randn(12, 8)
+B = torch.randn(12)
+I64 = torch.randint(0, 12, (2, 6))
+MASK = torch.rand(2, 6, 8) > 0.5
+BF = X.bfloat16()
+Q = torch.randn(2, 4, 5, 8)
+K = torch.randn(2, 2, 7, 8)
+
+# name, function, inputs. Each runs with fixed and with symbolic sizes.
+CASES = {
+    "unary": (
+        lambda x: (x.neg(), x.abs(), x.exp(), x.sin(), x.cos(), x.tanh(), x.erf(), x.sigmoid()),
+        (X,),
+    ),
+    "positive": (lambda x: (x.sqrt(), x.rsqrt(), x.reciprocal()), (P,)),
+    "activations": (
+        lambda x: (F.silu(x), F.relu(x), F.gelu(x), F.gelu(x, approximate="tanh")),
+        (X,),
+    ),
+    "arithmetic": (lambda x, y: (x + y, x - y, x * y, torch.maximum(x, y)), (X, Y)),
+    "minimum_div": (lambda x, y: (torch.minimum(x, y), x / y), (X, P)),
+    "scalars": (lambda x: (x + 1, 2 - x, x * 0.5, x / 3, 1 / (x + 9)), (X,)),
+    "alpha": (lambda x, y: (torch.add(x, y, alpha=2), torch.sub(x, y, alpha=0.5)), (X, Y)),
+    "integers": (lambda i: (i + 1, i * 2, i - 3, i / 2, i.float() * 0.5, i * 1.5), (I64,)),
+    "mixed": (lambda x, i: (x[:, :, 0] + i, i * x[:, :, 1]), (X, I64)),
+    "bf16_scalar": (lambda x: (x + 1e-3, x * 0.1, x + x.float()), (BF,)),
+    "zero_dim": (lambda x, y: (x * y[0, 0, 0], x.bfloat16() + y[0, 0, 0]), (X, Y)),
+    "pow": (lambda x: (x.pow(2), x.pow(3), x.square(), x.pow(0.5), x.pow(-0.5)), (P,)),
+    "clamp": (lambda x: (x.clamp(-1, 1), x.clamp(min=0.1), x.clamp(max=0.2)), (X,)),
+    "clamp_one": (lambda x: (torch.clamp_min(x, 0.1), torch.clamp_max(x, 0.1)), (X,)),
+    "compare": (lambda x, y: (x < y, x <= 0, x > y, x >= 0.5, x == y, x != 1), (X, Y)),
+    "compare_integers": (lambda i: (i < 3, i == 2, i.ne(4)), (I64,)),
+    "logic": (lambda m, x: (m & (x > 0), m | (x > 0), ~m, torch.logical_not(m)), (MASK, X)),
+    "where": (lambda m, x, y: (torch.where(m, x, y), torch.where(m, x, 0.0)), (MASK, X, Y)),
+    "masked_fill": (lambda m, x: x.masked_fill(m, -1e9), (MASK, X)),
+    "masked_fill_infinity": (lambda m, x: x.masked_fill(m, float("-inf")), (MASK, X)),
+    "convert": (lambda x: (x.to(torch.float64), x.bfloat16(), x.half().float(), x.long()), (X,)),
+    "type_as": (lambda x, y: (x.bfloat16() * 2).type_as(y) + y, (X, Y)),
+    "reductions": (lambda x: (x.mean(-1), x.mean(-1, keepdim=True), x.sum(-1), x.amax(-1)), (X,)),
+    "mean_dtype": (lambda x: x.mean(-1, keepdim=True, dtype=torch.float32), (BF,)),
+    "softmax": (lambda x: (x.softmax(-1), F.softmax(x, 1), F.softmax(x, -1, torch.float64)), (X,)),
+    "rms_norm": (lambda x, w: (F.rms_norm(x, (8,), w[0], 1e-6), F.rms_norm(x, (8,))), (X, W)),
+    "layer_norm": (
+        lambda x, w: (F.layer_norm(x, (8,), w[0], w[1]), F.layer_norm(x, (8,), eps=1e-3)),
+        (X, W),
+    ),
+    "linear": (lambda x, w, b: (F.linear(x, w), F.linear(x, w, b)), (X, W, B)),
+    "matmul": (lambda x, y: (x @ y.transpose(-1, -2), torch.bmm(x, y.mT)), (X, Y)),
+    "mm": (lambda x, w: (torch.mm(x[0], w.t()), x @ w.T), (X, W)),
+    "addmm": (lambda x, w, b: torch.addmm(b, x.view(-1, 8), w.t()), (X, W, B)),
+    "reshape": (lambda x: (x.view(2, 6, 2, 4), x.reshape(-1, 8), x.flatten(1), x.flatten()), (X,)),
+    "unflatten": (
+        lambda x: (x.unflatten(-1, (2, 4)), x.unsqueeze(1), x[:, :, :1].squeeze(-1)),
+        (X,),
+    ),
+    "permute": (lambda x: (x.permute(2, 0, 1) + 0, x.transpose(1, 2) + 0, x.mT + 0), (X,)),
+    "movedim": (lambda x: (x.movedim(0, 2) + 0, x.movedim((0, 1), (1, 0)) * 1), (X,)),
+    "strided_outputs": (lambda x: (x * 2).transpose(1, 2), (X,)),
+    "expand": (lambda x: x[:, :1].expand(2, 6, 8) * 1 + x[:, None, 0].expand(2, 6, 8), (X,)),
+    "slice": (lambda x: (x[:, 1:] * 1, x[:, -2:] * 1, x[..., :-3] + 0, x[:, 1:3] * 1), (X,)),
+    "select": (lambda x: (x[:, 0] * 1, x[:, -1] + 0, x[..., 3] * 1), (X,)),
+    "split": (
+        lambda x: [p * 1 for p in (*x.split(4, -1), *x.chunk(2, -1), *x.split([3, 5], 2))],
+        (X,),
+    ),
+    "unbind": (lambda x: [p * 1 for p in x.unbind(0)], (X,)),
+    "narrow": (lambda x: x.narrow(2, 1, 4) * 1, (X,)),
+    "cat": (lambda x, y: (torch.cat([x, y], 1), torch.cat([x, y, x], -1)), (X, Y)),
+    "cat_empty": (lambda x: torch.cat([torch.tensor([]), x], -2), (X,)),
+    "stack": (lambda x, y: (torch.stack([x, y]), torch.stack([x, y], -1)), (X, Y)),
+    "repeat": (lambda x: (x.repeat(1, 2, 1), x.repeat(2, 1, 1, 1)), (X,)),
+    "embedding": (lambda i, w: F.embedding(i, w), (I64, W)),
+    "arange": (
+        lambda x: (torch.arange(x.shape[1]) + 1, torch.arange(1, x.shape[1] + 1).float()),
+        (X,),
+    ),
+    "fills": (
+        lambda x: (torch.zeros(2, 3) + 1, torch.full((2,), 5.0), x.new_ones(3), torch.ones_like(x)),
+        (X,),
+    ),
+    "attention": (
+        lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.3),
+        (Q,),
+    ),
+    "attention_gqa": (
+        lambda q, k: F.scaled_dot_product_attention(q, k, k, scale=0.5, enable_gqa=True),
+        (Q, K),
+    ),
+    "attention_mask": (
+        lambda q, k: F.scaled_dot_product_attention(
+            q, k, k, attn_mask=(torch.arange(7) < 4)[None, :], scale=0.3, enable_gqa=True
+        ),
+        (Q, K),
+    ),
+    "attention_float_mask": (
+        lambda q, m: F.scaled_dot_product_attention(q, q, q, attn_mask=m, scale=0.3),
+        (Q, torch.randn(2, 1, 5, 5)),
+    ),
+    "dropout_and_copies": (
+        lambda x: F.dropout(x, 0.5, False).clone().contiguous().detach() * 2,
+        (X,),
+    ),
+    "sizes_as_numbers": (lambda x: x * x.shape[1] + x.shape[0], (X,)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "symbolic"])
+@pytest.mark.parametrize("name", CASES)
+def test_entry(name: str, dynamic: bool) -> None:
+    function, inputs = CASES[name]
+    loose = "bf16" in name or name in ("zero_dim", "mean_dtype", "convert", "type_as")
+    lowered = check(function, *inputs, dynamic=dynamic, **({"rtol": 8e-3} if loose else {}))
+    assert not lowered.externals, lowered.externals
+
+
+def test_the_table_names_real_overloads() -> None:
+    missing = []
+    for name in aten.TABLE:
+        namespace, packet, overload = name.split(".")
+        operator = getattr(getattr(torch.ops, namespace), packet, None)
+        if operator is None or overload not in operator.overloads():
+            missing.append(name)
+    assert not missing, missing
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "symbolic"])
+def test_unknown_ops_become_external(dynamic: bool) -> None:
+    lowered = check(lambda x: (x.cumsum(-1) + 1, *x.topk(2)), X, dynamic=dynamic)
+    assert lowered.externals == ["aten.cumsum.default", "aten.topk.default"]
+    (graph,) = lowered.graphs
+    assert dict(graph.externals)["aten.cumsum.default"] == "no lowering for aten.cumsum.default"
+
+
+def test_values_outside_an_entry_become_external() -> None:
+    lowered = check(lambda x: (x.pow(1.5), x.sum((0, 1))), P)
+    assert dict(lowered.graphs[0].externals) == {
+        "aten.pow.Tensor_Scalar": "pow with exponent 1.5",
+        "aten.sum.dim_IntList": "sum over other axes than the last",
+    }
+
+
+def test_external_arguments_with_symbols() -> None:
+    lowered = check(lambda x: torch.nn.functional.pad(x, (0, x.shape[1])), X, dynamic=True)
+    assert lowered.externals and "dim" in lowered.graphs[0].text
+
+
+def test_outputs_alias_inputs() -> None:
+    lowered = LoweredFunction(lambda x: (x, x.view(-1), x[:, 1:], x * 2))
+    x = X.clone()
+    same, flat, part, doubled = lowered.compiled(x)
+    assert same is x
+    assert flat.data_ptr() == x.data_ptr()
+    part.zero_()
+    assert x[:, 1:].abs().sum() == 0 and doubled.abs().sum() > 0
+
+
+def test_outputs_share_memory_with_each_other() -> None:
+    def function(x):
+        y = x * 2
+        return y, y.view(-1), y[1]
+
+    check(function, X)
+    whole, flat, row = LoweredFunction(function).compiled(X)
+    flat.zero_()
+    assert whole.abs().sum() == 0 and row.abs().sum() == 0
+
+
+def test_the_same_output_twice() -> None:
+    one, other = LoweredFunction(lambda x: ((y := x + 1), y)).compiled(X)
+    assert one is other
+    a, b = LoweredFunction(lambda x: ((y := x + 1), y.clone())).compiled(X)
+    assert a.data_ptr() != b.data_ptr()
+
+
+def test_writes_to_inputs_happen_in_order() -> None:
+    def function(cache, position, row):
+        before = cache.sum(-1)
+        cache.index_copy_(1, position, row)
+        after = cache * 2
+        position.add_(1)
+        cache.index_copy_(1, position, row + 1)
+        return before, after, cache
+
+    cache, position = torch.zeros(2, 6, 8), torch.tensor([1])
+    lowered = check(function, cache, position, torch.ones(2, 1, 8))
+    (graph,) = lowered.graphs
+    assert graph.mutated == {0, 1}
+    assert lowered.ops().count("index_copy") == 2
+    assert [name for name, _ in graph.externals] == ["aten.add_.Tensor"]
+
+
+def test_writes_to_intermediate_values_stay_inside() -> None:
+    def function(x):
+        y = x * 2
+        y.add_(1)
+        z = y.clone()
+        z.index_copy_(1, torch.tensor([0]), x[:, 1:2])
+        return y, z, x + 0
+
+    lowered = check(function, X)
+    assert not lowered.graphs[0].mutated and not lowered.externals
+
+
+def test_sizes_that_are_not_polynomials() -> None:
+    def function(x):
+        return x[..., ::2] * 1, x[..., 1::2] * 1, F.scaled_dot_product_attention(x, x, x)
+
+    check(function, X[None])
+    with pytest.raises(Exception, match="not a polynomial"):
+        LoweredFunction(function, dynamic=True).compiled(X[None])
+
+
+def test_a_view_read_after_a_write_is_refused() -> None:
+    def function(x, row):
+        view = x[0]
+        x.index_copy_(1, torch.tensor([0]), row)
+        return view * 2
+
+    with pytest.raises(Exception, match="is read after"):
+        LoweredFunction(function).compiled(X.clone(), torch.ones(2, 1, 8))
+
+
+def test_autocast_is_refused() -> None:
+    def function(x, w):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x @ w.t()
+
+    with pytest.raises(Exception, match="autocast"):
+        LoweredFunction(function).compiled(X, W)
+
+
+def test_a_value_that_decides_a_size_is_refused() -> None:
+    def function(x):
+        return x.nonzero()
+
+    with (
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
+        pytest.raises(Exception, match=r"(?s)unbacked|size|captured|Unsupported"),
+    ):
+        LoweredFunction(function).compiled(X)
+
+
+def test_unused_inputs_are_not_parameters() -> None:
+    lowered = check(lambda x, y: x + y.shape[0], X, Y)
+    assert lowered.graphs[0].inputs == [0]
+
+
+def test_symbols_that_only_integers_carry() -> None:
+    lowered = LoweredFunction(lambda x, n: x * n + n, dynamic=True)
+    for n in (3, 5, 9):
+        torch.testing.assert_close(lowered.compiled(X, n), X * n + n)
+    assert lowered.graphs[-1].shape_inputs
+
+
+def test_dims_are_canonical() -> None:
+    b, s = Dim.symbol("b"), Dim.symbol("s")
+    assert str(s + b * s * 2 + 1) == "2*b*s + s + 1"
+    assert s * b == b * s and (s - s).constant == 0
+    assert str(Dim.of(0) - s) == "-s" and str(s - 3) == "s - 3"
+    assert (b * s + 4).evaluate({"b": 3, "s": 5}) == 19
+    import sympy
+
+    n = sympy.Symbol("n", integer=True)
+    assert str(Dim.of((n + 1) * (n - 1))) == "n*n - 1"
+    with pytest.raises(NotPolynomialError):
+        Dim.of(n // 2)
+
+
+def test_types_that_the_graph_has_no_word_for() -> None:
+    assert set(DTYPES) == {"f32", "bf16", "f16", "f64", "i64", "i32", "i16", "i8", "u8", "bool"}
+    with pytest.raises(Exception, match=r"complex|type"):
+        LoweredFunction(lambda x: torch.view_as_complex(x.view(2, 6, 4, 2)) * 2).compiled(X)
+    assert issubclass(UnsupportedError, Exception)
+
+
+def test_text_parses_and_names_are_unique() -> None:
+    lowered = check(lambda x, w: F.silu(F.linear(x, w)) + F.linear(x, w), X, W)
+    graph = parse(lowered.graphs[0].text)
+    names = [name for line in graph.lines for name in line.results]
+    assert len(set(names)) == len(names)
