@@ -1,0 +1,323 @@
+// Programs against the reference interpreter: whole decoders in both capture kinds, prefill and
+// decode, any number of threads, fallbacks, counters, and inputs that do not fit.
+#include "ops/program.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+
+#include "graph/interpret.h"
+#include "graph/pipeline.h"
+#include "ops/compile.h"
+#include "tests/llama_graph.h"
+
+namespace tilewright::ops {
+namespace {
+
+using graph::Tensor;
+
+Tensor random_tensor(graph::DataType dtype, std::vector<std::int64_t> shape, unsigned seed,
+                     double scale) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<double> normal(0, scale);
+  Tensor tensor = *Tensor::make(dtype, std::move(shape));
+  for (std::int64_t i = 0; i < tensor.count(); ++i) tensor.set(i, normal(generator));
+  return tensor;
+}
+
+Tensor integers(std::vector<std::int64_t> shape,
+                const std::function<std::int64_t(std::int64_t)>& at) {
+  Tensor tensor = *Tensor::make(graph::DataType::i64, std::move(shape));
+  for (std::int64_t i = 0; i < tensor.count(); ++i) tensor.set_integer(i, at(i));
+  return tensor;
+}
+
+TensorView view(Tensor& tensor) { return {tensor.bytes.data(), tensor.dtype, tensor.shape}; }
+
+double largest_difference(const Tensor& a, const Tensor& b) {
+  EXPECT_EQ(a.shape, b.shape);
+  double largest = 0;
+  for (std::int64_t i = 0; i < a.count(); ++i) {
+    const double difference = std::abs(a.get(i) - b.get(i));
+    if (!(difference <= largest)) largest = difference;  // NaN is the largest
+  }
+  return largest;
+}
+
+struct Model {
+  graph::Graph source, optimized;
+  graph::Constants constants;
+  std::map<std::string, TensorView> views;
+  std::shared_ptr<KernelLibrary> kernels;
+  std::shared_ptr<WeightStore> weights = std::make_shared<WeightStore>();
+
+  Model(const LlamaText& llama, graph::DataType dtype) {
+    auto parsed = graph::parse(llama.text);
+    if (!parsed) ADD_FAILURE() << parsed.error().message << "\n" << llama.text;
+    source = *parsed;
+    unsigned seed = 1;
+    for (const auto& [name, shape] : llama.constants) {
+      const bool frequencies = name == "inv_freq";
+      Tensor tensor = random_tensor(frequencies ? graph::DataType::f32 : dtype, shape, seed++,
+                                    shape.size() == 1 ? 1.0 : 0.2);
+      constants.emplace(name, std::move(tensor));
+    }
+    for (auto& [name, tensor] : constants) views.emplace(name, view(tensor));
+    auto store = std::make_shared<cache::Store>(cache::Store::open("", cache::Mode::off, 0));
+    kernels = std::make_shared<KernelLibrary>(Target::host(), store);
+    auto result = graph::optimize(source, Target::host());
+    if (!result) ADD_FAILURE() << result.error().message;
+    optimized = *result;
+  }
+
+  Program compile(const CompileOptions& options = {}) {
+    auto program = ops::compile(optimized, views, Target::host(), options, kernels, weights);
+    if (!program) ADD_FAILURE() << program.error().message << "\n" << graph::print(optimized);
+    return std::move(*program);
+  }
+};
+
+std::vector<Tensor> run(Program& program, std::vector<Tensor>& inputs, std::vector<KvCache*> caches,
+                        int threads, Phase phase = Phase::decode,
+                        const HostFunction* host = nullptr) {
+  std::vector<TensorView> views;
+  for (Tensor& input : inputs) views.push_back(view(input));
+  auto shapes = program.output_shapes(views);
+  if (!shapes) {
+    ADD_FAILURE() << shapes.error().message;
+    return {};
+  }
+  std::vector<Tensor> outputs;
+  for (std::size_t i = 0; i < shapes->size(); ++i) {
+    outputs.push_back(
+        *Tensor::make(program.graph().type(program.graph().outputs[i]).dtype, (*shapes)[i]));
+  }
+  std::vector<TensorView> output_views;
+  for (Tensor& output : outputs) output_views.push_back(view(output));
+  const Status done = program.run({views, caches, output_views, host, phase, threads});
+  EXPECT_TRUE(done.ok()) << (done.ok() ? "" : done.error().message);
+  return outputs;
+}
+
+struct Step {
+  std::int64_t batch, tokens, past;
+  Tensor ids() const {
+    return integers({batch, tokens},
+                    [this](std::int64_t i) { return (7 * i + 3 * past + 5) % 61; });
+  }
+  Tensor positions() const {
+    return integers({batch, tokens}, [this](std::int64_t i) { return past + i % tokens; });
+  }
+};
+
+double tolerance(graph::DataType dtype) { return dtype == graph::DataType::f32 ? 2e-4 : 0.15; }
+
+class Decoder : public testing::TestWithParam<graph::DataType> {};
+
+TEST_P(Decoder, WithCachesMatchesTheInterpreter) {
+  const LlamaShape shape;
+  Model model(llama_graph(shape, true, std::string(graph::name(GetParam()))), GetParam());
+  Program program = model.compile();
+  const std::int64_t batch = 2;
+  std::vector<KvCache> caches;
+  std::vector<graph::Argument> reference_caches;
+  for (int i = 0; i < shape.layers; ++i) {
+    caches.emplace_back(batch, shape.kv_heads, shape.head_dim, GetParam());
+    graph::Cache cache{GetParam(), batch, shape.kv_heads, shape.head_dim, 0, {}, {}};
+    reference_caches.emplace_back(cache);
+  }
+  std::vector<KvCache*> pointers;
+  for (KvCache& cache : caches) pointers.push_back(&cache);
+  std::int64_t past = 0;
+  for (std::int64_t tokens : {70, 1, 1, 3}) {
+    const Step step{batch, tokens, past};
+    std::vector<graph::Argument> arguments{step.ids(), step.positions()};
+    for (const auto& cache : reference_caches) arguments.push_back(cache);
+    auto expected = graph::interpret(model.source, arguments, model.constants);
+    ASSERT_TRUE(expected.ok()) << expected.error().message;
+    for (std::size_t i = 0; i < reference_caches.size(); ++i)
+      reference_caches[i] = arguments[2 + i];
+    std::vector<Tensor> inputs{step.ids(), step.positions()};
+    std::vector<Tensor> outputs =
+        run(program, inputs, pointers, 2, tokens > 1 ? Phase::prefill : Phase::decode);
+    ASSERT_EQ(outputs.size(), 1u);
+    EXPECT_LT(largest_difference(outputs[0], (*expected)[0]), tolerance(GetParam()));
+    past += tokens;
+    EXPECT_EQ(caches[0].length(), past);
+  }
+  const PhaseCounters& decode = program.counters(Phase::decode);
+  EXPECT_EQ(decode.runs, 2u);
+  EXPECT_EQ(decode.fallback_calls, 0u);
+  EXPECT_EQ(decode.layer_steps, 8 * decode.layers) << graph::print(model.optimized);
+}
+
+TEST_P(Decoder, WithGrowingTensorsMatchesTheInterpreter) {
+  const LlamaShape shape;
+  Model model(llama_graph(shape, false, std::string(graph::name(GetParam()))), GetParam());
+  Program program = model.compile();
+  std::vector<Tensor> state;
+  for (int i = 0; i < 2 * shape.layers; ++i) {
+    state.push_back(random_tensor(GetParam(), {1, shape.kv_heads, 19, shape.head_dim},
+                                  50u + static_cast<unsigned>(i), 1.0));
+  }
+  for (std::int64_t past : {19, 20, 21}) {
+    const Step step{1, 1, past};
+    std::vector<Tensor> inputs{step.ids(), step.positions()};
+    inputs.insert(inputs.end(), state.begin(), state.end());
+    std::vector<graph::Argument> arguments(inputs.begin(), inputs.end());
+    auto expected = graph::interpret(model.source, arguments, model.constants);
+    ASSERT_TRUE(expected.ok()) << expected.error().message;
+    std::vector<Tensor> outputs = run(program, inputs, {}, 2);
+    ASSERT_EQ(outputs.size(), expected->size());
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+      EXPECT_LT(largest_difference(outputs[i], (*expected)[i]), tolerance(GetParam())) << i;
+    }
+    state.assign(outputs.begin(), outputs.end() - 1);
+  }
+  const PhaseCounters& decode = program.counters(Phase::decode);
+  EXPECT_EQ(decode.fallback_calls, 0u);
+  EXPECT_EQ(decode.layer_steps, 8 * decode.layers) << graph::print(model.optimized);
+}
+
+INSTANTIATE_TEST_SUITE_P(DataTypes, Decoder,
+                         testing::Values(graph::DataType::f32, graph::DataType::bf16,
+                                         graph::DataType::f16),
+                         [](const auto& info) { return std::string(graph::name(info.param)); });
+
+TEST(Program, BitsAreTheSameForAnyNumberOfThreads) {
+  const LlamaShape shape;
+  Model model(llama_graph(shape, true), graph::DataType::f32);
+  Program program = model.compile();
+  std::vector<std::byte> first;
+  for (int threads : {1, 2, 3, 5}) {
+    std::vector<KvCache> caches;
+    for (int i = 0; i < shape.layers; ++i)
+      caches.emplace_back(1, shape.kv_heads, shape.head_dim, graph::DataType::f32);
+    std::vector<KvCache*> pointers;
+    for (KvCache& cache : caches) pointers.push_back(&cache);
+    const Step step{1, 33, 0};
+    std::vector<Tensor> inputs{step.ids(), step.positions()};
+    std::vector<Tensor> outputs = run(program, inputs, pointers, threads);
+    ASSERT_EQ(outputs.size(), 1u);
+    if (first.empty()) first = outputs[0].bytes;
+    EXPECT_EQ(outputs[0].bytes, first) << threads << " threads";
+  }
+}
+
+TEST(Program, LeftPaddingHidesKeys) {
+  // A padded sequence gives the same logits as the same sequence alone, at the same positions.
+  const LlamaShape shape;
+  Model model(llama_graph(shape, true), graph::DataType::f32);
+  Program program = model.compile();
+  const std::int64_t padding = 5, tokens = 9;
+  std::vector<std::vector<Tensor>> results;
+  for (const std::int64_t pad : {std::int64_t{0}, padding}) {
+    std::vector<KvCache> caches;
+    for (int i = 0; i < shape.layers; ++i) {
+      caches.emplace_back(1, shape.kv_heads, shape.head_dim, graph::DataType::f32);
+      const std::int64_t first[] = {pad};
+      ASSERT_TRUE(caches.back().set_first_keys(first).ok());
+    }
+    std::vector<KvCache*> pointers;
+    for (KvCache& cache : caches) pointers.push_back(&cache);
+    std::vector<Tensor> inputs{
+        integers({1, pad + tokens}, [&](std::int64_t i) { return i < pad ? 0 : i - pad + 1; }),
+        integers({1, pad + tokens}, [&](std::int64_t i) { return i < pad ? 0 : i - pad; })};
+    results.push_back(run(program, inputs, pointers, 2));
+  }
+  EXPECT_LT(largest_difference(results[0][0], results[1][0]), 1e-5);
+}
+
+TEST(Program, DisabledOpsBecomeHostCallsWithAReason) {
+  const LlamaShape shape;
+  Model model(llama_graph(shape, true), graph::DataType::f32);
+  CompileOptions options;
+  options.disabled = {"norm"};
+  Program program = model.compile(options);
+  int norms = 0;
+  const HostFunction host = [&](const HostCall& call) -> Status {
+    if (call.function != "rms_norm") return Error{"unexpected " + call.function};
+    norms += 1;
+    const std::int64_t columns = call.inputs[0].shape.back();
+    const auto* x = static_cast<const float*>(call.inputs[0].data);
+    const auto* w = static_cast<const float*>(call.inputs[1].data);
+    auto* y = static_cast<float*>(call.outputs[0].data);
+    for (std::int64_t row = 0; row < element_count(call.inputs[0]) / columns; ++row) {
+      double sum = 0;
+      for (std::int64_t i = 0; i < columns; ++i)
+        sum += double(x[row * columns + i]) * x[row * columns + i];
+      const double scale = 1 / std::sqrt(sum / static_cast<double>(columns) + 1e-5);
+      for (std::int64_t i = 0; i < columns; ++i)
+        y[row * columns + i] = static_cast<float>(x[row * columns + i] * scale * w[i]);
+    }
+    return {};
+  };
+  Program own = model.compile();
+  std::vector<std::vector<Tensor>> results;
+  for (Program* each : {&program, &own}) {
+    std::vector<KvCache> caches;
+    for (int i = 0; i < shape.layers; ++i)
+      caches.emplace_back(1, shape.kv_heads, shape.head_dim, graph::DataType::f32);
+    std::vector<KvCache*> pointers;
+    for (KvCache& cache : caches) pointers.push_back(&cache);
+    const Step step{1, 6, 0};
+    std::vector<Tensor> inputs{step.ids(), step.positions()};
+    results.push_back(run(*each, inputs, pointers, 2, Phase::decode, &host));
+  }
+  EXPECT_EQ(norms, 2 * shape.layers + 1);
+  EXPECT_EQ(program.counters(Phase::decode).fallback_calls, static_cast<std::uint64_t>(norms));
+  EXPECT_LT(largest_difference(results[0][0], results[1][0]), 1e-4);
+  int reasons = 0;
+  for (const RegionReport& region : program.regions()) {
+    if (region.fallback) reasons += region.reason == "norm is disabled" ? 1 : -100;
+  }
+  EXPECT_EQ(reasons, norms);
+}
+
+TEST(Program, InputsThatDoNotFitAreErrors) {
+  const LlamaShape shape;
+  Model model(llama_graph(shape, true), graph::DataType::f32);
+  Program program = model.compile();
+  const Step step{1, 2, 0};
+  Tensor ids = step.ids(), positions = step.positions();
+  Tensor wrong = integers({1, 3}, [](std::int64_t) { return 0; });
+  Tensor floats = *Tensor::make(graph::DataType::f32, {1, 2});
+  std::vector<TensorView> shapes_differ{view(ids), view(wrong)},
+      types_differ{view(ids), view(floats)}, one{view(ids)};
+  for (const auto* inputs : {&shapes_differ, &types_differ, &one}) {
+    const auto result = program.output_shapes(*inputs);
+    EXPECT_FALSE(result.ok());
+  }
+  KvCache small(1, shape.kv_heads, shape.head_dim + 1, graph::DataType::f32);
+  KvCache* caches[] = {&small, &small};
+  std::vector<TensorView> good{view(ids), view(positions)};
+  Tensor logits = *Tensor::make(graph::DataType::f32, {1, 1, shape.vocabulary});
+  std::vector<TensorView> outputs{view(logits)};
+  const Status refused = program.run({good, caches, outputs, nullptr, Phase::decode, 1});
+  ASSERT_FALSE(refused.ok());
+  EXPECT_NE(refused.error().message.find("cache %kv0"), std::string::npos)
+      << refused.error().message;
+}
+
+TEST(Program, AnIndexOutsideTheTableIsAnErrorAndTheCacheIsUnchanged) {
+  const LlamaShape shape;
+  Model model(llama_graph(shape, true), graph::DataType::f32);
+  Program program = model.compile();
+  KvCache a(1, shape.kv_heads, shape.head_dim, graph::DataType::f32),
+      b(1, shape.kv_heads, shape.head_dim, graph::DataType::f32);
+  KvCache* caches[] = {&a, &b};
+  for (std::int64_t bad : {std::int64_t{61}, std::int64_t{-1}}) {
+    Tensor ids = integers({1, 2}, [&](std::int64_t i) { return i == 0 ? 1 : bad; });
+    Tensor positions = integers({1, 2}, [](std::int64_t i) { return i; });
+    std::vector<TensorView> inputs{view(ids), view(positions)};
+    Tensor logits = *Tensor::make(graph::DataType::f32, {1, 1, shape.vocabulary});
+    std::vector<TensorView> outputs{view(logits)};
+    EXPECT_FALSE(program.run({inputs, caches, outputs, nullptr, Phase::decode, 2}).ok());
+    EXPECT_EQ(a.length(), 0);
+  }
+}
+
+}  // namespace
+}  // namespace tilewright::ops
