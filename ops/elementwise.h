@@ -26,7 +26,7 @@ Form form_of(graph::DataType type);
 jit::vir::Reg change_form(jit::vir::Builder& builder, jit::vir::Reg value, Form from, Form to);
 
 // `operands` are all in `form`, but where's first is a mask. Compares give a mask. Not here:
-// convert, pow (of which the region's expansion leaves nothing) and reductions.
+// convert, pow and reductions.
 jit::vir::Reg emit_elementwise(jit::vir::Builder& builder, graph::Op op, Form form,
                                std::span<const jit::vir::Reg> operands, bool tanh_form = false);
 

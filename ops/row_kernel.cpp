@@ -12,8 +12,8 @@
 
 #include <algorithm>
 #include <limits>
-#include <optional>
 
+#include "jit/math.h"
 #include "ops/columns.h"
 #include "ops/elementwise.h"
 #include "ops/row_steps.h"
@@ -196,6 +196,9 @@ class RowBuilder {
     if (s.op == Op::convert) {
       Reg value = operand(s.operands[0], s.form, values);
       return s.form == Form::real ? round_to(b_, s.dtype, value) : value;
+    }
+    if (s.op == Op::pow) {
+      return jit::math::pow(b_, operand(s.operands[0], Form::real, values), s.value);
     }
     std::array<Reg, 3> registers;
     const int count = s.operand_count();

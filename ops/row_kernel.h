@@ -36,7 +36,7 @@ struct RowOperand {
 // results in order.
 struct RowInstruction {
   graph::Op op;  // elementwise, sum/mean/amax, softmax, rms_norm, layer_norm, scalar
-  std::vector<int> operands;
+  std::vector<int> operands = {};
   double value = 0;   // scalar's value, pow's exponent, a norm's eps
   bool flag = false;  // gelu: tanh form; rms_norm: plus_one
   graph::DataType dtype =

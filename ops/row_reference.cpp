@@ -91,7 +91,7 @@ double elementwise(const RowInstruction& instruction, double a, double b, double
     case Op::convert:
       return convert(a, instruction.dtype);
     case Op::where:
-      return a != 0 ? b : c;
+      return convert(a != 0 ? b : c, instruction.dtype);
     case Op::eq:
       return a == b;
     case Op::ne:

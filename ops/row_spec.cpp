@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "jit/math.h"
 #include "ops/columns.h"
 #include "ops/row_kernel.h"
 
@@ -146,8 +147,7 @@ class Check {
         kind != graph::OpClass::normalisation) {
       return error("{} is not a row op", name(op));
     }
-    constexpr std::array kExponents{2.0, 3.0, 0.5, -0.5, -1.0};
-    if (op == Op::pow && std::count(kExponents.begin(), kExponents.end(), instruction.value) == 0) {
+    if (op == Op::pow && !jit::math::pow_supported(instruction.value)) {
       return error("pow with exponent {} has no vector form", instruction.value);
     }
     return check_result_type(instruction);

@@ -105,11 +105,10 @@ class Expansion {
     return result;
   }
 
+  // A square is a product, so that the sum of squares is one FMA.
   int power(int x, double exponent) {
     if (exponent == 2) return real(Op::mul, x, x);
-    if (exponent == 3) return real(Op::mul, real(Op::mul, x, x), x);
-    if (exponent == 0.5) return real(Op::sqrt, x);
-    return real(exponent == -0.5 ? Op::rsqrt : Op::reciprocal, x);
+    return append({.op = Op::pow, .operands = {x, -1, -1}, .value = exponent});
   }
 
   int value(const RowInstruction& instruction, std::size_t operand) const {
