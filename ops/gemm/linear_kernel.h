@@ -5,6 +5,11 @@
 // accumulators is baked in, everything else about M is a run-time argument. Weights are packed once
 // (pack.h) and serve prefill and decode.
 //
+// Every output is one chain of fused multiply-adds in the order of k, whatever the rows of a block,
+// the lanes and the weight's type. So y has the same bits for every way to cut M into blocks and
+// into threads, with AVX2 and AVX-512, and for a weight stored exactly in 16 bits. The price is
+// that the GEMV has only as many chains as a panel has vectors; it is bound by memory, not by them.
+//
 // Tested by linear_test (against a double-precision reference) and the differential test.
 #pragma once
 
@@ -12,16 +17,16 @@
 #include <string>
 
 #include "graph/type.h"
+#include "jit/base/result.h"
 #include "jit/vir/vir.h"
 
 namespace tilewright::ops {
 
 // What to do to an accumulator before it is stored, in this order: + bias, activation, (gated:
-// act(gate) * up),
-// + residual.
+// act(gate) * up), + residual.
 struct Epilogue {
-  bool bias = false;
-  bool residual = false;
+  bool bias = false;  // n values in the order of the stacked weight rows (gated: gates, then ups)
+  bool residual = false;   // one value per output
   std::string activation;  // "", "silu", "gelu", "gelu_tanh", "relu"
   bool gated = false;      // panels hold gate and up columns interleaved; y has n/2 columns
   friend bool operator==(const Epilogue&, const Epilogue&) = default;
@@ -58,11 +63,15 @@ struct LinearArgs {
   };
 };
 
-int max_rows(int lanes);  // 6 with AVX2 (6x16), 8 or more with AVX-512
-std::int64_t
-panel_columns();  // 32 for every weight type: the packed layout does not depend on lanes
+int max_rows(int lanes);       // 6 with AVX2 (6 x 16), 12 with AVX-512 (12 x 32)
+std::int64_t panel_columns();  // 32: the packed layout depends neither on lanes nor on the type
 std::int64_t panel_count(std::int64_t n);     // n rounded up
 std::string print(const LinearKernel& spec);  // canonical: the kernel's identity in the cache key
+// Error: why there is no kernel for this.
+Status supported(const LinearKernel& spec);
+// REQUIRES: supported(spec)
 jit::vir::Function build(const LinearKernel& spec);
+// The scalar reference, in double; args as the kernel's.
+void reference(const LinearKernel& spec, const std::int64_t* args);
 
 }  // namespace tilewright::ops

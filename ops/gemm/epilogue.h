@@ -1,0 +1,33 @@
+// The epilogue of a linear kernel: what happens to accumulators between the last product and the
+// store. It is ordinary VIR, so the allocator sees it.
+//
+// Tested by linear_test.
+#pragma once
+
+#include <cstdint>
+
+#include "jit/vir/builder.h"
+#include "ops/gemm/linear_kernel.h"
+
+namespace tilewright::ops {
+
+// A run of neighbouring outputs of one row, at most a vector of them.
+struct OutputVector {
+  jit::vir::Reg value;     // the accumulator (gated: the gate's)
+  jit::vir::Reg up;        // gated: the up projection's accumulator
+  std::int64_t first = 0;  // its first column, from the panel's first output column
+  int count = 0;           // columns that exist, 1..lanes
+};
+
+// Where the panel's first output column of a row is; each is valid if the epilogue reads it.
+struct OutputRow {
+  jit::vir::Reg y;
+  jit::vir::Reg residual;
+  jit::vir::Reg bias;  // the same for every row
+};
+
+// Finishes and stores one vector.
+void finish_vector(jit::vir::Builder& builder, const LinearKernel& spec, const OutputVector& vector,
+                   const OutputRow& row);
+
+}  // namespace tilewright::ops

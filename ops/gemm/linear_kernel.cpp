@@ -1,0 +1,317 @@
+// The linear kernel's loops: panels, then blocks of rows, then k. The epilogue is in epilogue.cpp.
+//
+// A panel of 32 columns is cut into parts, each of which passes over k with as many accumulators as
+// the registers hold: with AVX2 up to 3 rows x 32 columns or 6 rows x 16, with AVX-512 12 x 32. The
+// halves of a panel are different cache lines, so cutting it reads no byte twice.
+//
+// Tested by linear_test.
+#include "ops/gemm/linear_kernel.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "jit/vir/builder.h"
+#include "ops/gemm/epilogue.h"
+#include "ops/gemm/pack.h"
+
+namespace tilewright::ops {
+namespace {
+
+using graph::DataType;
+using jit::vir::Address;
+using jit::vir::Builder;
+using jit::vir::Element;
+using jit::vir::Reg;
+
+constexpr int kPanelColumns = 32;
+constexpr int kStepBytes = kPanelColumns * 4;  // of a panel, for one k (f32) or two (16-bit types)
+constexpr int kLineBytes = 64;
+
+// Rows that one address register reaches with an index of one stride, scaled by 1 or 2.
+constexpr int kRowsPerPointer = 3;
+
+// Up to so many rows the weights come from memory faster than they can be used, and the loop asks
+// for them this far ahead; with more rows they are in cache after the first block.
+constexpr int kStreamedRows = 3;
+constexpr int kPrefetchBytes = 2048;
+
+Element input_element(DataType type) {
+  return type == DataType::bf16  ? Element::bf16
+         : type == DataType::f16 ? Element::f16
+                                 : Element::f32;
+}
+
+class LinearBuilder {
+ public:
+  explicit LinearBuilder(const LinearKernel& spec)
+      : spec_(spec), b_(name(spec), spec.lanes, LinearArgs::count) {
+    const int most = spec.weight == DataType::f32 ? 12 : 8;
+    vectors_ = panel_vectors();
+    while (vectors_ * spec.rows > most && vectors_ > 2) vectors_ /= 2;
+  }
+
+  jit::vir::Function run() && {
+    Reg first_panel = b_.arg(LinearArgs::panel_begin);
+    weight_ = b_.arg(LinearArgs::weight);
+    b_.add_to(weight_, b_.mul(first_panel, panel_bytes()));
+    output_offset_ = b_.mul(first_panel, panel_output_bytes());
+    b_.loop(b_.arg(LinearArgs::panel_count), [&] {
+      for (int part = 0; part < panel_vectors() / vectors_; ++part) emit_part(part);
+      b_.add_to(weight_, panel_bytes());
+      b_.add_to(output_offset_, panel_output_bytes());
+    });
+    return std::move(b_).finish();
+  }
+
+ private:
+  static std::string name(const LinearKernel& spec) {
+    std::string text = print(spec);
+    std::replace(text.begin(), text.end(), ' ', '.');
+    return text;
+  }
+
+  bool is_f32() const { return spec_.weight == DataType::f32; }
+  int panel_vectors() const { return kPanelColumns / spec_.lanes; }
+  int panel_outputs() const { return spec_.epilogue.gated ? kPanelColumns / 2 : kPanelColumns; }
+  std::int64_t outputs() const { return spec_.epilogue.gated ? spec_.n / 2 : spec_.n; }
+  std::int64_t panel_bytes() const { return packed_bytes(kPanelColumns, spec_.k, spec_.weight); }
+  std::int64_t panel_output_bytes() const {
+    return panel_outputs() * graph::size_in_bytes(spec_.output);
+  }
+  int input_bytes() const { return graph::size_in_bytes(spec_.input); }
+  int pointer_count() const { return (spec_.rows + kRowsPerPointer - 1) / kRowsPerPointer; }
+
+  // The panel's vectors that a part computes. Gated: the gates' in the first half of the list, the
+  // ups of the same columns in the second.
+  std::vector<int> part_vectors(int part) const {
+    std::vector<int> list;
+    const int runs = spec_.epilogue.gated ? 2 : 1;
+    const int run = vectors_ / runs;
+    for (int i = 0; i < vectors_; ++i) {
+      list.push_back(i / run * (panel_vectors() / runs) + part * run + i % run);
+    }
+    return list;
+  }
+
+  void emit_part(int part) {
+    const std::vector<int> columns = part_vectors(part);
+    x_.clear();
+    for (int i = 0; i < pointer_count(); ++i) {
+      x_.push_back(i == 0 ? b_.arg(LinearArgs::x) : b_.copy(x_.back()));
+      if (i > 0) b_.add_to(x_.back(), b_.mul(b_.arg(LinearArgs::x_row_stride), kRowsPerPointer));
+    }
+    OutputRow row;
+    row.y = b_.arg(LinearArgs::y);
+    b_.add_to(row.y, output_offset_);
+    if (spec_.epilogue.residual) {
+      row.residual = b_.arg(LinearArgs::residual);
+      b_.add_to(row.residual, output_offset_);
+    }
+    b_.loop(b_.arg(LinearArgs::block_count), [&] {
+      emit_products(columns);
+      if (spec_.epilogue.bias) {
+        row.bias = b_.arg(LinearArgs::bias);
+        b_.add_to(row.bias, output_offset_);
+      }
+      emit_epilogues(columns, row);
+      Reg advance = b_.mul(b_.arg(LinearArgs::x_row_stride), spec_.rows);
+      for (Reg pointer : x_) b_.add_to(pointer, advance);
+    });
+  }
+
+  // --- the sum over k
+
+  void emit_products(const std::vector<int>& columns) {
+    accumulators_.assign(static_cast<std::size_t>(spec_.rows), {});
+    for (auto& row : accumulators_) {
+      for (std::size_t j = 0; j < columns.size(); ++j) row.push_back(b_.zero());
+    }
+    if (spec_.rows > 1) x_stride_ = b_.arg(LinearArgs::x_row_stride);
+    if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
+
+    // A step is one line run of the panel: one k, or a pair.
+    const int step_k = is_f32() ? 1 : 2;
+    const std::int64_t steps = spec_.k / step_k;
+    const int unroll = is_f32() || spec_.rows <= kStreamedRows ? 4 : 2;
+    const std::int64_t turns = steps / unroll;
+    if (turns > 0) {
+      b_.loop(b_.constant(turns), [&] {
+        for (int u = 0; u < unroll; ++u) emit_step(columns, u, step_k);
+        b_.add_to(weight_, unroll * kStepBytes);
+        for (Reg pointer : x_) b_.add_to(pointer, unroll * step_k * input_bytes());
+      });
+    }
+    const int rest = static_cast<int>(steps % unroll);
+    for (int u = 0; u < rest; ++u) emit_step(columns, u, step_k);
+    // The last k of an odd number: its pair is padding in the weight but not there in x.
+    if (spec_.k % step_k != 0) emit_step(columns, rest, 1);
+    if (turns > 0) {
+      b_.add_to(weight_, -turns * unroll * kStepBytes);
+      for (Reg pointer : x_) b_.add_to(pointer, -turns * unroll * step_k * input_bytes());
+    }
+  }
+
+  // Step `step` from the pointers: `count` values of k.
+  void emit_step(const std::vector<int>& columns, int step, int count) {
+    if (spec_.rows <= kStreamedRows) prefetch_step(columns, step);
+    const int first_k = is_f32() ? step : 2 * step;
+    for (int odd = 0; odd < count; ++odd) {
+      const auto weight = [&](int vector) { return load_weight(vector, step, odd != 0); };
+      if (spec_.rows == 1 && is_f32()) {
+        Reg x = broadcast(0, first_k);
+        for (std::size_t j = 0; j < columns.size(); ++j) {
+          b_.fma_load(accumulators_[0][j], x, weight_address(columns[j], step));
+        }
+      } else if (vectors_ > 2) {
+        emit_few_rows(columns, first_k + odd, weight);
+      } else {
+        emit_many_rows(columns, first_k + odd, weight);
+      }
+    }
+  }
+
+  void prefetch_step(const std::vector<int>& columns, int step) {
+    int previous = -1;
+    for (int vector : columns) {
+      const int line = vector * b_.vector_bytes() / kLineBytes;
+      if (line == previous) continue;
+      b_.prefetch(b_.at(weight_, step * kStepBytes + kPrefetchBytes + line * kLineBytes));
+      previous = line;
+    }
+  }
+
+  // One weight vector at a time, all rows' x in registers.
+  template <class Weight>
+  void emit_few_rows(const std::vector<int>& columns, int k, const Weight& weight) {
+    std::vector<Reg> x;
+    for (int row = 0; row < spec_.rows; ++row) x.push_back(broadcast(row, k));
+    for (std::size_t j = 0; j < columns.size(); ++j) {
+      Reg w = weight(columns[j]);
+      for (std::size_t row = 0; row < x.size(); ++row) b_.fma(accumulators_[row][j], x[row], w);
+    }
+  }
+
+  // One x at a time, the part's weights in registers.
+  template <class Weight>
+  void emit_many_rows(const std::vector<int>& columns, int k, const Weight& weight) {
+    std::vector<Reg> w;
+    for (int vector : columns) w.push_back(weight(vector));
+    for (int row = 0; row < spec_.rows; ++row) {
+      Reg x = broadcast(row, k);
+      for (std::size_t j = 0; j < w.size(); ++j) {
+        b_.fma(accumulators_[static_cast<std::size_t>(row)][j], x, w[j]);
+      }
+    }
+  }
+
+  Address weight_address(int vector, int step) const {
+    return b_.at(weight_, step * kStepBytes + vector * b_.vector_bytes());
+  }
+
+  Reg load_weight(int vector, int step, bool odd) {
+    const Address address = weight_address(vector, step);
+    if (is_f32()) return b_.load(Element::f32, address);
+    // A lane is a pair of one column: the even k in its low half, the odd one in its high half.
+    Reg pair = b_.load(Element::i32, address);
+    return odd ? b_.vand(pair, odd_mask_) : b_.vshift_left(pair, 16);
+  }
+
+  Reg broadcast(int row, int k) {
+    Reg pointer = x_[static_cast<std::size_t>(row / kRowsPerPointer)];
+    const int strides = row % kRowsPerPointer;
+    const std::int64_t offset = k * input_bytes();
+    const Address address =
+        strides == 0 ? b_.at(pointer, offset) : b_.at(pointer, x_stride_, strides, offset);
+    return b_.broadcast(input_element(spec_.input), address);
+  }
+
+  // --- epilogues
+
+  void emit_epilogues(const std::vector<int>& columns, const OutputRow& row) {
+    const std::int64_t tail = outputs() % panel_outputs();
+    if (tail == 0) return emit_stores(columns, row, panel_outputs());
+    const std::int64_t last = outputs() / panel_outputs() * panel_output_bytes();
+    b_.if_nonzero(
+        b_.add(output_offset_, -last), [&] { emit_stores(columns, row, panel_outputs()); },
+        [&] { emit_stores(columns, row, static_cast<int>(tail)); });
+  }
+
+  // Stores the block's rows, whose panel has `width` outputs, and moves `row` to the next block.
+  void emit_stores(const std::vector<int>& columns, const OutputRow& row, int width) {
+    Reg y_stride = b_.arg(LinearArgs::y_row_stride), residual_stride;
+    if (spec_.epilogue.residual) residual_stride = b_.arg(LinearArgs::residual_row_stride);
+    const std::size_t runs = spec_.epilogue.gated ? 2 : 1;
+    const std::size_t stored = columns.size() / runs;
+    for (const std::vector<Reg>& accumulators : accumulators_) {
+      for (std::size_t j = 0; j < stored; ++j) {
+        OutputVector vector;
+        vector.value = accumulators[j];
+        if (spec_.epilogue.gated) vector.up = accumulators[j + stored];
+        vector.first = columns[j] * spec_.lanes;
+        vector.count = std::min(width - static_cast<int>(vector.first), spec_.lanes);
+        if (vector.count > 0) finish_vector(b_, spec_, vector, row);
+      }
+      b_.add_to(row.y, y_stride);
+      if (spec_.epilogue.residual) b_.add_to(row.residual, residual_stride);
+    }
+  }
+
+  const LinearKernel& spec_;
+  Builder b_;
+  int vectors_;         // accumulators of a row in one part
+  Reg weight_;          // the panel, then moved along k
+  Reg output_offset_;   // bytes from a row's start to the panel's outputs
+  std::vector<Reg> x_;  // rows 0, 3, 6, 9 of the block, moved along k
+  Reg x_stride_, odd_mask_;
+  std::vector<std::vector<Reg>> accumulators_;  // [row][vector of the part]
+};
+
+bool one_of(DataType type) {
+  return type == DataType::f32 || type == DataType::bf16 || type == DataType::f16;
+}
+
+}  // namespace
+
+int max_rows(int lanes) { return lanes == 16 ? 12 : 6; }
+
+std::int64_t panel_columns() { return kPanelColumns; }
+
+std::int64_t panel_count(std::int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
+
+std::string print(const LinearKernel& spec) {
+  std::string text = fmt::format("linear lanes={} rows={} n={} k={} weight={} input={} output={}",
+                                 spec.lanes, spec.rows, spec.n, spec.k, graph::name(spec.weight),
+                                 graph::name(spec.input), graph::name(spec.output));
+  const Epilogue& epilogue = spec.epilogue;
+  if (epilogue.bias) text += " bias";
+  if (!epilogue.activation.empty()) text += " activation=" + epilogue.activation;
+  if (epilogue.gated) text += " gated";
+  if (epilogue.residual) text += " residual";
+  return text;
+}
+
+Status supported(const LinearKernel& spec) {
+  if (spec.lanes != 8 && spec.lanes != 16) return Error{fmt::format("{} lanes", spec.lanes)};
+  if (spec.rows < 1 || spec.rows > max_rows(spec.lanes)) {
+    return Error{fmt::format("a block of {} rows", spec.rows)};
+  }
+  if (spec.n < 1 || spec.k < 1) return Error{"an empty weight"};
+  for (DataType type : {spec.weight, spec.input, spec.output}) {
+    if (!one_of(type)) return Error{fmt::format("linear in {}", graph::name(type))};
+  }
+  if (spec.weight == DataType::f16) return Error{"weights in f16 have no vector form yet"};
+  const std::string& activation = spec.epilogue.activation;
+  const std::array known{"", "silu", "gelu", "gelu_tanh", "relu"};
+  if (std::find(known.begin(), known.end(), activation) == known.end()) {
+    return Error{fmt::format("activation '{}'", activation)};
+  }
+  if (spec.epilogue.gated && spec.n % 2 != 0) return Error{"a gated weight with an odd n"};
+  return {};
+}
+
+jit::vir::Function build(const LinearKernel& spec) { return LinearBuilder(spec).run(); }
+
+}  // namespace tilewright::ops

@@ -1,0 +1,457 @@
+// The linear kernel: every number of rows x lanes x type x shape x epilogue against bounds from
+// unpacked weights in double, in guarded memory; and the promise that y's bits depend on nothing
+// but x, w and the epilogue.
+#include "ops/gemm/linear_kernel.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <numbers>
+#include <random>
+
+#include "guarded_rows.h"
+#include "kernel_run.h"
+#include "ops/gemm/pack.h"
+#include "ops/scalar_type.h"
+
+namespace tilewright {
+namespace {
+
+using graph::DataType;
+using ops::LinearArgs;
+using ops::LinearKernel;
+using Random = std::mt19937;
+using Rows = std::unique_ptr<GuardedRows>;
+
+constexpr double kUnit = 0x1p-24;  // rounding error of fp32, relative
+
+double bytes_of(DataType type) { return size_in_bytes(type); }
+
+// How values are drawn.
+enum class Fill { normal, integers };
+
+double draw(Fill fill, Random& random) {
+  if (fill == Fill::integers) return static_cast<double>(static_cast<int>(random() % 7) - 3);
+  return std::normal_distribution<double>()(random);
+}
+
+Rows guarded(std::int64_t rows, std::int64_t columns, DataType type, GuardedRows::Side side) {
+  return std::make_unique<GuardedRows>(rows, columns * size_in_bytes(type), 3 * bytes_of(type),
+                                       side);
+}
+
+double value_at(const GuardedRows& rows, DataType type, std::int64_t row, std::int64_t column) {
+  return ops::read_scalar(type, rows.row(row) + column * size_in_bytes(type));
+}
+
+void fill_rows(const GuardedRows& rows, DataType type, std::int64_t count, std::int64_t columns,
+               Fill fill, Random& random) {
+  for (std::int64_t r = 0; r < count; ++r) {
+    for (std::int64_t c = 0; c < columns; ++c) {
+      ops::write_scalar(type, rows.row(r) + c * size_in_bytes(type), draw(fill, random));
+    }
+  }
+}
+
+// One problem: operands of M = blocks * rows rows in guarded memory.
+struct Problem {
+  Problem(LinearKernel kernel, std::int64_t block_count, Fill fill, unsigned seed,
+          GuardedRows::Side side)
+      : spec(std::move(kernel)), blocks(block_count), m(block_count * spec.rows) {
+    Random random(seed);
+    w = guarded(spec.n, spec.k, spec.weight, side);
+    x = guarded(m, spec.k, spec.input, side);
+    y = guarded(m, outputs(), spec.output, side);
+    fill_rows(*w, spec.weight, spec.n, spec.k, fill, random);
+    fill_rows(*x, spec.input, m, spec.k, fill, random);
+    bias = guarded(1, spec.n, spec.output, side);
+    residual = guarded(m, outputs(), spec.output, side);
+    fill_rows(*bias, spec.output, 1, spec.n, fill, random);
+    fill_rows(*residual, spec.output, m, outputs(), fill, random);
+    packed = guarded(1, ops::packed_bytes(spec.n, spec.k, spec.weight) / size_in_bytes(spec.weight),
+                     spec.weight, side);
+    std::vector<ops::WeightBlock> stacked{{w->row(0), spec.n, w->stride()}};
+    if (spec.epilogue.gated) {
+      stacked = {{w->row(0), spec.n / 2, w->stride()},
+                 {w->row(spec.n / 2), spec.n / 2, w->stride()}};
+    }
+    ops::pack_panels(stacked, spec.k, spec.weight, spec.epilogue.gated, 0, ops::panel_count(spec.n),
+                     packed->row(0));
+  }
+
+  std::int64_t outputs() const { return spec.epilogue.gated ? spec.n / 2 : spec.n; }
+
+  std::vector<std::int64_t> args() const {
+    std::vector<std::int64_t> list(LinearArgs::count);
+    list[LinearArgs::x] = x->address();
+    list[LinearArgs::x_row_stride] = x->stride();
+    list[LinearArgs::weight] = packed->address();
+    list[LinearArgs::y] = y->address();
+    list[LinearArgs::y_row_stride] = y->stride();
+    list[LinearArgs::bias] = bias->address();
+    list[LinearArgs::residual] = residual->address();
+    list[LinearArgs::residual_row_stride] = residual->stride();
+    list[LinearArgs::panel_begin] = 0;
+    list[LinearArgs::panel_count] = ops::panel_count(spec.n);
+    list[LinearArgs::block_count] = blocks;
+    return list;
+  }
+
+  void run(Engine engine) const { run_kernel(engine, build(spec), args()); }
+
+  std::vector<double> results() const {
+    std::vector<double> list;
+    for (std::int64_t r = 0; r < m; ++r) {
+      for (std::int64_t c = 0; c < outputs(); ++c) {
+        list.push_back(value_at(*y, spec.output, r, c));
+      }
+    }
+    return list;
+  }
+
+  LinearKernel spec;
+  std::int64_t blocks, m;
+  Rows w, x, y, bias, residual, packed;
+};
+
+// --- bounds
+
+struct Bounded {
+  double value = 0, error = 0;
+};
+
+Bounded rounded(Bounded a, double unit = kUnit) {
+  a.error += unit * (std::abs(a.value) + a.error);
+  return a;
+}
+
+// The sum's bound: one chain of k fused multiply-adds.
+Bounded product(const Problem& p, std::int64_t row, std::int64_t column) {
+  double sum = 0, magnitude = 0;
+  for (std::int64_t k = 0; k < p.spec.k; ++k) {
+    const double term =
+        value_at(*p.x, p.spec.input, row, k) * value_at(*p.w, p.spec.weight, column, k);
+    sum += term;
+    magnitude += std::abs(term);
+  }
+  const double depth = static_cast<double>(p.spec.k) * kUnit;
+  Bounded result{sum, depth / (1 - depth) * magnitude};
+  if (!p.spec.epilogue.bias) return result;
+  result.value += value_at(*p.bias, p.spec.output, 0, column);
+  return rounded(result);
+}
+
+// The functions' errors are those that jit/math.h states; 1.13 bounds the slope of them all.
+Bounded activated(const std::string& activation, Bounded a) {
+  if (activation.empty()) return a;
+  const double x = a.value, ulp = 2 * kUnit;
+  if (activation == "relu") return {std::max(x, 0.0), a.error};
+  double value = 0, own = 0;
+  if (activation == "silu") {
+    value = x / (1 + std::exp(-x));
+    own = 2 * ulp * std::abs(value);
+  } else if (activation == "gelu") {
+    value = x / 2 * std::erfc(-x / std::numbers::sqrt2);
+    own = 4 * ulp * std::abs(value) + 0x1p-24;
+  } else {
+    const double inner = std::sqrt(2 / std::numbers::pi) * (x + 0.044715 * x * x * x);
+    value = x / 2 * (1 + std::tanh(inner));
+    own = 4 * ulp * std::abs(value) + 0x1p-22;
+  }
+  return {value, 1.13 * a.error + own};
+}
+
+Bounded expected(const Problem& p, std::int64_t row, std::int64_t column) {
+  Bounded y = activated(p.spec.epilogue.activation, product(p, row, column));
+  if (p.spec.epilogue.gated) {
+    const Bounded up = product(p, row, column + p.spec.n / 2);
+    const double error = std::abs(y.value) * up.error + std::abs(up.value) * y.error;
+    y = rounded({y.value * up.value, error + y.error * up.error});
+  }
+  if (p.spec.epilogue.residual) {
+    y.value += value_at(*p.residual, p.spec.output, row, column);
+    y = rounded(y);
+  }
+  if (p.spec.output == DataType::bf16) y = rounded(y, 0x1p-8);
+  if (p.spec.output == DataType::f16) y = rounded(y, 0x1p-11);
+  y.error += p.spec.output == DataType::f16 ? 0x1p-25 : 0x1p-133;
+  return y;
+}
+
+void expect_within_bounds(const Problem& p, std::string_view by) {
+  for (std::int64_t row = 0; row < p.m; ++row) {
+    for (std::int64_t column = 0; column < p.outputs(); ++column) {
+      const Bounded wanted = expected(p, row, column);
+      const double got = value_at(*p.y, p.spec.output, row, column);
+      ASSERT_LE(std::abs(got - wanted.value), wanted.error)
+          << by << ": " << print(p.spec) << " blocks=" << p.blocks << " row " << row << " column "
+          << column << ": " << got << " for " << wanted.value;
+    }
+  }
+  ASSERT_TRUE(p.y->intact()) << by << ": " << print(p.spec) << " wrote between rows";
+}
+
+// --- cases
+
+ops::Epilogue epilogue(bool bias, const std::string& activation, bool gated, bool residual) {
+  ops::Epilogue result;
+  result.bias = bias;
+  result.activation = activation;
+  result.gated = gated;
+  result.residual = residual;
+  return result;
+}
+
+std::vector<ops::Epilogue> epilogues() {
+  return {epilogue(false, "", false, false),    epilogue(true, "", false, false),
+          epilogue(false, "", false, true),     epilogue(true, "gelu", false, true),
+          epilogue(false, "silu", true, false), epilogue(true, "gelu_tanh", true, false),
+          epilogue(true, "silu", true, true),   epilogue(false, "", true, false),
+          epilogue(true, "relu", false, false), epilogue(false, "gelu_tanh", false, true)};
+}
+
+constexpr std::array kFloats{DataType::f32, DataType::bf16, DataType::f16};
+
+struct Case {
+  int lanes;
+  DataType weight;
+};
+
+class Linear : public testing::TestWithParam<Case> {
+ protected:
+  LinearKernel kernel(int rows, std::int64_t n, std::int64_t k) const {
+    LinearKernel spec;
+    spec.lanes = GetParam().lanes;
+    spec.weight = GetParam().weight;
+    spec.rows = rows;
+    spec.n = n;
+    spec.k = k;
+    return spec;
+  }
+};
+
+void check(const LinearKernel& spec, std::int64_t blocks, unsigned seed) {
+  ASSERT_TRUE(supported(spec).ok()) << print(spec) << ": " << supported(spec).error().message;
+  for (GuardedRows::Side side : {GuardedRows::Side::after, GuardedRows::Side::before}) {
+    const Problem problem(spec, blocks, Fill::normal, seed, side);
+    for (Engine engine : engines(spec.lanes)) {
+      problem.run(engine);
+      expect_within_bounds(problem, name(engine));
+      if (testing::Test::HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_P(Linear, MatchesTheBoundsForEveryShape) {
+  // Epilogues and types take turns, so that each meets many shapes.
+  const std::vector<ops::Epilogue> all = epilogues();
+  std::size_t turn = 0;
+  for (int rows = 1; rows <= ops::max_rows(GetParam().lanes); ++rows) {
+    for (std::int64_t n : {1, 31, 32, 33, 100}) {
+      for (std::int64_t k : {1, 2, 3, 7, 31, 32, 65}) {
+        LinearKernel spec = kernel(rows, n, k);
+        spec.epilogue = all[turn % all.size()];
+        if (spec.epilogue.gated) spec.n *= 2;
+        spec.input = kFloats[turn % 3];
+        spec.output = kFloats[turn / 3 % 3];
+        check(spec, static_cast<std::int64_t>(turn % 3), static_cast<unsigned>(turn));
+        if (HasFatalFailure()) return;
+        turn += 1 + (turn % 7 == 0 ? 1 : 0);  // out of step with the loops
+      }
+    }
+  }
+}
+
+TEST_P(Linear, MatchesTheBoundsForEveryEpilogueAndType) {
+  for (const ops::Epilogue& each : epilogues()) {
+    for (DataType input : kFloats) {
+      for (DataType output : kFloats) {
+        for (int rows : {1, 3, ops::max_rows(GetParam().lanes)}) {
+          LinearKernel spec = kernel(rows, each.gated ? 42 : 45, 19);
+          spec.epilogue = each;
+          spec.input = input;
+          spec.output = output;
+          check(spec, 2, 7);
+          if (HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Linear, SumsALongRow) {
+  for (int rows : {1, ops::max_rows(GetParam().lanes)}) check(kernel(rows, 64, 576), 1, 3);
+}
+
+TEST_P(Linear, IsExactOnSmallIntegers) {
+  for (int rows : {1, 2, ops::max_rows(GetParam().lanes)}) {
+    LinearKernel spec = kernel(rows, 64, 100);
+    spec.epilogue = epilogue(true, "relu", false, true);
+    const Problem problem(spec, 2, Fill::integers, 5, GuardedRows::Side::after);
+    reference(spec, problem.args().data());
+    const std::vector<double> wanted = problem.results();
+    for (Engine engine : engines(spec.lanes)) {
+      problem.run(engine);
+      EXPECT_EQ(problem.results(), wanted) << name(engine) << " " << print(spec);
+    }
+  }
+}
+
+TEST_P(Linear, ReferenceAgreesWithUnpackedWeights) {
+  for (const ops::Epilogue& each : epilogues()) {
+    LinearKernel spec = kernel(2, each.gated ? 42 : 45, 33);
+    spec.epilogue = each;
+    const Problem problem(spec, 2, Fill::normal, 9, GuardedRows::Side::after);
+    reference(spec, problem.args().data());
+    expect_within_bounds(problem, "reference");
+  }
+}
+
+// Panels, blocks and numbers of rows are how work is cut; they must not show in the result.
+TEST_P(Linear, BitsDoNotDependOnHowWorkIsCut) {
+  LinearKernel whole = kernel(1, 100, 131);
+  whole.epilogue = epilogue(true, "", false, true);
+  const Problem rows_one(whole, 12, Fill::normal, 11, GuardedRows::Side::after);
+  rows_one.run(Engine::interpreter);
+  const std::vector<double> wanted = rows_one.results();
+  for (int rows : {1, 2, 3, 4, 6, 12}) {
+    if (rows > ops::max_rows(whole.lanes)) continue;
+    LinearKernel spec = whole;
+    spec.rows = rows;
+    const Problem problem(spec, 12 / rows, Fill::normal, 11, GuardedRows::Side::after);
+    for (Engine engine : engines(spec.lanes)) {
+      for (std::int64_t panel = ops::panel_count(spec.n) - 1; panel >= 0; --panel) {
+        std::vector<std::int64_t> args = problem.args();
+        args[LinearArgs::panel_begin] = panel;
+        args[LinearArgs::panel_count] = 1;
+        run_kernel(engine, build(spec), args);
+      }
+      EXPECT_EQ(problem.results(), wanted) << name(engine) << " rows=" << rows;
+    }
+  }
+}
+
+TEST_P(Linear, NoPanelsOrBlocksWriteNothing) {
+  const LinearKernel spec = kernel(2, 64, 8);
+  const Problem problem(spec, 1, Fill::normal, 1, GuardedRows::Side::after);
+  const double before = value_at(*problem.y, spec.output, 0, 0);
+  for (Engine engine : engines(spec.lanes)) {
+    for (int slot : {LinearArgs::panel_count, LinearArgs::block_count}) {
+      std::vector<std::int64_t> args = problem.args();
+      args[static_cast<std::size_t>(slot)] = 0;
+      run_kernel(engine, build(spec), args);
+      EXPECT_TRUE(std::isnan(before) && std::isnan(value_at(*problem.y, spec.output, 0, 0)));
+    }
+  }
+}
+
+TEST_P(Linear, NaNAndInfinityReachTheirOutputsOnly) {
+  for (int rows : {1, ops::max_rows(GetParam().lanes)}) {
+    const LinearKernel spec = kernel(rows, 64, 33);
+    const Problem problem(spec, 1, Fill::integers, 2, GuardedRows::Side::after);
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    ops::write_scalar(spec.input, problem.x->row(0) + 32 * size_in_bytes(spec.input), nan);
+    for (Engine engine : engines(spec.lanes)) {
+      problem.run(engine);
+      for (std::int64_t column = 0; column < spec.n; ++column) {
+        EXPECT_TRUE(std::isnan(value_at(*problem.y, spec.output, 0, column))) << name(engine);
+        for (std::int64_t row = 1; row < rows; ++row) {
+          EXPECT_FALSE(std::isnan(value_at(*problem.y, spec.output, row, column)));
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Linear, InnerLoopsDoNotSpill) {
+  for (int rows = 1; rows <= ops::max_rows(GetParam().lanes); ++rows) {
+    for (const ops::Epilogue& each : epilogues()) {
+      for (DataType input : kFloats) {
+        for (DataType output : kFloats) {
+          for (std::int64_t n : {576, 610}) {
+            LinearKernel spec = kernel(rows, n, 576);
+            spec.epilogue = each;
+            spec.input = input;
+            spec.output = output;
+            const auto code = jit::emit(build(spec), target_with_lanes(spec.lanes));
+            ASSERT_TRUE(code.ok()) << print(spec) << ": " << code.error().message;
+            EXPECT_EQ(code->inner_loop_spills, 0) << print(spec) << " spills " << code->spills;
+          }
+        }
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Linear,
+                         testing::Values(Case{8, DataType::f32}, Case{8, DataType::bf16},
+                                         Case{16, DataType::f32}, Case{16, DataType::bf16}),
+                         [](const auto& test) {
+                           return std::string(graph::name(test.param.weight)) + "_lanes" +
+                                  std::to_string(test.param.lanes);
+                         });
+
+// A weight kept exactly in fewer bits, and other lanes, give the same bits.
+TEST(LinearBits, AreThoseOfEveryLanesAndWeightType) {
+  std::vector<double> wanted;
+  for (int lanes : {8, 16}) {
+    for (DataType weight : {DataType::bf16, DataType::f32}) {
+      LinearKernel spec;
+      spec.lanes = lanes;
+      spec.n = 50;
+      spec.k = 77;
+      spec.weight = DataType::bf16;
+      Problem problem(spec, 3, Fill::normal, 4, GuardedRows::Side::after);
+      if (weight == DataType::f32) {
+        const Problem narrow = std::move(problem);
+        spec.weight = weight;
+        problem = Problem(spec, 3, Fill::normal, 4, GuardedRows::Side::after);
+        std::vector<float> wide(static_cast<std::size_t>(spec.n * spec.k));
+        for (std::int64_t row = 0; row < spec.n; ++row) {
+          for (std::int64_t k = 0; k < spec.k; ++k) {
+            wide[static_cast<std::size_t>(row * spec.k + k)] =
+                static_cast<float>(value_at(*narrow.w, DataType::bf16, row, k));
+          }
+        }
+        const ops::WeightBlock block{wide.data(), spec.n, spec.k * 4};
+        ops::pack_panels({&block, 1}, spec.k, weight, false, 0, ops::panel_count(spec.n),
+                         problem.packed->row(0));
+      }
+      problem.run(Engine::interpreter);
+      if (wanted.empty()) wanted = problem.results();
+      EXPECT_EQ(problem.results(), wanted) << print(spec);
+    }
+  }
+}
+
+TEST(LinearSupported, SaysWhyNot) {
+  LinearKernel good;
+  good.n = good.k = 32;
+  EXPECT_TRUE(supported(good).ok());
+  LinearKernel bad = good;
+  bad.rows = 7;
+  EXPECT_FALSE(supported(bad).ok());
+  bad = good;
+  bad.epilogue.activation = "swish";
+  EXPECT_EQ(supported(bad).error().message, "activation 'swish'");
+  bad = good;
+  bad.weight = DataType::i64;
+  EXPECT_EQ(supported(bad).error().message, "linear in i64");
+}
+
+TEST(LinearPrint, TellsEveryFieldApart) {
+  LinearKernel spec;
+  spec.n = 960;
+  spec.k = 576;
+  EXPECT_EQ(print(spec), "linear lanes=8 rows=1 n=960 k=576 weight=f32 input=f32 output=f32");
+  spec.epilogue = epilogue(true, "silu", true, true);
+  EXPECT_EQ(print(spec),
+            "linear lanes=8 rows=1 n=960 k=576 weight=f32 input=f32 output=f32 bias "
+            "activation=silu gated residual");
+}
+
+}  // namespace
+}  // namespace tilewright
