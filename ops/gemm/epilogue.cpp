@@ -26,21 +26,6 @@ Block part_of_vector(Builder& b, std::int64_t first, int count) {
   return {Block::Part::masked, {}, first, b.tail_mask(b.constant(count)), 0};
 }
 
-// `count` elements from base[first]; the other lanes are 0. AVX2 cannot mask 16-bit moves: there
-// the elements of an incomplete vector, which only the last panel has, move one at a time.
-Reg load_columns(Builder& b, DataType type, Reg base, std::int64_t first, int count) {
-  if (count == b.lanes() || has_masked_moves(type, b.lanes())) {
-    return load(b, type, base, part_of_vector(b, first, count));
-  }
-  Reg value;
-  for (int lane = 0; lane < count; ++lane) {
-    Reg one = load(b, type, base, {Block::Part::single, {}, first + lane, {}, 0});
-    one = exchange(b, one, lane);
-    value = lane == 0 ? one : b.vor(value, one);
-  }
-  return value;
-}
-
 void store_columns(Builder& b, DataType type, Reg base, std::int64_t first, int count, Reg value) {
   if (count == b.lanes() || has_masked_moves(type, b.lanes())) {
     return store(b, type, base, part_of_vector(b, first, count), value);
@@ -61,21 +46,28 @@ Reg activate(Builder& b, const std::string& activation, Reg x) {
 
 }  // namespace
 
+// AVX2 cannot mask 16-bit moves: there the elements of an incomplete vector, which only the last
+// panel has, move one at a time.
+Reg load_columns(Builder& b, DataType type, Reg base, std::int64_t first, int count) {
+  if (count == b.lanes() || has_masked_moves(type, b.lanes())) {
+    return load(b, type, base, part_of_vector(b, first, count));
+  }
+  Reg value;
+  for (int lane = 0; lane < count; ++lane) {
+    Reg one = load(b, type, base, {Block::Part::single, {}, first + lane, {}, 0});
+    one = exchange(b, one, lane);
+    value = lane == 0 ? one : b.vor(value, one);
+  }
+  return value;
+}
+
 void finish_vector(Builder& b, const LinearKernel& spec, const OutputVector& vector,
                    const OutputRow& row) {
-  const Epilogue& epilogue = spec.epilogue;
-  const auto read = [&](Reg base, std::int64_t offset) {
-    return load_columns(b, spec.output, base, vector.first + offset, vector.count);
-  };
-  Reg value = vector.value;
-  if (epilogue.bias) value = b.vadd(value, read(row.bias, 0));
-  value = activate(b, epilogue.activation, value);
-  if (epilogue.gated) {
-    Reg up = vector.up;
-    if (epilogue.bias) up = b.vadd(up, read(row.bias, spec.n / 2));
-    value = b.vmul(value, up);
+  Reg value = activate(b, spec.epilogue.activation, vector.value);
+  if (spec.epilogue.gated) value = b.vmul(value, vector.up);
+  if (spec.epilogue.residual) {
+    value = b.vadd(value, load_columns(b, spec.output, row.residual, vector.first, vector.count));
   }
-  if (epilogue.residual) value = b.vadd(value, read(row.residual, 0));
   store_columns(b, spec.output, row.y, vector.first, vector.count, value);
 }
 

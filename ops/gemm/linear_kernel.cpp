@@ -47,10 +47,13 @@ Element input_element(DataType type) {
 class LinearBuilder {
  public:
   explicit LinearBuilder(const LinearKernel& spec)
-      : spec_(spec), b_(name(spec), spec.lanes, LinearArgs::count) {
-    const int most = spec.weight == DataType::f32 ? 12 : 8;
+      : spec_(spec), rows_(spec.rows), b_(name(spec), spec.lanes, LinearArgs::count) {
+    // erf needs so many registers that 12 accumulators would spill with AVX2.
+    const bool crowded = spec.lanes == 8 && spec.epilogue.activation == "gelu";
+    if (crowded && rows_ == 6) rows_ = 3;
+    const int most = is_f32() && !crowded ? 12 : 8;
     vectors_ = panel_vectors();
-    while (vectors_ * spec.rows > most && vectors_ > 2) vectors_ /= 2;
+    while (vectors_ * rows_ > most && vectors_ > 2) vectors_ /= 2;
   }
 
   jit::vir::Function run() && {
@@ -82,7 +85,7 @@ class LinearBuilder {
     return panel_outputs() * graph::size_in_bytes(spec_.output);
   }
   int input_bytes() const { return graph::size_in_bytes(spec_.input); }
-  int pointer_count() const { return (spec_.rows + kRowsPerPointer - 1) / kRowsPerPointer; }
+  int pointer_count() const { return (rows_ + kRowsPerPointer - 1) / kRowsPerPointer; }
 
   // The panel's vectors that a part computes. Gated: the gates' in the first half of the list, the
   // ups of the same columns in the second.
@@ -110,14 +113,10 @@ class LinearBuilder {
       row.residual = b_.arg(LinearArgs::residual);
       b_.add_to(row.residual, output_offset_);
     }
-    b_.loop(b_.arg(LinearArgs::block_count), [&] {
+    b_.loop(b_.mul(b_.arg(LinearArgs::block_count), spec_.rows / rows_), [&] {
       emit_products(columns);
-      if (spec_.epilogue.bias) {
-        row.bias = b_.arg(LinearArgs::bias);
-        b_.add_to(row.bias, output_offset_);
-      }
       emit_epilogues(columns, row);
-      Reg advance = b_.mul(b_.arg(LinearArgs::x_row_stride), spec_.rows);
+      Reg advance = b_.mul(b_.arg(LinearArgs::x_row_stride), rows_);
       for (Reg pointer : x_) b_.add_to(pointer, advance);
     });
   }
@@ -125,17 +124,17 @@ class LinearBuilder {
   // --- the sum over k
 
   void emit_products(const std::vector<int>& columns) {
-    accumulators_.assign(static_cast<std::size_t>(spec_.rows), {});
+    accumulators_.assign(static_cast<std::size_t>(rows_), {});
     for (auto& row : accumulators_) {
       for (std::size_t j = 0; j < columns.size(); ++j) row.push_back(b_.zero());
     }
-    if (spec_.rows > 1) x_stride_ = b_.arg(LinearArgs::x_row_stride);
+    if (rows_ > 1) x_stride_ = b_.arg(LinearArgs::x_row_stride);
     if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
 
     // A step is one line run of the panel: one k, or a pair.
     const int step_k = is_f32() ? 1 : 2;
     const std::int64_t steps = spec_.k / step_k;
-    const int unroll = is_f32() || spec_.rows <= kStreamedRows ? 4 : 2;
+    const int unroll = is_f32() || rows_ <= kStreamedRows ? 4 : 2;
     const std::int64_t turns = steps / unroll;
     if (turns > 0) {
       b_.loop(b_.constant(turns), [&] {
@@ -156,11 +155,11 @@ class LinearBuilder {
 
   // Step `step` from the pointers: `count` values of k.
   void emit_step(const std::vector<int>& columns, int step, int count) {
-    if (spec_.rows <= kStreamedRows) prefetch_step(columns, step);
+    if (rows_ <= kStreamedRows) prefetch_step(columns, step);
     const int first_k = is_f32() ? step : 2 * step;
     for (int odd = 0; odd < count; ++odd) {
       const auto weight = [&](int vector) { return load_weight(vector, step, odd != 0); };
-      if (spec_.rows == 1 && is_f32()) {
+      if (rows_ == 1 && is_f32()) {
         Reg x = broadcast(0, first_k);
         for (std::size_t j = 0; j < columns.size(); ++j) {
           b_.fma_load(accumulators_[0][j], x, weight_address(columns[j], step));
@@ -187,7 +186,7 @@ class LinearBuilder {
   template <class Weight>
   void emit_few_rows(const std::vector<int>& columns, int k, const Weight& weight) {
     std::vector<Reg> x;
-    for (int row = 0; row < spec_.rows; ++row) x.push_back(broadcast(row, k));
+    for (int row = 0; row < rows_; ++row) x.push_back(broadcast(row, k));
     for (std::size_t j = 0; j < columns.size(); ++j) {
       Reg w = weight(columns[j]);
       for (std::size_t row = 0; row < x.size(); ++row) b_.fma(accumulators_[row][j], x[row], w);
@@ -199,7 +198,7 @@ class LinearBuilder {
   void emit_many_rows(const std::vector<int>& columns, int k, const Weight& weight) {
     std::vector<Reg> w;
     for (int vector : columns) w.push_back(weight(vector));
-    for (int row = 0; row < spec_.rows; ++row) {
+    for (int row = 0; row < rows_; ++row) {
       Reg x = broadcast(row, k);
       for (std::size_t j = 0; j < w.size(); ++j) {
         b_.fma(accumulators_[static_cast<std::size_t>(row)][j], x, w[j]);
@@ -239,19 +238,44 @@ class LinearBuilder {
         [&] { emit_stores(columns, row, static_cast<int>(tail)); });
   }
 
+  // Columns of the panel's vector that exist when the panel has `width` outputs.
+  int count_columns(int first, int width) const {
+    return std::clamp(width - first, 0, spec_.lanes);
+  }
+
+  // Adds all biases, in place, before any activation: an activation needs the registers that a bias
+  // would take, and a spill anywhere costs the inner loop three of its registers.
+  void add_bias(const std::vector<int>& columns, int width) {
+    Reg bias = b_.arg(LinearArgs::bias);
+    b_.add_to(bias, output_offset_);
+    Reg one = b_.splat(1.0f);
+    for (std::size_t j = 0; j < columns.size(); ++j) {
+      int first = columns[j] * spec_.lanes;
+      std::int64_t ups = 0;
+      if (first >= panel_outputs()) {  // gated: the ups' biases follow all gates'
+        first -= panel_outputs();
+        ups = spec_.n / 2;
+      }
+      const int count = count_columns(first, width);
+      if (count == 0) continue;
+      Reg values = load_columns(b_, spec_.output, bias, first + ups, count);
+      for (const std::vector<Reg>& row : accumulators_) b_.fma(row[j], one, values);
+    }
+  }
+
   // Stores the block's rows, whose panel has `width` outputs, and moves `row` to the next block.
   void emit_stores(const std::vector<int>& columns, const OutputRow& row, int width) {
+    if (spec_.epilogue.bias) add_bias(columns, width);
     Reg y_stride = b_.arg(LinearArgs::y_row_stride), residual_stride;
     if (spec_.epilogue.residual) residual_stride = b_.arg(LinearArgs::residual_row_stride);
-    const std::size_t runs = spec_.epilogue.gated ? 2 : 1;
-    const std::size_t stored = columns.size() / runs;
-    for (const std::vector<Reg>& accumulators : accumulators_) {
+    const std::size_t stored = columns.size() / (spec_.epilogue.gated ? 2 : 1);
+    for (const std::vector<Reg>& values : accumulators_) {
       for (std::size_t j = 0; j < stored; ++j) {
         OutputVector vector;
-        vector.value = accumulators[j];
-        if (spec_.epilogue.gated) vector.up = accumulators[j + stored];
+        vector.value = values[j];
+        if (spec_.epilogue.gated) vector.up = values[j + stored];
         vector.first = columns[j] * spec_.lanes;
-        vector.count = std::min(width - static_cast<int>(vector.first), spec_.lanes);
+        vector.count = count_columns(columns[j] * spec_.lanes, width);
         if (vector.count > 0) finish_vector(b_, spec_, vector, row);
       }
       b_.add_to(row.y, y_stride);
@@ -260,6 +284,7 @@ class LinearBuilder {
   }
 
   const LinearKernel& spec_;
+  int rows_;  // computed at a time: spec.rows or half of them
   Builder b_;
   int vectors_;         // accumulators of a row in one part
   Reg weight_;          // the panel, then moved along k
