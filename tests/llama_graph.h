@@ -32,7 +32,7 @@ inline LlamaText llama_graph(const LlamaShape& shape, bool cached,
   std::string body;
   int next = 0;
   auto emit = [&](const std::string& expression) {
-    const std::string name = fmt::format("%v{}", next++);
+    const std::string name = fmt::format("%t{}", next++);
     body += fmt::format("  {} = {}\n", name, expression);
     return name;
   };
@@ -158,8 +158,9 @@ inline LlamaText llama_graph(const LlamaShape& shape, bool cached,
     const std::string moved =
         emit(fmt::format("permute({}) {{order = [0, 2, 1, 3]}} : {}", attended,
                          type(fmt::format("b, s, {}, {}", shape.heads, shape.head_dim))));
+    const std::string joined = fmt::format("b, s, {}", shape.heads * shape.head_dim);
     const std::string flat =
-        emit(fmt::format("reshape({0}) {{shape = [{1}]}} : {2}", moved, rows, type(rows)));
+        emit(fmt::format("reshape({0}) {{shape = [{1}]}} : {2}", moved, joined, type(joined)));
     const std::string projected =
         linear(flat, name("o"), shape.hidden, shape.heads * shape.head_dim);
     x = emit(fmt::format("add({}, {}) : {}", x, projected, type(rows)));
