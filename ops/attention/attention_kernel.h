@@ -14,15 +14,16 @@
 #include <string>
 
 #include "graph/type.h"
+#include "jit/base/result.h"
 #include "jit/vir/vir.h"
 
 namespace tilewright::ops {
 
 enum class MaskKind : std::uint8_t {
   none,
-  boolean,
-  additive
-};  // boolean: u8, nonzero = may attend; additive: f32
+  boolean,  // u8, nonzero = may attend
+  additive  // f32
+};
 
 struct AttentionKernel {
   int lanes = 8;
@@ -35,10 +36,14 @@ struct AttentionKernel {
 
 // Argument slots; strides in bytes.
 //   k_blocks, v_blocks: arrays of pointers, one per block, to the first token of this kv head in
-//   that block first_key, key_count: keys [first_key, first_key + key_count) take part (left
-//   padding, causality) mask: pointer to this query token's mask row (element 0 = key 0); heads
-//   share it scratch: at least scratch_bytes(spec, first_key + key_count), 64-byte aligned, private
-//   to the thread scale: the float's bits
+//     that block; entry 0 holds token 0; entries of blocks without keys that take part are not read
+//   block_tokens: at least 1
+//   first_key, key_count: keys [first_key, first_key + key_count) take part (left padding,
+//     causality)
+//   mask: pointer to this query token's mask row (element 0 = key 0); heads share it
+//   scale: the float's bits
+//   scratch: at least scratch_bytes(spec, first_key + key_count), 64-byte aligned, private to the
+//     thread
 // key_count == 0 writes zeros (ATen's safe softmax); so does a row whose keys are all masked.
 struct AttentionArgs {
   enum Slot {
@@ -62,6 +67,11 @@ struct AttentionArgs {
 
 std::int64_t scratch_bytes(const AttentionKernel& spec, std::int64_t keys);
 std::string print(const AttentionKernel& spec);
+// Error: why there is no kernel for this.
+Status supported(const AttentionKernel& spec);
+// REQUIRES: supported(spec)
 jit::vir::Function build(const AttentionKernel& spec);
+// The scalar reference, in double; args as the kernel's (scratch is not used).
+void reference(const AttentionKernel& spec, const std::int64_t* args);
 
 }  // namespace tilewright::ops

@@ -1,0 +1,402 @@
+// The attention kernel against error bounds from double, over block tables of one block and many,
+// in guarded memory. Keys that take no part are NaN, so that touching one shows.
+#include "ops/attention/attention_kernel.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <random>
+
+#include "guarded_rows.h"
+#include "kernel_run.h"
+#include "ops/scalar_type.h"
+
+namespace tilewright {
+namespace {
+
+using graph::DataType;
+using ops::AttentionArgs;
+using ops::AttentionKernel;
+using ops::MaskKind;
+using Random = std::mt19937;
+using Rows = std::unique_ptr<GuardedRows>;
+
+constexpr double kUnit = 0x1p-24;  // rounding error of fp32, relative
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+struct Keys {
+  std::int64_t first = 0, count = 0;
+  std::int64_t block_tokens = 1;
+};
+
+// How a mask is drawn.
+enum class Masking { some, all, none };
+
+Rows guarded(std::int64_t rows, std::int64_t columns, DataType type, GuardedRows::Side side) {
+  return std::make_unique<GuardedRows>(rows, columns * size_in_bytes(type), 3 * size_in_bytes(type),
+                                       side);
+}
+
+double value_at(const GuardedRows& rows, DataType type, std::int64_t row, std::int64_t column) {
+  return ops::read_scalar(type, rows.row(row) + column * size_in_bytes(type));
+}
+
+class Problem {
+ public:
+  Problem(AttentionKernel kernel, const Keys& key_range, unsigned seed, GuardedRows::Side side,
+          Masking masking = Masking::some)
+      : spec(kernel), keys(key_range), random_(seed), side_(side) {
+    q = rows_of(spec.group, spec.input);
+    output = guarded(spec.group, spec.head_dim, spec.input, side);
+    draw_cache();
+    draw_mask(masking);
+    const std::int64_t bytes = scratch_bytes(spec, keys.first + keys.count);
+    scratch = std::make_unique<GuardedRows>(1, bytes, 0, GuardedRows::Side::after);
+    scale = 1.0f / std::sqrt(static_cast<float>(spec.head_dim));
+  }
+
+  std::vector<std::int64_t> args() {
+    std::vector<std::int64_t> list(AttentionArgs::count);
+    list[AttentionArgs::q] = q->address();
+    list[AttentionArgs::q_head_stride] = q->stride();
+    list[AttentionArgs::output] = output->address();
+    list[AttentionArgs::output_head_stride] = output->stride();
+    list[AttentionArgs::k_blocks] = reinterpret_cast<std::int64_t>(tables_[0].data());
+    list[AttentionArgs::v_blocks] = reinterpret_cast<std::int64_t>(tables_[1].data());
+    list[AttentionArgs::k_token_stride] = list[AttentionArgs::v_token_stride] = token_stride_;
+    list[AttentionArgs::block_tokens] = keys.block_tokens;
+    list[AttentionArgs::first_key] = keys.first;
+    list[AttentionArgs::key_count] = keys.count;
+    list[AttentionArgs::mask] = mask->address();
+    list[AttentionArgs::scale] = std::bit_cast<std::int32_t>(scale);
+    list[AttentionArgs::scratch] = scratch->address();
+    return list;
+  }
+
+  void run(Engine engine) { run_kernel(engine, build(spec), args()); }
+
+  std::vector<double> results() const {
+    std::vector<double> list;
+    for (int head = 0; head < spec.group; ++head) {
+      for (int d = 0; d < spec.head_dim; ++d) {
+        list.push_back(value_at(*output, spec.input, head, d));
+      }
+    }
+    return list;
+  }
+
+  // Element d of the key (0) or value (1) of a token.
+  double cached(std::size_t which, std::int64_t key, int d) const {
+    const auto block = static_cast<std::size_t>(key / keys.block_tokens);
+    return value_at(*blocks_[which][block], spec.cache, key % keys.block_tokens, d);
+  }
+
+  // What the mask adds to a score.
+  double masked(std::int64_t key) const {
+    if (spec.mask == MaskKind::additive) return value_at(*mask, DataType::f32, 0, key);
+    if (spec.mask == MaskKind::boolean && mask->row(0)[key] == std::byte{0}) return -kInfinity;
+    return 0;
+  }
+
+  AttentionKernel spec;
+  Keys keys;
+  Rows q, output, mask, scratch;
+  float scale;
+
+ private:
+  double draw() { return std::normal_distribution<double>()(random_); }
+
+  Rows rows_of(std::int64_t count, DataType type) {
+    Rows rows = guarded(count, spec.head_dim, type, side_);
+    for (std::int64_t r = 0; r < count; ++r) fill(*rows, type, r);
+    return rows;
+  }
+
+  void fill(const GuardedRows& rows, DataType type, std::int64_t row) {
+    for (int d = 0; d < spec.head_dim; ++d) {
+      ops::write_scalar(type, rows.row(row) + d * size_in_bytes(type), draw());
+    }
+  }
+
+  void draw_cache() {
+    const std::int64_t end = keys.first + keys.count;
+    for (std::size_t which : {0, 1}) {
+      for (std::int64_t token = 0; token < end; token += keys.block_tokens) {
+        // Poisoned; a block without keys that take part is not even there. The last block may be
+        // short: tokens behind the end need not exist.
+        const std::int64_t tokens = std::min(keys.block_tokens, end - token);
+        Rows block = guarded(tokens, spec.head_dim, spec.cache, side_);
+        token_stride_ = block->stride();
+        for (std::int64_t t = std::max<std::int64_t>(keys.first - token, 0); t < tokens; ++t) {
+          fill(*block, spec.cache, t);
+        }
+        const bool used = token + tokens > keys.first;
+        tables_[which].push_back(used ? block->row(0) : nullptr);
+        blocks_[which].push_back(std::move(block));
+      }
+    }
+  }
+
+  void draw_mask(Masking masking) {
+    const std::int64_t end = keys.first + keys.count;
+    const bool additive = spec.mask == MaskKind::additive;
+    mask = std::make_unique<GuardedRows>(1, end * (additive ? 4 : 1), 0, side_);
+    for (std::int64_t key = 0; key < end; ++key) {
+      const bool out = masking == Masking::all || (masking == Masking::some && random_() % 3 == 0);
+      if (additive) {
+        ops::write_scalar(DataType::f32, mask->row(0) + 4 * key, out ? -kInfinity : draw());
+      } else {
+        mask->row(0)[key] = out ? std::byte{0} : static_cast<std::byte>(1 + random_() % 255);
+      }
+    }
+  }
+
+  Random random_;
+  GuardedRows::Side side_;
+  std::int64_t token_stride_ = 0;
+  std::vector<Rows> blocks_[2];
+  std::vector<void*> tables_[2];
+};
+
+// --- bounds
+
+double gamma(double depth) { return depth * kUnit / (1 - depth * kUnit); }
+
+// The exact scores of a head, and how far the kernel's may be from them.
+struct Scores {
+  std::vector<double> value, error;
+  double most = -kInfinity, largest_error = 0;
+};
+
+Scores exact_scores(const Problem& p, int head) {
+  const double lanes = p.spec.lanes;
+  const double depth = std::ceil(p.spec.head_dim / lanes) + std::log2(lanes);
+  Scores scores;
+  for (std::int64_t key = p.keys.first; key < p.keys.first + p.keys.count; ++key) {
+    double sum = 0, magnitude = 0;
+    for (int d = 0; d < p.spec.head_dim; ++d) {
+      const double term = value_at(*p.q, p.spec.input, head, d) * p.cached(0, key, d);
+      sum += term;
+      magnitude += std::abs(term);
+    }
+    double error = gamma(depth + 1) * magnitude * p.scale;  // + 1: times scale
+    const double value = sum * p.scale + p.masked(key);
+    if (p.spec.mask == MaskKind::additive && std::isfinite(value)) {
+      error += kUnit * (std::abs(value) + error);
+    }
+    scores.value.push_back(value);
+    scores.error.push_back(error);
+    scores.most = std::max(scores.most, value);
+    scores.largest_error = std::max(scores.largest_error, error);
+  }
+  return scores;
+}
+
+double output_unit(DataType type) {
+  return type == DataType::bf16 ? 0x1p-8 : type == DataType::f16 ? 0x1p-11 : 0;
+}
+
+// First-order error propagation; 1 % covers the products of errors. The maximum that the kernel
+// subtracts may differ from the exact one: that scales all weights alike and cancels.
+void expect_within_bounds(const Problem& p, std::string_view by) {
+  const double count = static_cast<double>(p.keys.count), lanes = p.spec.lanes;
+  const double sum_depth = std::ceil(count / lanes) + std::log2(lanes);
+  for (int head = 0; head < p.spec.group; ++head) {
+    const Scores scores = exact_scores(p, head);
+    std::vector<double> weights, errors;  // errors relative to the weight
+    double sum = 0, sum_error = 0;
+    for (std::size_t i = 0; i < scores.value.size(); ++i) {
+      const double x = scores.value[i] == -kInfinity ? -kInfinity : scores.value[i] - scores.most;
+      weights.push_back(std::exp(x));
+      const double reach = std::isfinite(x) ? std::abs(x) + 2 * scores.largest_error : 0;
+      errors.push_back(scores.error[i] + kUnit * reach + 2 * kUnit);
+      sum += weights[i];
+      sum_error += weights[i] * errors[i];
+    }
+    for (int d = 0; d < p.spec.head_dim; ++d) {
+      double wanted = 0, magnitude = 0, error = 0;
+      for (std::size_t i = 0; i < weights.size(); ++i) {
+        const double v = p.cached(1, p.keys.first + static_cast<std::int64_t>(i), d);
+        wanted += weights[i] * v;
+        magnitude += weights[i] * std::abs(v);
+        error += weights[i] * std::abs(v) * errors[i];
+      }
+      if (sum > 0) {
+        wanted /= sum;
+        error = (error + gamma(count) * magnitude) / sum +
+                std::abs(wanted) * (sum_error / sum + gamma(sum_depth) + kUnit);
+      }
+      error = 1.01 * error + output_unit(p.spec.input) * (std::abs(wanted) + error);
+      if (p.spec.input == DataType::f16) error += 0x1p-25;
+      const double got = value_at(*p.output, p.spec.input, head, d);
+      ASSERT_LE(std::abs(got - wanted), error + (sum > 0 ? 1e-37 : 0))
+          << by << ": " << print(p.spec) << " first=" << p.keys.first << " count=" << p.keys.count
+          << " block_tokens=" << p.keys.block_tokens << " head " << head << " element " << d << ": "
+          << got << " for " << wanted;
+    }
+  }
+  ASSERT_TRUE(p.output->intact()) << by << ": " << print(p.spec) << " wrote between heads";
+}
+
+void check(const AttentionKernel& spec, const Keys& keys, unsigned seed,
+           Masking masking = Masking::some) {
+  ASSERT_TRUE(supported(spec).ok()) << print(spec) << ": " << supported(spec).error().message;
+  for (GuardedRows::Side side : {GuardedRows::Side::after, GuardedRows::Side::before}) {
+    Problem problem(spec, keys, seed, side, masking);
+    for (Engine engine : engines(spec.lanes)) {
+      problem.run(engine);
+      expect_within_bounds(problem, name(engine));
+      if (testing::Test::HasFatalFailure()) return;
+    }
+  }
+}
+
+// --- cases
+
+constexpr std::array kFloats{DataType::f32, DataType::bf16, DataType::f16};
+constexpr std::array kMasks{MaskKind::none, MaskKind::boolean, MaskKind::additive};
+
+class Attention : public testing::TestWithParam<int> {
+ protected:
+  AttentionKernel kernel(int group, int head_dim) const {
+    AttentionKernel spec;
+    spec.lanes = GetParam();
+    spec.group = group;
+    spec.head_dim = head_dim;
+    return spec;
+  }
+};
+
+TEST_P(Attention, MatchesTheBoundsForEveryShape) {
+  unsigned turn = 0;
+  for (int group : {1, 2, 3, 4, 5, 8}) {
+    for (int head_dim : {1, 7, 8, 16, 20, 64, 80, 128}) {
+      for (std::int64_t count : {0, 1, 7, 8, 9, 16, 17, 33, 70}) {
+        AttentionKernel spec = kernel(group, head_dim);
+        spec.mask = kMasks[turn % 3];
+        if (head_dim % 16 == 0) {
+          spec.input = kFloats[turn / 3 % 3];
+          spec.cache = kFloats[turn / 9 % 3];
+        }
+        constexpr std::array<std::int64_t, 5> blocks{1, 5, 16, 32, 1000};
+        constexpr std::array<std::int64_t, 4> firsts{0, 3, 16, 40};
+        check(spec, {firsts[turn / 5 % 4], count, blocks[turn % 5]}, turn);
+        if (HasFatalFailure()) return;
+        turn += 1 + (turn % 11 == 0 ? 1 : 0);  // out of step with the loops
+      }
+    }
+  }
+}
+
+TEST_P(Attention, MatchesTheBoundsForEveryTypeAndMask) {
+  for (DataType input : kFloats) {
+    for (DataType cache : kFloats) {
+      for (MaskKind mask : kMasks) {
+        AttentionKernel spec = kernel(3, 64);
+        spec.input = input;
+        spec.cache = cache;
+        spec.mask = mask;
+        for (std::int64_t count : {5, 50}) check(spec, {9, count, 16}, 3);
+      }
+    }
+  }
+}
+
+TEST_P(Attention, AllKeysMaskedWritesZeros) {
+  for (MaskKind mask : {MaskKind::boolean, MaskKind::additive}) {
+    AttentionKernel spec = kernel(2, 24);
+    spec.mask = mask;
+    if (spec.head_dim % spec.lanes != 0) spec.head_dim = 32;
+    Problem problem(spec, {2, 21, 4}, 1, GuardedRows::Side::after, Masking::all);
+    for (Engine engine : engines(spec.lanes)) {
+      problem.run(engine);
+      for (double value : problem.results()) EXPECT_EQ(value, 0) << name(engine);
+    }
+    check(spec, {0, 9, 4}, 5, Masking::none);
+  }
+}
+
+TEST_P(Attention, ReferenceAgrees) {
+  for (MaskKind mask : kMasks) {
+    AttentionKernel spec = kernel(3, 20);
+    spec.mask = mask;
+    for (std::int64_t count : {0, 1, 30}) {
+      Problem problem(spec, {3, count, 8}, 2, GuardedRows::Side::after);
+      reference(spec, problem.args().data());
+      expect_within_bounds(problem, "reference");
+    }
+  }
+}
+
+// How the keys are cut into blocks must not show in the result.
+TEST_P(Attention, BitsDoNotDependOnBlocks) {
+  AttentionKernel spec = kernel(3, 64);
+  spec.mask = MaskKind::additive;
+  std::vector<double> wanted;
+  for (std::int64_t block_tokens : {100, 1, 3, 8, 16, 17}) {
+    Problem problem(spec, {4, 61, block_tokens}, 6, GuardedRows::Side::after);
+    for (Engine engine : engines(spec.lanes)) {
+      problem.run(engine);
+      if (wanted.empty()) wanted = problem.results();
+      EXPECT_EQ(problem.results(), wanted) << name(engine) << " block_tokens=" << block_tokens;
+    }
+  }
+}
+
+TEST_P(Attention, LargeScoresDoNotOverflow) {
+  const AttentionKernel spec = kernel(1, 16);
+  Problem problem(spec, {0, 20, 8}, 8, GuardedRows::Side::after);
+  problem.scale = 1e4f;
+  for (Engine engine : engines(spec.lanes)) {
+    problem.run(engine);
+    expect_within_bounds(problem, name(engine));
+  }
+}
+
+TEST_P(Attention, InnerLoopsDoNotSpill) {
+  for (int group : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
+    for (int head_dim : {20, 64, 80, 96, 128, 256}) {
+      for (DataType type : kFloats) {
+        for (MaskKind mask : kMasks) {
+          AttentionKernel spec = kernel(group, head_dim);
+          spec.input = spec.cache = type;
+          spec.mask = mask;
+          if (!supported(spec).ok()) continue;
+          const auto code = jit::emit(build(spec), target_with_lanes(spec.lanes));
+          ASSERT_TRUE(code.ok()) << print(spec) << ": " << code.error().message;
+          EXPECT_EQ(code->inner_loop_spills, 0) << print(spec) << " spills " << code->spills;
+        }
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Lanes, Attention, testing::Values(8, 16),
+                         [](const auto& test) { return std::to_string(test.param); });
+
+TEST(AttentionSupported, SaysWhyNot) {
+  AttentionKernel spec;
+  EXPECT_TRUE(supported(spec).ok());
+  spec.head_dim = 20;
+  EXPECT_TRUE(supported(spec).ok());
+  spec.cache = DataType::bf16;
+  EXPECT_EQ(supported(spec).error().message, "head_dim 20 in bf16 is not a multiple of 8 lanes");
+  spec.lanes = 16;
+  EXPECT_TRUE(supported(spec).ok());
+  spec.cache = DataType::i8;
+  EXPECT_EQ(supported(spec).error().message, "attention in i8");
+}
+
+TEST(AttentionPrint, TellsEveryFieldApart) {
+  AttentionKernel spec;
+  spec.group = 3;
+  spec.mask = MaskKind::boolean;
+  EXPECT_EQ(print(spec), "attention lanes=8 group=3 head_dim=64 input=f32 cache=f32 mask=boolean");
+}
+
+}  // namespace
+}  // namespace tilewright
