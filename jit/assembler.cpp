@@ -386,6 +386,10 @@ void Assembler::vcvtps2ph(const Memory& d, Opmask k, Vec a) {
   require(Isa::avx512, {});
   generator_->vcvtps2ph(generator_->address(d) | opmask(k), vector(a), 0);
 }
+void Assembler::vpmovdw(Vec d, Vec a) {
+  require(Isa::avx512, {});
+  generator_->vpmovdw(vector(d), vector(a));
+}
 void Assembler::vpmovdw(const Memory& d, Vec a) {
   require(Isa::avx512, {});
   generator_->vpmovdw(generator_->address(d), vector(a));

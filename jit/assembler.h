@@ -162,6 +162,7 @@ class Assembler {
   void vpmovzxwd(Vec d, Opmask k, const Memory& a);
   void vpmovzxbd(Vec d, Opmask k, const Memory& a);
   void vcvtps2ph(const Memory& d, Opmask k, Vec a);
+  void vpmovdw(Vec d, Vec a);  // d has half the width of a
   void vpmovdw(const Memory& d, Vec a);
   void vpmovdw(const Memory& d, Opmask k, Vec a);
   void vpmovdb(const Memory& d, Vec a);

@@ -49,6 +49,12 @@ void vsplat(Site& s) {
   s.as.vpbroadcastd(s.vd(), s.vd().low());
 }
 
+void vcvt_f16(Site& s) {
+  s.as.vpshufb(s.vd(), s.v(0), gather_low_bytes(s.as, 2));
+  s.as.vpermq(s.vd(), s.vd(), 0x08);  // quadwords 0 and 2 to the low half
+  s.as.vcvtph2ps(s.vd(), s.vd().low());
+}
+
 void vloadm(Site& s) { s.as.vmaskmovps(s.vd(), s.v(0), s.memory); }
 void vstorem(Site& s) { s.as.vmaskmovps(s.memory, s.v(1), s.v(0)); }
 

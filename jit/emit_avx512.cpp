@@ -14,6 +14,11 @@ enum Predicate { kLess = 0x11, kLessEqual = 0x12, kEqual = 0x00, kNotEqual = 0x0
 
 void vsplat(Site& s) { s.as.vpbroadcastd(s.vd(), s.g(0)); }
 
+void vcvt_f16(Site& s) {
+  s.as.vpmovdw(s.vd().half(), s.v(0));
+  s.as.vcvtph2ps(s.vd(), s.vd().half());
+}
+
 void vloadm(Site& s) {
   switch (s.element()) {
     case vir::Element::bf16:

@@ -389,7 +389,8 @@ TEST_P(Linear, InnerLoopsDoNotSpill) {
 
 INSTANTIATE_TEST_SUITE_P(All, Linear,
                          testing::Values(Case{8, DataType::f32}, Case{8, DataType::bf16},
-                                         Case{16, DataType::f32}, Case{16, DataType::bf16}),
+                                         Case{8, DataType::f16}, Case{16, DataType::f32},
+                                         Case{16, DataType::bf16}, Case{16, DataType::f16}),
                          [](const auto& test) {
                            return std::string(graph::name(test.param.weight)) + "_lanes" +
                                   std::to_string(test.param.lanes);

@@ -243,6 +243,7 @@ void Builder::fma_load(Reg accumulator, Reg a, Address f32_vector) {
 Reg Builder::scalef(Reg a, Reg b) { return binary(Op::vscalef, Kind::vec, a, b); }
 Reg Builder::to_i32(Reg a) { return unary(Op::vcvt_i32, Kind::vec, a); }
 Reg Builder::to_f32(Reg a) { return unary(Op::vcvt_f32, Kind::vec, a); }
+Reg Builder::low_f16_to_f32(Reg a) { return unary(Op::vcvt_f16, Kind::vec, a); }
 void Builder::dot_bf16(Reg accumulator, Reg a, Reg b) {
   accumulate(Op::vdpbf16, accumulator, a, b);
 }

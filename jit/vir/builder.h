@@ -108,6 +108,7 @@ class Builder {
   Reg scalef(Reg a, Reg b);
   Reg to_i32(Reg a);
   Reg to_f32(Reg a);
+  Reg low_f16_to_f32(Reg a);
   void dot_bf16(Reg accumulator, Reg a, Reg b);
 
   Reg vand(Reg a, Reg b);

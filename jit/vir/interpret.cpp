@@ -374,6 +374,11 @@ std::size_t Machine::step(std::size_t at) {
     case Op::vscalef: floats(i, scale); break;
     case Op::vcvt_i32: int_unary(i, [](Bits a) { return to_int(as_float(a)); }); break;
     case Op::vcvt_f32: int_unary(i, to_float_bits); break;
+    case Op::vcvt_f16:
+      int_unary(i, [](Bits a) {
+        return std::bit_cast<Bits>(f16_to_float(static_cast<std::uint16_t>(a)));
+      });
+      break;
     case Op::vdpbf16: dot(i); break;
 
     case Op::vand: ints(i, [](Bits a, Bits b) { return a & b; }); break;

@@ -215,6 +215,9 @@ class LinearBuilder {
     if (is_f32()) return b_.load(Element::f32, address);
     // A lane is a pair of one column: the even k in its low half, the odd one in its high half.
     Reg pair = b_.load(Element::i32, address);
+    if (spec_.weight == DataType::f16) {
+      return b_.low_f16_to_f32(odd ? b_.vshift_right(pair, 16) : pair);
+    }
     return odd ? b_.vand(pair, odd_mask_) : b_.vshift_left(pair, 16);
   }
 
@@ -327,7 +330,6 @@ Status supported(const LinearKernel& spec) {
   for (DataType type : {spec.weight, spec.input, spec.output}) {
     if (!one_of(type)) return Error{fmt::format("linear in {}", graph::name(type))};
   }
-  if (spec.weight == DataType::f16) return Error{"weights in f16 have no vector form yet"};
   const std::string& activation = spec.epilogue.activation;
   const std::array known{"", "silu", "gelu", "gelu_tanh", "relu"};
   if (std::find(known.begin(), known.end(), activation) == known.end()) {
