@@ -106,6 +106,12 @@ Status reserve_caches(const State& state, std::span<KvCache* const> caches,
   return {};
 }
 
+void request_kernel(State& state, const LinearTask& linear, LinearTask::Variant& variant) {
+  LinearKernel spec = linear.spec;
+  spec.rows = variant.rows;
+  variant.kernel = state.kernels->request(print(spec), [spec] { return build(spec); });
+}
+
 // Linear kernels exist per block of rows and are made when a run first needs them.
 Status ensure_kernels(State& state, std::span<const std::int64_t> dims) {
   bool missing = false;

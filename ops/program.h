@@ -81,6 +81,9 @@ class Program {
   Result<std::vector<std::vector<std::int64_t>>> output_shapes(
       std::span<const TensorView> inputs) const;
   Status run(const RunArguments& arguments);
+  // Makes every kernel that any run could need, also those for other numbers of rows than were met
+  // so far: to fill the cache ahead of time. Executes nothing.
+  Status prepare();
 
   const PhaseCounters& counters(Phase phase) const;
   std::vector<RegionReport> regions() const;
