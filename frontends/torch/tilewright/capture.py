@@ -27,6 +27,8 @@ def trace(function: Callable[..., Any], fakes: Sequence[Any], fake_mode: Any) ->
     try:
         with fake_mode, torch.no_grad():
             return make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    except UnsupportedError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UnsupportedError(f"the graph cannot be captured: {reason[0]}") from error
@@ -58,3 +60,27 @@ def from_dynamo(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
         else:
             fakes.append(node.meta.get("example_value", value))
     return trace(gm, fakes, context.fake_mode)
+
+
+def written_placeholders(gm: GraphModule) -> set[int]:
+    """Positions of the inputs whose memory the graph writes, through whatever view."""
+    from tilewright.outputs import storage_key
+
+    written: set[int] = set()
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for argument, formal in zip(node.args, node.target._schema.arguments, strict=False):
+            if formal.alias_info is not None and formal.alias_info.is_write:
+                written.update(
+                    storage_key(part.meta["val"])
+                    for part in (argument if isinstance(argument, list | tuple) else [argument])
+                    if isinstance(part, torch.fx.Node)
+                )
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return {
+        i
+        for i, node in enumerate(placeholders)
+        if isinstance(node.meta.get("val"), torch.Tensor)
+        and storage_key(node.meta["val"]) in written
+    }

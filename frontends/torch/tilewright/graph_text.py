@@ -93,8 +93,10 @@ class Node:
 class GraphBuilder:
     """Collects nodes in execution order. Not thread-safe."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, keep_views: bool = False) -> None:
+        """`keep_views`: views that change nothing at these sizes may at others, so they stay."""
         self.name = name
+        self.keep_views = keep_views
         self.parameters: list[Value] = []
         self.nodes: list[Node] = []
         self.outputs: list[Value] = []

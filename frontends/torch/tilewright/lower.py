@@ -41,6 +41,8 @@ class Lowered:
     bindings: dict[str, tuple[int, int | None]]  # symbol -> (placeholder, axis or the int itself)
     outputs: list[Output]
     output_tree: Any
+    results: list[Type]  # of the program's outputs, in order
+    tokens: Dim | None  # of each sequence in one call; one means decode
     mutated: frozenset[int]  # placeholders that a run writes
     externals: list[tuple[str, str]] = field(default_factory=list)  # (function, reason)
     caches: list[int] = field(default_factory=list)  # layers whose caches are parameters, in order
@@ -69,7 +71,7 @@ class Call:
         return self.append("convert", [x], Type(dtype, x.shape), dtype=dtype)
 
     def reshape(self, x: Value, shape: tuple[Dim, ...]) -> Value:
-        if x.shape == shape:
+        if x.shape == shape and not self.builder.keep_views:
             return x
         return self.append("reshape", [x], Type(x.dtype, shape), shape=list(shape))
 
@@ -80,13 +82,15 @@ class Call:
         return self.append("permute", [x], Type(x.dtype, shape), order=list(order))
 
     def expand(self, x: Value, shape: tuple[Dim, ...]) -> Value:
-        x = self.reshape(x, (Dim.of(1),) * (len(shape) - len(x.shape)) + x.shape)
-        if x.shape == shape:
+        if len(x.shape) != len(shape):
+            x = self.reshape(x, (Dim.of(1),) * (len(shape) - len(x.shape)) + x.shape)
+        if x.shape == shape and not self.builder.keep_views:
             return x
         return self.append("expand", [x], Type(x.dtype, shape), shape=list(shape))
 
     def slice(self, x: Value, axis: int, start: Dim, end: Dim, step: int, type_: Type) -> Value:
-        if start.constant == 0 and end == x.shape[axis] and step == 1:
+        whole = start.constant == 0 and end == x.shape[axis] and step == 1
+        if whole and not self.builder.keep_views:
             return x
         attributes: dict[str, Any] = {"axis": axis, "start": [start], "end": [end]}
         if step != 1:
@@ -143,11 +147,13 @@ def _stand_in(x: Any) -> Any:
 
 
 class Lowerer:
-    """Walks one captured graph. Subclassed by stamp.py, which captures layers only once."""
+    """Walks one captured graph. Subclassed by model_capture.py, which stamps layers."""
 
-    def __init__(self, gm: GraphModule, name: str, frozen: Mapping[int, str]) -> None:
+    def __init__(
+        self, gm: GraphModule, name: str, frozen: Mapping[int, str], keep_views: bool = False
+    ) -> None:
         self.gm = gm
-        self.builder = GraphBuilder(name)
+        self.builder = GraphBuilder(name, keep_views)
         self.environment: dict[Node, Any] = {}
         self.externals: list[tuple[str, str]] = []
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -167,6 +173,10 @@ class Lowerer:
 
     def run(self, tensors: Mapping[int, torch.Tensor]) -> Lowered:
         """`tensors`: the real tensor of each frozen placeholder."""
+        return self._finish(self.walk(tensors))
+
+    def walk(self, tensors: Mapping[int, torch.Tensor]) -> Node:
+        """Lowers all nodes; returns the output node."""
         for i, node in enumerate(self.placeholders):
             self._placeholder(i, node, tensors.get(i))
         result: Node | None = None
@@ -180,7 +190,7 @@ class Lowerer:
             elif node.op != "placeholder":
                 raise UnsupportedError(f"a {node.op} node in the captured graph")
         assert result is not None
-        return self._finish(result)
+        return result
 
     def _placeholder(self, index: int, node: Node, real: torch.Tensor | None) -> None:
         value = node.meta.get("val")
@@ -222,7 +232,7 @@ class Lowerer:
 
     def constant(self, name: str, tensor: torch.Tensor) -> Value:
         check_tensor(tensor)
-        return self.builder.constant(name, tensor.detach())
+        return self.builder.constant(name, tensor)
 
     def call(self, node: Node) -> None:
         value = node.meta.get("val")
@@ -369,9 +379,19 @@ class Lowerer:
             bindings=self.bindings,
             outputs=outputs,
             output_tree=tree,
+            results=[value.type for value in self.builder.outputs],
+            tokens=self._tokens(),
             mutated=frozenset(self.mutated),
             externals=self.externals,
         )
+
+    def _tokens(self) -> Dim | None:
+        """Queries of the first attention; without attention, rows of the first matrix product."""
+        for op in ("attention", "linear", "matmul"):
+            for node in self.builder.nodes:
+                if node.op == op and len(node.operands[0].shape) > 1:
+                    return node.operands[0].shape[-2]
+        return None
 
     def _drop_unused_inputs(self) -> None:
         used = {id(v) for node in self.builder.nodes for v in node.operands}

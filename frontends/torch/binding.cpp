@@ -1,0 +1,451 @@
+// tilewright._core: the core for Python. No torch header here: tensors cross as addresses and
+// shapes, so that one build serves every torch.
+//
+// Calls that compile or run release the interpreter lock; a host callback takes it again. An error
+// of the core becomes tilewright._core.CoreError. Objects are as thread-safe as what they wrap: the
+// Python side holds one lock per program.
+//
+// Tested by tests/python/test_binding.py.
+#include <fmt/format.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/set.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "cache/store.h"
+#include "graph/graph.h"
+#include "graph/pipeline.h"
+#include "jit/base/env.h"
+#include "jit/base/log.h"
+#include "jit/base/target.h"
+#include "ops/compile.h"
+#include "ops/kernel_library.h"
+#include "ops/kv_cache.h"
+#include "ops/onednn_fallback.h"
+#include "ops/program.h"
+#include "ops/weights.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace tilewright {
+namespace {
+
+using Address = std::uintptr_t;
+using Shape = std::vector<std::int64_t>;
+using ShapedAddress = std::pair<Address, Shape>;
+using TypedAddress = std::tuple<Address, std::string, Shape>;
+
+struct CoreError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <class T>
+T value_or_throw(Result<T> result) {
+  if (!result) throw CoreError(result.error().message);
+  return std::move(result.value());
+}
+
+void check(const Status& status) {
+  if (!status) throw CoreError(status.error().message);
+}
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+graph::DataType data_type(const std::string& name) {
+  auto found = graph::data_type(name);
+  if (!found) throw CoreError(fmt::format("unknown element type '{}'", name));
+  return *found;
+}
+
+TypedAddress typed(const ops::TensorView& view) {
+  return {reinterpret_cast<Address>(view.data), std::string(graph::name(view.dtype)), view.shape};
+}
+
+// Samples of some memory, to notice writes that leave no other trace. A sample is one word of every
+// 1/16th of a range: reading all of a model would cost a tenth of a second for each prefill.
+class Fingerprint {
+ public:
+  explicit Fingerprint(std::vector<std::pair<Address, std::int64_t>> ranges)
+      : ranges_(std::move(ranges)) {}
+
+  std::uint64_t value() const {
+    constexpr std::int64_t samples = 16;
+    std::uint64_t hash = 14695981039346656037ull;  // FNV-1a, by words
+    for (const auto& [address, bytes] : ranges_) {
+      const std::int64_t words = bytes / 8;
+      for (std::int64_t i = 0; i < std::min(samples, words); ++i) {
+        std::uint64_t word;
+        const std::int64_t index = words <= samples ? i : i * (words - 1) / (samples - 1);
+        std::memcpy(&word, reinterpret_cast<const char*>(address) + 8 * index, 8);
+        hash = (hash ^ word) * 1099511628211ull;
+      }
+    }
+    return hash;
+  }
+
+ private:
+  std::vector<std::pair<Address, std::int64_t>> ranges_;
+};
+
+// What one process shares: the target, the cache on disk and the kernels.
+class Engine {
+ public:
+  // An empty rung: this host, capped by TILEWRIGHT_MAX_CPU_ISA. Otherwise exactly that rung, to
+  // fill the cache for another machine.
+  explicit Engine(const std::string& rung) {
+    const Environment& settings = environment();
+    if (!rung.empty()) {
+      target_ = value_or_throw(Target::for_rung(rung));
+    } else if (settings.max_cpu_isa.empty()) {
+      target_ = Target::host();
+    } else {
+      target_ = value_or_throw(Target::host().capped(settings.max_cpu_isa));
+    }
+    auto mode = settings.cache == CacheMode::off         ? cache::Mode::off
+                : settings.cache == CacheMode::read_only ? cache::Mode::read_only
+                                                         : cache::Mode::read_write;
+    store_ = std::make_shared<cache::Store>(cache::Store::open(
+        cache::default_directory(settings.cache_dir), mode, settings.cache_max_bytes));
+    kernels_ = std::make_shared<ops::KernelLibrary>(target_, store_, settings.cache_check);
+  }
+
+  const Target& target() const { return target_; }
+  const cache::Store& store() const { return *store_; }
+  cache::Store& store() { return *store_; }
+  const std::shared_ptr<ops::KernelLibrary>& kernels() const { return kernels_; }
+
+  // Text to text: parse, check, run the passes.
+  std::string optimize(const std::string& text) const { return graph::print(optimized(text)); }
+
+  std::unique_ptr<ops::Program> compile(const std::string& text,
+                                        const std::map<std::string, TypedAddress>& constants,
+                                        std::shared_ptr<ops::WeightStore> weights) const {
+    nb::gil_scoped_release unlocked;
+    if (!target_.has(Isa::avx2)) throw CoreError("this CPU has no AVX2 and FMA");
+    const Environment& settings = environment();
+    ops::CompileOptions options;
+    options.disabled.insert(settings.disable.names.begin(), settings.disable.names.end());
+    options.fallback_onednn = settings.fallback == Fallback::onednn;
+    std::map<std::string, ops::TensorView> views;
+    for (const auto& [name, constant] : constants) {
+      const auto& [address, dtype, shape] = constant;
+      views[name] = {pointer(address), data_type(dtype), shape};
+    }
+    return std::make_unique<ops::Program>(value_or_throw(
+        ops::compile(optimized(text), views, target_, options, kernels_, std::move(weights))));
+  }
+
+ private:
+  graph::Graph optimized(const std::string& text) const {
+    graph::Graph graph = value_or_throw(graph::parse(text));
+    check(graph::verify(graph));
+    return value_or_throw(graph::optimize(std::move(graph), target_, environment().pass_limit));
+  }
+
+  Target target_;
+  std::shared_ptr<cache::Store> store_;
+  std::shared_ptr<ops::KernelLibrary> kernels_;
+};
+
+// Inputs and outputs carry no element types: the program knows them.
+std::vector<ops::TensorView> views(const std::vector<ShapedAddress>& tensors,
+                                   const std::vector<graph::DataType>& dtypes) {
+  if (tensors.size() != dtypes.size()) {
+    throw CoreError(fmt::format("{} tensors given, {} expected", tensors.size(), dtypes.size()));
+  }
+  std::vector<ops::TensorView> result;
+  result.reserve(tensors.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    result.push_back({pointer(tensors[i].first), dtypes[i], tensors[i].second});
+  }
+  return result;
+}
+
+std::vector<graph::DataType> input_types(const ops::Program& program) {
+  std::vector<graph::DataType> types;
+  const graph::Graph& graph = program.graph();
+  for (graph::ValueId id : graph.parameters) {
+    if (!graph.type(id).is_cache) types.push_back(graph.type(id).dtype);
+  }
+  return types;
+}
+
+std::vector<graph::DataType> output_types(const ops::Program& program) {
+  std::vector<graph::DataType> types;
+  for (graph::ValueId id : program.graph().outputs) types.push_back(program.graph().type(id).dtype);
+  return types;
+}
+
+// host(function, attributes, inputs, outputs) with (address, dtype, shape) each; what it raises
+// ends the run with that message.
+ops::HostFunction host_function(const nb::object& host) {
+  return [host](const ops::HostCall& call) -> Status {
+    nb::gil_scoped_acquire locked;
+    try {
+      std::vector<TypedAddress> inputs, outputs;
+      for (const ops::TensorView& view : call.inputs) inputs.push_back(typed(view));
+      for (const ops::TensorView& view : call.outputs) outputs.push_back(typed(view));
+      host(call.function, call.attributes, inputs, outputs);
+      return {};
+    } catch (nb::python_error& error) {
+      return Error{fmt::format("{}: {}", call.function, error.what())};
+    }
+  };
+}
+
+void run(ops::Program& program, const std::vector<ShapedAddress>& inputs,
+         const std::vector<ops::KvCache*>& caches, const std::vector<ShapedAddress>& outputs,
+         const nb::object& host, bool decode, int threads) {
+  std::vector<ops::TensorView> input_views = views(inputs, input_types(program));
+  std::vector<ops::TensorView> output_views = views(outputs, output_types(program));
+  ops::HostFunction function;
+  if (!host.is_none()) function = host_function(host);
+  ops::RunArguments arguments;
+  arguments.inputs = input_views;
+  arguments.caches = caches;
+  arguments.outputs = output_views;
+  arguments.host = function ? &function : nullptr;
+  arguments.phase = decode ? ops::Phase::decode : ops::Phase::prefill;
+  arguments.threads = threads;
+  Status status;
+  {
+    nb::gil_scoped_release unlocked;
+    status = program.run(arguments);
+  }
+  check(status);
+}
+
+nb::dict counters(const ops::PhaseCounters& phase) {
+  nb::dict result;
+  result["runs"] = phase.runs;
+  result["steps"] = phase.steps;
+  result["fallback_calls"] = phase.fallback_calls;
+  result["onednn_calls"] = phase.onednn_calls;
+  result["layers"] = phase.layers;
+  result["layer_steps"] = phase.layer_steps;
+  result["own_flops"] = phase.own_flops;
+  result["fallback_flops"] = phase.fallback_flops;
+  result["own_seconds"] = phase.own_seconds;
+  result["fallback_seconds"] = phase.fallback_seconds;
+  return result;
+}
+
+nb::dict report(const ops::Program& program) {
+  nb::list regions;
+  for (const ops::RegionReport& region : program.regions()) {
+    nb::dict row;
+    row["name"] = region.name;
+    row["kernel"] = region.kernel;
+    row["fallback"] = region.fallback;
+    row["reason"] = region.reason;
+    row["isa"] = region.isa;
+    row["flops"] = region.flops;
+    row["weight_bytes"] = region.weight_bytes;
+    regions.append(row);
+  }
+  nb::dict result;
+  result["regions"] = regions;
+  result["prefill"] = counters(program.counters(ops::Phase::prefill));
+  result["decode"] = counters(program.counters(ops::Phase::decode));
+  result["layers"] = program.layer_count();
+  result["arena_bytes"] = program.arena_bytes();
+  return result;
+}
+
+std::vector<std::pair<std::string, std::string>> parameters(const ops::Program& program) {
+  std::vector<std::pair<std::string, std::string>> result;
+  const graph::Graph& graph = program.graph();
+  for (graph::ValueId id : graph.parameters) {
+    result.emplace_back(graph.value(id).name, graph::print(graph.type(id)));
+  }
+  return result;
+}
+
+nb::dict kernel_counters(const Engine& engine) {
+  const ops::KernelCounters kernels = engine.kernels()->counters();
+  nb::dict result;
+  result["emitted"] = kernels.emitted;
+  result["loaded"] = kernels.loaded;
+  result["code_bytes"] = kernels.code_bytes;
+  result["emit_seconds"] = kernels.emit_seconds;
+  result["load_seconds"] = kernels.load_seconds;
+  return result;
+}
+
+nb::list cache_entries(const Engine& engine) {
+  nb::list result;
+  for (const cache::Listing& entry : engine.store().list()) {
+    nb::dict row;
+    row["file"] = entry.file;
+    row["name"] = entry.name;
+    row["key"] = entry.key_text;
+    row["bytes"] = entry.bytes;
+    row["code_bytes"] = entry.code_bytes;
+    row["modified"] = entry.modified;
+    row["current"] = entry.current;
+    row["isa"] = isa_mask_name(entry.required_isa);
+    row["problem"] = entry.problem;
+    result.append(row);
+  }
+  return result;
+}
+
+nb::dict cache_state(const Engine& engine) {
+  const cache::Counters counted = engine.store().counters();
+  nb::dict result;
+  result["directory"] = engine.store().directory();
+  result["problem"] = engine.store().problem();
+  result["hits"] = counted.hits;
+  result["misses"] = counted.misses;
+  result["writes"] = counted.writes;
+  result["write_failures"] = counted.write_failures;
+  result["rejects"] = counted.rejects;
+  return result;
+}
+
+nb::dict target_fields(const Target& target) {
+  nb::dict result;
+  result["isa"] = isa_mask_name(target.isa);
+  result["vendor"] = target.vendor;
+  result["model_name"] = target.model_name;
+  result["family"] = target.family;
+  result["model"] = target.model;
+  result["cores"] = target.cores;
+  result["lanes"] = target.lanes();
+  result["l1d_bytes"] = target.l1d_bytes;
+  result["l2_bytes"] = target.l2_bytes;
+  return result;
+}
+
+nb::list variable_rows() {
+  nb::list result;
+  for (const Variable& variable : variables()) {
+    const std::string name = std::string(kVariablePrefix) + std::string(variable.name);
+    const char* value = secure_getenv(name.c_str());
+    nb::dict row;
+    row["name"] = name;
+    row["value"] = value == nullptr ? nb::object(nb::none()) : nb::object(nb::str(value));
+    row["default"] = std::string(variable.default_value);
+    row["values"] = variable.values;
+    row["documentation"] = std::string(variable.documentation);
+    result.append(row);
+  }
+  return result;
+}
+
+nb::dict settings() {
+  const Environment& set = environment();
+  nb::dict result;
+  result["disable_all"] = set.disable.all;
+  result["disabled"] = set.disable.names;
+  result["strict"] = set.strict;
+  result["num_threads"] = set.num_threads;
+  result["verbose"] = set.verbose;
+  result["onednn"] = set.fallback == Fallback::onednn;
+  result["problems"] = set.problems;
+  return result;
+}
+
+// Messages go to Python's logging. The sink outlives the interpreter's modules, so it is removed
+// at exit by the package (atexit), before Python is.
+void forward_log(nb::object sink) {
+  if (sink.is_none()) {
+    set_log_sink({});
+    return;
+  }
+  set_log_sink([sink](LogLevel level, std::string_view message) {
+    nb::gil_scoped_acquire locked;
+    try {
+      sink(static_cast<int>(level), std::string(message));
+    } catch (nb::python_error&) {
+      // A logger that fails must not end a computation.
+    }
+  });
+}
+
+void bind_cache(nb::module_& module) {
+  using ops::KvCache;
+  nb::class_<KvCache>(module, "KvCache", "Keys and values of one layer, in blocks.")
+      .def("__init__",
+           [](KvCache* self, std::int64_t batch, std::int64_t kv_heads, std::int64_t head_dim,
+              const std::string& dtype) {
+             new (self) KvCache(batch, kv_heads, head_dim, data_type(dtype));
+           })
+      .def_prop_ro("batch", &KvCache::batch)
+      .def_prop_ro("kv_heads", &KvCache::kv_heads)
+      .def_prop_ro("head_dim", &KvCache::head_dim)
+      .def_prop_ro("length", &KvCache::length)
+      .def_prop_ro("bytes", &KvCache::bytes)
+      .def("set_first_keys",
+           [](KvCache& self, const std::vector<std::int64_t>& keys) {
+             check(self.set_first_keys(keys));
+           })
+      .def("truncate", &KvCache::truncate)
+      .def("read", [](const KvCache& self, Address keys,
+                      Address values) { self.read(pointer(keys), pointer(values)); })
+      .def("write",
+           [](KvCache& self, Address keys, Address values, std::int64_t length) {
+             check(self.write(pointer(keys), pointer(values), length));
+           })
+      .def("reorder", [](KvCache& self, const std::vector<std::int64_t>& indices) {
+        check(self.reorder(indices));
+      });
+}
+
+void bind_program(nb::module_& module) {
+  nb::class_<Fingerprint>(module, "Fingerprint", "A hash of samples of memory.")
+      .def(nb::init<std::vector<std::pair<Address, std::int64_t>>>())
+      .def("value", &Fingerprint::value);
+  nb::class_<ops::WeightStore>(module, "WeightStore", "Packed weights that programs share.")
+      .def(nb::init<>())
+      .def("forget", [](ops::WeightStore& self, Address source) { self.forget(pointer(source)); })
+      .def_prop_ro("bytes", &ops::WeightStore::bytes);
+  nb::class_<ops::Program>(module, "Program", "What runs: steps of kernels and host calls.")
+      .def_prop_ro("parameters", &parameters)
+      .def_prop_ro("text", [](const ops::Program& self) { return graph::print(self.graph()); })
+      .def("output_shapes",
+           [](const ops::Program& self, const std::vector<ShapedAddress>& inputs) {
+             return value_or_throw(self.output_shapes(views(inputs, input_types(self))));
+           })
+      .def("run", &run, "inputs"_a, "caches"_a, "outputs"_a, "host"_a.none(), "decode"_a,
+           "threads"_a)
+      .def("report", &report);
+  nb::class_<Engine>(module, "Engine", "Target, cache on disk and kernels of one process.")
+      .def(nb::init<const std::string&>(), "rung"_a = "")
+      .def("optimize", &Engine::optimize, "text"_a)
+      .def("compile", &Engine::compile, "text"_a, "constants"_a, "weights"_a)
+      .def("kernel_counters", &kernel_counters)
+      .def("cache_entries", &cache_entries)
+      .def("cache_state", &cache_state)
+      .def("target", [](const Engine& self) { return target_fields(self.target()); });
+}
+
+}  // namespace
+}  // namespace tilewright
+
+NB_MODULE(_core, module) {
+  using namespace tilewright;
+  module.doc() = "Tilewright's core: graphs in, programs out.";
+  nb::exception<CoreError>(module, "CoreError", PyExc_RuntimeError);
+  bind_cache(module);
+  bind_program(module);
+  module.def("variables", &variable_rows, "The table of environment variables.");
+  module.def("settings", &settings, "What the environment variables say.");
+  module.def("log_problems", &log_environment_problems);
+  module.def("forward_log", &forward_log, "sink"_a.none());
+  module.def("load_onednn", [](const std::string& path) { check(ops::load_onednn(path)); });
+}

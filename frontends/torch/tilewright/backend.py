@@ -1,0 +1,177 @@
+"""The torch.compile backend `tilewright`.
+
+It never raises (but with TILEWRIGHT_STRICT=1): a graph that we cannot take keeps Dynamo's own
+`forward`, with the reason in the log and in `explain`. Parameters and buffers arrive as graph
+inputs; they become constants, packed once per model, and every call checks that they are still the
+same.
+
+Tested by tests/python/test_backend.py, tests/python/test_bad_input.py.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tilewright import capture, core, routing
+from tilewright.graph_text import UnsupportedError
+from tilewright.lower import lower
+from tilewright.program import Executable
+from torch.fx import GraphModule, Node
+
+# Every graph that Dynamo gave us and that is still alive, for explain().
+graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+
+
+def backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Dynamo's contract: a callable with the graph's inputs and results.
+
+    `mode` and `options` are Inductor's; transformers passes them to every backend, so they are
+    accepted, and mean nothing here.
+    """
+    graph = CompiledGraph(gm, example_inputs)
+    try:
+        graph.compile(example_inputs)
+    except Exception as error:
+        if core.settings()["strict"]:
+            raise
+        graph.decline(_reason(error))
+    return graph
+
+
+class CompiledGraph:
+    """What Dynamo calls instead of one graph. Thread-safe."""
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any]) -> None:
+        self._gm = gm
+        self.executable: Executable | None = None
+        self.reason = ""  # why torch runs this graph
+        self.calls = 0
+        self.fallback_calls = 0
+        self.refreshes = 0
+        self._parameters = weakref.WeakSet([x for x in inputs if isinstance(x, torch.nn.Parameter)])
+        self._frozen: dict[int, str] = {}
+        graphs.add(self)
+
+    def compile(self, inputs: Sequence[Any]) -> None:
+        """Raises the reason why it cannot."""
+        if core.settings()["disable_all"]:
+            raise UnsupportedError("TILEWRIGHT_DISABLE=1")
+        check_inputs(inputs)
+        core.engine()  # first: a machine without AVX2 needs no capture
+        captured = capture.from_dynamo(self._gm, inputs)
+        placeholders = [node for node in self._gm.graph.nodes if node.op == "placeholder"]
+        written = capture.written_placeholders(captured)
+        names = {
+            i: constant_name(node)
+            for i, (node, value) in enumerate(zip(placeholders, inputs, strict=True))
+            if i not in written and is_constant(node, value)
+        }
+        lowered = lower(captured, "graph", {i: (name, inputs[i]) for i, name in names.items()})
+        self._frozen = {i: name for i, name in names.items() if name in lowered.constants}
+        self._attributes = {
+            name: tensor
+            for name, tensor in lowered.constants.items()
+            if name not in self._frozen.values()
+        }
+        self.executable = Executable(lowered, self._constants(inputs))
+
+    def decline(self, reason: str) -> None:
+        self.reason = reason
+        core.say_once(f"a graph of torch.compile runs in PyTorch: {reason}")
+
+    def owns(self, parameter_ids: set[int]) -> bool:
+        """Whether this graph belongs to the model with these parameters."""
+        return any(id(parameter) in parameter_ids for parameter in self._parameters)
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        executable = self.executable
+        if executable is None:
+            self.fallback_calls += 1
+            return self._gm.forward(*arguments)
+        with executable.lock:
+            self._refresh(executable, arguments)
+            try:
+                return executable.call(arguments)
+            except core.CoreError as error:
+                if core.settings()["strict"] or executable.lowered.mutated:
+                    raise
+                self.executable = None
+                self.decline(f"the program failed: {error}")
+                self.fallback_calls += 1
+                return self._gm.forward(*arguments)
+
+    def _constants(self, arguments: Sequence[Any]) -> dict[str, torch.Tensor]:
+        given = {name: arguments[i] for i, name in self._frozen.items()}
+        return {**self._attributes, **given}
+
+    def _refresh(self, executable: Executable, arguments: Sequence[Any]) -> None:
+        """Packs again when a parameter was replaced or written since."""
+        weights = executable.weights
+        stale = not all(weights.same(name, arguments[i]) for i, name in self._frozen.items())
+        if not stale and not executable.is_decode(executable.symbols(arguments)):
+            stale = weights.contents_changed()
+        if stale:
+            self.refreshes += 1
+            executable.forget_weights()
+            executable.bind(self._constants(arguments))
+
+
+def check_inputs(inputs: Sequence[Any]) -> None:
+    """Raises UnsupportedError for what this backend leaves to torch."""
+    if torch.is_autocast_enabled("cpu"):
+        raise UnsupportedError("autocast is active")
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise UnsupportedError(
+            "gradients are enabled; call the model under torch.no_grad() or inference_mode()"
+        )
+    for x in tensors:
+        if type(x) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            raise UnsupportedError(f"an input is a {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise UnsupportedError(f"an input has layout {x.layout}")
+        if x.device.type != "cpu":
+            raise UnsupportedError(f"an input is on device {x.device}")
+        if x.is_complex() or x.is_quantized:
+            raise UnsupportedError(f"an input has type {x.dtype}")
+
+
+def _source_name(node: Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return node.name
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def is_constant(node: Node, value: Any) -> bool:
+    """Parameters, and buffers of modules. Not every static address: KV caches have those too."""
+    if isinstance(value, torch.nn.Parameter):
+        return True
+    return isinstance(value, torch.Tensor) and "._buffers[" in _source_name(node)
+
+
+def constant_name(node: Node) -> str:
+    """`L['self']._modules['lm_head']._parameters['weight']` -> `lm_head.weight`."""
+    parts = _source_name(node).split("['")
+    names = [part.split("']")[0] for part in parts[1:]]
+    return ".".join(names[1:]) or node.name
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+routing.install()

@@ -1,0 +1,199 @@
+"""Executable: a lowered graph compiled by the core, callable with torch tensors.
+
+It binds symbols to the sizes of a call, allocates outputs, runs the program, and makes what the
+caller expects of the results. Weights are bound by name; `is_current` tells whether they are still
+what was packed, `bind` packs them again.
+
+Thread-safe: calls take turns. Tested by tests/python/test_backend.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tilewright import _core, core, host
+from tilewright.graph_text import DTYPE_NAMES, DTYPES, Type
+from tilewright.lower import Lowered
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+_stores: Any = WeakIdKeyDictionary()
+
+
+def store_for(parameters: Iterable[torch.Tensor]) -> Any:
+    """The WeightStore that these parameters' model uses; made for the first of its programs."""
+    parameters = list(parameters)
+    store = next((_stores[p] for p in parameters if p in _stores), None)
+    if store is None:
+        store = _core.WeightStore()
+    for parameter in parameters:
+        _stores.setdefault(parameter, store)
+    return store
+
+
+def tensor_at(address: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor over memory of the core, valid during a host call."""
+    count = 1
+    for size in shape:
+        count *= size
+    if count == 0:
+        return torch.empty(tuple(shape), dtype=dtype)
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(tuple(shape))
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Tensors made in inference mode keep no count of their writes."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Weights:
+    """What a program read from its constants, and how to tell that they changed since.
+
+    Tensors are held weakly: a compiled graph must not keep a model alive that its user dropped. A
+    write through `.data` changes neither address nor version; `contents_changed` looks at a sample
+    of the bytes for that, which costs about a microsecond per tensor.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._marks: dict[str, tuple[Any, int, int]] = {
+            name: (weakref.ref(tensor), tensor.data_ptr(), version_of(tensor))
+            for name, tensor in tensors.items()
+        }
+        self._fingerprint = _core.Fingerprint(
+            [
+                (tensor.data_ptr(), tensor.numel() * tensor.element_size())
+                for tensor in tensors.values()
+                if tensor.is_contiguous()
+            ]
+        )
+        self._value = self._fingerprint.value()
+
+    def same(self, name: str, tensor: torch.Tensor) -> bool:
+        reference, address, version = self._marks[name]
+        return bool(
+            reference() is tensor and tensor.data_ptr() == address and version_of(tensor) == version
+        )
+
+    def all_same(self) -> bool:
+        """Nobody replaced the memory of a tensor or wrote it in a way that torch counts."""
+        for reference, address, version in self._marks.values():
+            tensor: Any = reference()
+            if tensor is None or tensor.data_ptr() != address or version_of(tensor) != version:
+                return False
+        return True
+
+    def contents_changed(self) -> bool:
+        """REQUIRES: the tensors live."""
+        return bool(self._fingerprint.value() != self._value)
+
+    def addresses(self) -> list[int]:
+        return [address for _, address, _ in self._marks.values()]
+
+
+class Sizes:
+    """A shape to evaluate at each call; free of cost when it has no symbols."""
+
+    def __init__(self, type_: Type) -> None:
+        self.dtype = type_.dtype
+        self._dims = type_.shape
+        constants = [size.constant for size in type_.shape if size.constant is not None]
+        self._fixed = tuple(constants) if len(constants) == len(type_.shape) else None
+
+    def __call__(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
+        if self._fixed is not None:
+            return self._fixed
+        return tuple(size.evaluate(symbols) for size in self._dims)
+
+
+class Executable:
+    """See the module's description."""
+
+    def __init__(self, lowered: Lowered, tensors: Mapping[str, torch.Tensor]) -> None:
+        """`tensors`: the constants by name. CoreError when the core refuses the graph."""
+        self.lowered = lowered
+        self.lock = threading.RLock()
+        self._results = [Sizes(type_) for type_ in lowered.results]
+        self._symbols: dict[str, int] = {}
+        executables.add(self)
+        self.bind(tensors)
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Compiles for these constants: at first, and after they changed."""
+        constants = {name: tensors[name] for name in self.lowered.constants}
+        # The core reads row-major memory; a transposed weight is copied once and kept here.
+        self._copies = {
+            name: tensor.detach().contiguous()
+            for name, tensor in constants.items()
+            if not tensor.is_contiguous()
+        }
+        self.weights = Weights(constants)
+        self.store = store_for(constants.values())
+        self.program = core.engine().compile(
+            self.lowered.text,
+            {
+                name: (tensor.data_ptr(), DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+                for name, tensor in (constants | self._copies).items()
+            },
+            self.store,
+        )
+
+    def forget_weights(self) -> None:
+        for address in self.weights.addresses():
+            self.store.forget(address)
+
+    def symbols(self, arguments: Sequence[Any]) -> dict[str, int]:
+        return {
+            name: arguments[i] if axis is None else arguments[i].shape[axis]
+            for name, (i, axis) in self.lowered.bindings.items()
+        }
+
+    def is_decode(self, symbols: Mapping[str, int]) -> bool:
+        tokens = self.lowered.tokens
+        return tokens is not None and tokens.evaluate(symbols) == 1
+
+    def run(
+        self,
+        tensors: Sequence[torch.Tensor],
+        symbols: Mapping[str, int],
+        caches: Sequence[Any] = (),
+    ) -> list[torch.Tensor]:
+        """The program's outputs. Tensors are row-major, in the program's order."""
+        inputs = [(tensor.data_ptr(), tuple(tensor.shape)) for tensor in tensors]
+        inputs += [(0, (symbols[name], 0)) for name in self.lowered.shape_inputs]
+        results = [torch.empty(size(symbols), dtype=size.dtype) for size in self._results]
+        self._symbols = dict(symbols)
+        self.program.run(
+            inputs,
+            list(caches),
+            [(result.data_ptr(), tuple(result.shape)) for result in results],
+            self._host,
+            self.is_decode(symbols),
+            core.threads(),
+        )
+        return results
+
+    def _host(self, function: str, attributes: str, inputs: Any, outputs: Any) -> None:
+        host.run(
+            function,
+            attributes,
+            [tensor_at(address, DTYPES[dtype], shape) for address, dtype, shape in inputs],
+            [tensor_at(address, DTYPES[dtype], shape) for address, dtype, shape in outputs],
+            self._symbols,
+        )
+
+    def call(self, arguments: Sequence[Any]) -> Any:
+        """With the traced function's arguments; returns what it returned."""
+        symbols = self.symbols(arguments)
+        tensors = [arguments[i].contiguous() for i in self.lowered.inputs]
+        results = self.run(tensors, symbols)
+        leaves = [output.make(results, arguments, symbols) for output in self.lowered.outputs]
+        return pytree.tree_unflatten(leaves, self.lowered.output_tree)
+
+
+executables: weakref.WeakSet[Executable] = weakref.WeakSet()
