@@ -120,14 +120,12 @@ Status ensure_kernels(State& state, std::span<const std::int64_t> dims) {
       auto* linear = std::get_if<LinearTask>(&task);
       if (linear == nullptr) continue;
       const std::int64_t rows = dims[static_cast<std::size_t>(linear->rows)];
-      for_row_blocks(
-          linear->variants, rows, [&](LinearTask::Variant& variant, std::int64_t, std::int64_t) {
-            if (variant.kernel != nullptr) return;
-            LinearKernel spec = linear->spec;
-            spec.rows = variant.rows;
-            variant.kernel = state.kernels->request(print(spec), [spec] { return build(spec); });
-            missing = true;
-          });
+      for_row_blocks(linear->variants, rows,
+                     [&](LinearTask::Variant& variant, std::int64_t, std::int64_t) {
+                       if (variant.kernel != nullptr) return;
+                       request_kernel(state, *linear, variant);
+                       missing = true;
+                     });
     }
   }
   return missing ? state.kernels->flush() : Status();
@@ -382,6 +380,19 @@ Status Program::run(const RunArguments& arguments) {
   counters.runs += 1;
   count_steps(state, counters);
   return {};
+}
+
+Status Program::prepare() {
+  for (Step& step : state_->steps) {
+    for (Task& task : step.tasks) {
+      auto* linear = std::get_if<LinearTask>(&task);
+      if (linear == nullptr) continue;
+      for (LinearTask::Variant& variant : linear->variants) {
+        if (variant.kernel == nullptr) request_kernel(*state_, *linear, variant);
+      }
+    }
+  }
+  return state_->kernels->flush();
 }
 
 const PhaseCounters& Program::counters(Phase phase) const {
