@@ -2,17 +2,18 @@
 //
 // Each function appends instructions for one vector and returns a new register; its argument is not
 // changed. All are free of branches and tables: range reduction, a polynomial, a scale. The errors
-// below are against the exact value, measured over dense samples (math_test; 1 ulp = distance to the
-// next float). NaN gives NaN everywhere. Subnormal results are rounded, not flushed.
+// below are against the exact value, measured over dense samples (math_test; 1 ulp = distance to
+// the next float). NaN gives NaN everywhere. Subnormal results are rounded, not flushed.
 //
 //   exp, exp2, log                 1 ulp
 //   sigmoid, silu, tanh, rsqrt     2 ulp
 //   erf                            4 ulp
-//   gelu                           4 ulp for x > -4; 2^-24 absolute below
-//   gelu_tanh                      4 ulp for x > -1; 2^-22 absolute below (the argument of its exp is
-//                                  rounded, as in ATen)
-//   sin, cos                       2 ulp or 1.2e-7 absolute for |x| <= 1e6; beyond, some value in
-//                                  [-1, 1]; NaN for an infinity
+//   gelu                           7 ulp everywhere; 4 ulp or 2^-23 absolute
+//   gelu_tanh                      4 ulp or 2^-22 absolute (the argument of its exp is rounded, as
+//   in
+//                                  ATen)
+//   sin, cos                       2 ulp for |x| <= 1e6; beyond, some value in [-1, 1]; NaN for an
+//                                  infinity
 //
 // At infinities each gives its limit: silu(-inf) and gelu(-inf) are 0, where ATen computes NaN.
 //
