@@ -67,6 +67,7 @@ Status KernelLibrary::flush() {
           emit_entry(item.kernel->key, item.kernel->name, item.build(), target_);
       if (!fresh) {
         problem += (problem.empty() ? "" : "; ") + fresh.error().message;
+        abandon(item.kernel);
         continue;
       }
       if (entry && entry->code != fresh->code) {
@@ -92,9 +93,20 @@ Status KernelLibrary::flush() {
   std::vector<std::span<const std::byte>> codes;
   for (const cache::Entry& entry : entries) codes.emplace_back(entry.code);
   Result<std::vector<jit::KernelFunction>> functions = memory_.publish(codes);
-  if (!functions) return functions.error();
+  if (!functions) {
+    for (Kernel* kernel : ready) abandon(kernel);
+    return functions.error();
+  }
   for (std::size_t i = 0; i < ready.size(); ++i) ready[i]->function = (*functions)[i];
   return problem.empty() ? Status() : Status(Error{problem});
+}
+
+// Asked for again, it is tried again; who holds the pointer keeps a kernel without a function.
+void KernelLibrary::abandon(Kernel* kernel) {
+  auto found = kernels_.find(kernel->key);
+  abandoned_.push_back(std::move(found->second));
+  kernels_.erase(found);
+  std::erase(order_, kernel);
 }
 
 KernelCounters KernelLibrary::counters() const {

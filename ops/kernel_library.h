@@ -59,11 +59,14 @@ class KernelLibrary {
     std::function<jit::vir::Function()> build;
   };
 
+  void abandon(Kernel* kernel);
+
   Target target_;
   std::shared_ptr<cache::Store> store_;
   bool check_cache_;
   mutable std::mutex mutex_;
   std::map<std::string, std::unique_ptr<Kernel>, std::less<>> kernels_;
+  std::vector<std::unique_ptr<Kernel>> abandoned_;
   std::vector<Kernel*> order_;
   std::vector<Pending> pending_;
   jit::CodeMemory memory_;

@@ -128,7 +128,21 @@ Status ensure_kernels(State& state, std::span<const std::int64_t> dims) {
                      });
     }
   }
-  return missing ? state.kernels->flush() : Status();
+  if (!missing) return {};
+  Status made = state.kernels->flush();
+  if (made) return made;
+  // The next run must ask again, and fail again, rather than call a kernel that is not there.
+  for (Step& step : state.steps) {
+    for (Task& task : step.tasks) {
+      auto* linear = std::get_if<LinearTask>(&task);
+      if (linear == nullptr) continue;
+      for (LinearTask::Variant& variant : linear->variants) {
+        if (variant.kernel != nullptr && variant.kernel->function == nullptr)
+          variant.kernel = nullptr;
+      }
+    }
+  }
+  return made;
 }
 
 std::unique_ptr<char, void (*)(void*)> allocate(std::int64_t bytes) {
