@@ -3,7 +3,7 @@
 // Values are copied at every step; a write makes a new value and also replaces the argument that
 // it belongs to, which is right because verify() lets nobody read an overwritten value.
 //
-// Tested by graph_test, filetests/run.
+// Tested by interpret_test, filetests/run.
 #include "graph/interpret.h"
 
 #include <fmt/format.h>

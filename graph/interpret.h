@@ -4,7 +4,7 @@
 // when it is stored in its dtype. Slow and obviously right: kernels, passes and front ends are
 // compared with it, and nothing else calls it. Each op is one function in reference_*.cpp.
 //
-// Thread-safe. Tested by graph_test, filetests/run.
+// Thread-safe. Tested by interpret_test, filetests/run.
 #pragma once
 
 #include <cstdint>

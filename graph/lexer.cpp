@@ -68,6 +68,11 @@ void Lexer::skip_blanks() {
   }
 }
 
+void Lexer::consume(std::size_t length) {
+  position_ += length;
+  last_line_ = line_;
+}
+
 int Lexer::line() {
   skip_blanks();
   return line_;
@@ -87,14 +92,14 @@ std::string Lexer::next() {
 bool Lexer::accept(std::string_view punctuation) {
   skip_blanks();
   if (!rest().starts_with(punctuation)) return false;
-  position_ += punctuation.size();
+  consume(punctuation.size());
   return true;
 }
 
 bool Lexer::accept_word(std::string_view word) {
   skip_blanks();
   if (rest().substr(0, span_of(rest(), is_word)) != word) return false;
-  position_ += word.size();
+  consume(word.size());
   return true;
 }
 
@@ -102,7 +107,7 @@ std::optional<std::string_view> Lexer::identifier() {
   skip_blanks();
   if (position_ == text_.size() || !is_letter(text_[position_])) return std::nullopt;
   std::string_view word = rest().substr(0, span_of(rest(), is_word));
-  position_ += word.size();
+  consume(word.size());
   return word;
 }
 
@@ -111,7 +116,7 @@ std::optional<std::string_view> Lexer::dotted() {
   auto in_name = [](char c) { return is_word(c) || c == '.'; };
   std::string_view word = rest().substr(0, span_of(rest(), in_name));
   if (word.empty()) return std::nullopt;
-  position_ += word.size();
+  consume(word.size());
   return word;
 }
 
@@ -129,7 +134,7 @@ std::optional<Number> Lexer::number() {
     auto integer = std::from_chars(begin, end, number.integer);
     number.in_range = integer.ec == std::errc() && number.integer <= limit;
   }
-  position_ += length;
+  consume(length);
   return number;
 }
 
@@ -141,7 +146,7 @@ std::optional<std::string> Lexer::string() {
   for (std::size_t i = 1; i < text.size(); ++i) {
     char c = text[i];
     if (c == '"') {
-      position_ += i + 1;
+      consume(i + 1);
       return result;
     }
     if (c == '\n') return std::nullopt;

@@ -29,6 +29,8 @@ class Lexer {
 
   // The line (from 1) of the next token.
   int line();
+  // The line of the token that was consumed last.
+  int last_line() const { return last_line_; }
   bool at_end();
   // What comes next, for error messages.
   std::string next();
@@ -45,11 +47,13 @@ class Lexer {
 
  private:
   void skip_blanks();
+  void consume(std::size_t length);
   std::string_view rest() const { return text_.substr(position_); }
 
   std::string_view text_;
   std::size_t position_ = 0;
   int line_ = 1;
+  int last_line_ = 1;
 };
 
 // The quoted form that Lexer::string reads.

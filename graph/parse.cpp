@@ -10,7 +10,7 @@
 #include <limits>
 #include <unordered_map>
 
-#include "graph/graph.h"
+#include "graph/node_lines.h"
 #include "graph/parse_type.h"
 
 namespace tilewright::graph {
@@ -22,15 +22,16 @@ class Parser {
  public:
   explicit Parser(std::string_view text) : lexer_(text) {}
 
-  Result<Graph> parse() {
+  Result<ParsedText> parse() {
     bool parsed = header() && body() && end_of_text();
     if (!parsed) return Error{fmt::format("line {}: {}", error_line_, error_)};
-    return std::move(graph_);
+    return ParsedText{std::move(graph_), std::move(lines_)};
   }
 
  private:
   // Errors: the first one is kept, and every rule returns false from there up.
-  bool fail(std::string message) { return fail_at(lexer_.line(), std::move(message)); }
+  // About what was read last.
+  bool fail(std::string message) { return fail_at(lexer_.last_line(), std::move(message)); }
   bool fail_at(int line, std::string message) {
     if (!error_.empty()) return false;
     error_line_ = line;
@@ -38,7 +39,7 @@ class Parser {
     return false;
   }
   bool expected(std::string_view what) {
-    return fail(fmt::format("{} expected, found {}", what, lexer_.next()));
+    return fail_at(lexer_.line(), fmt::format("{} expected, found {}", what, lexer_.next()));
   }
   bool expect(std::string_view punctuation) {
     return lexer_.accept(punctuation) || expected(fmt::format("'{}'", punctuation));
@@ -60,6 +61,7 @@ class Parser {
   }
 
   bool header() {
+    lines_.parameters = lexer_.line();
     if (!lexer_.accept_word("graph")) return expected("'graph'");
     auto name = lexer_.dotted();
     if (!name) return expected("the graph's name");
@@ -74,7 +76,8 @@ class Parser {
     Type type;
     if (!value_name(name) || !expect(":") || !take(read_type(lexer_), type)) return false;
     ValueId id = ValueId::none;
-    if (!define(std::move(name), std::move(type), NodeId::none, id)) return false;
+    if (!define(lexer_.last_line(), std::move(name), std::move(type), NodeId::none, id))
+      return false;
     graph_.parameters.push_back(id);
     return true;
   }
@@ -106,7 +109,7 @@ class Parser {
   }
 
   bool outputs() {
-    int line = lexer_.line();
+    int line = lines_.outputs = lexer_.last_line();
     if (!lexer_.accept("}")) {
       do {
         if (!operand(graph_.outputs)) return false;
@@ -145,10 +148,11 @@ class Parser {
     auto id = static_cast<NodeId>(graph_.nodes.size());
     for (std::size_t i = 0; i < names.size(); ++i) {
       ValueId result = ValueId::none;
-      if (!define(std::move(names[i]), std::move(types[i]), id, result)) return false;
+      if (!define(line, std::move(names[i]), std::move(types[i]), id, result)) return false;
       node.results.push_back(result);
     }
     graph_.nodes.push_back(std::move(node));
+    lines_.nodes.push_back(line);
     return true;
   }
 
@@ -309,15 +313,18 @@ class Parser {
     return true;
   }
 
-  bool define(std::string name, Type type, NodeId producer, ValueId& id) {
+  bool define(int line, std::string name, Type type, NodeId producer, ValueId& id) {
     id = static_cast<ValueId>(graph_.values.size());
-    if (!ids_.emplace(name, id).second) return fail(fmt::format("%{} is defined twice", name));
+    if (!ids_.emplace(name, id).second) {
+      return fail_at(line, fmt::format("%{} is defined twice", name));
+    }
     graph_.values.push_back(Value{std::move(name), std::move(type), producer});
     return true;
   }
 
   Lexer lexer_;
   Graph graph_;
+  NodeLines lines_;
   std::unordered_map<std::string, ValueId> ids_;
   std::vector<Type> output_types_;
   std::string error_;
@@ -326,6 +333,12 @@ class Parser {
 
 }  // namespace
 
-Result<Graph> parse(std::string_view text) { return Parser(text).parse(); }
+Result<ParsedText> parse_with_lines(std::string_view text) { return Parser(text).parse(); }
+
+Result<Graph> parse(std::string_view text) {
+  Result<ParsedText> parsed = parse_with_lines(text);
+  if (!parsed) return parsed.error();
+  return std::move(parsed->graph);
+}
 
 }  // namespace tilewright::graph

@@ -3,12 +3,11 @@
 // One node is one line, so that errors can name it by its line; node_lines is that numbering.
 //
 // Tested by graph_test, filetests/parse.
-#include "graph/print.h"
-
 #include <fmt/format.h>
 
 #include "graph/graph.h"
 #include "graph/lexer.h"
+#include "graph/node_lines.h"
 
 namespace tilewright::graph {
 namespace {

@@ -4,7 +4,7 @@
 // reference does not link. The graph has been verified; what a reference checks is what only run
 // time knows.
 //
-// Tested by graph_test, filetests/run.
+// Tested by interpret_test, filetests/run.
 #pragma once
 
 #include <string_view>

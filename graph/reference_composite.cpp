@@ -3,7 +3,7 @@
 // A composite rounds once, at its end: what lies between is in double. A kernel that rounds its
 // accumulators to f32 differs from this by the error that its test allows.
 //
-// Tested by graph_test, filetests/run.
+// Tested by interpret_test, filetests/run.
 #include <fmt/format.h>
 
 #include <algorithm>

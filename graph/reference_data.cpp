@@ -1,6 +1,6 @@
 // References of sources, views and data movement: elements are copied bit by bit.
 //
-// Tested by graph_test, filetests/run.
+// Tested by interpret_test, filetests/run.
 #include <fmt/format.h>
 
 #include <algorithm>

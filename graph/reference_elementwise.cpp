@@ -1,6 +1,6 @@
 // References of the elementwise ops and of reductions.
 //
-// Tested by graph_test, filetests/run.
+// Tested by interpret_test, filetests/run.
 #include <algorithm>
 #include <cmath>
 

@@ -1,6 +1,6 @@
 // Element access with exact rounding, and the text of tensors.
 //
-// Tested by graph_test.
+// Tested by interpret_test.
 #include "graph/tensor.h"
 
 #include <fmt/format.h>
@@ -105,6 +105,23 @@ Result<double> read_number(Lexer& lexer) {
   return Error{fmt::format("number expected, found {}", lexer.next())};
 }
 
+// Integers beyond 2^53 are exact; those beyond the type wrap.
+Status read_element(Lexer& lexer, Tensor& tensor, std::int64_t i) {
+  Lexer lookahead = lexer;
+  bool negative = lookahead.accept("-");
+  auto number = lookahead.number();
+  if (number && number->is_integer && number->in_range && !is_float(tensor.dtype)) {
+    std::uint64_t bits = negative ? 0 - number->integer : number->integer;
+    tensor.set_integer(i, static_cast<std::int64_t>(bits));
+    lexer = lookahead;
+    return {};
+  }
+  Result<double> value = read_number(lexer);
+  if (!value) return value.error();
+  tensor.set(i, *value);
+  return {};
+}
+
 // A linear congruential generator (Knuth's MMIX constants) and Box-Muller: the same numbers on
 // every platform, which the standard library's distributions do not promise.
 void fill_random(Tensor& tensor, std::uint64_t seed) {
@@ -125,9 +142,7 @@ Status read_elements(Lexer& lexer, Tensor& tensor) {
     if (i > 0 && !lexer.accept(",")) {
       return Error{fmt::format("{} elements expected, found {}", tensor.count(), i)};
     }
-    Result<double> number = read_number(lexer);
-    if (!number) return number.error();
-    tensor.set(i, *number);
+    if (Status status = read_element(lexer, tensor, i); !status) return status;
   }
   if (!lexer.accept("}")) return Error{fmt::format("'}}' expected, found {}", lexer.next())};
   return {};
@@ -248,6 +263,8 @@ void Tensor::set_integer(std::int64_t i, std::int64_t value) {
       return store(to, static_cast<std::int8_t>(value));
     case DataType::u8:
       return store(to, static_cast<std::uint8_t>(value));
+    case DataType::boolean:
+      return store(to, std::uint8_t{value != 0});
     default:
       return set(i, static_cast<double>(value));
   }

@@ -4,7 +4,7 @@
 // ties to even) when it is stored. Text: `f32[2, 2] {1, 2.5, -inf, 0}`, `f32[4, 4] fill(0.5)`,
 // `bf16[64, 64] random(7)` (normal numbers that depend on the seed only).
 //
-// Thread-compatible. Tested by graph_test, filetests/run.
+// Thread-compatible. Tested by interpret_test, filetests/run.
 #pragma once
 
 #include <cstddef>

@@ -27,24 +27,24 @@
 #include <string_view>
 
 #include "graph/graph.h"
-#include "graph/print.h"
+#include "graph/node_lines.h"
 
 namespace tilewright::graph {
 namespace {
 
 class Verifier {
  public:
-  explicit Verifier(const Graph& graph) : graph_(graph) {}
+  Verifier(const Graph& graph, const NodeLines& lines) : graph_(graph), lines_(lines) {}
 
   Status verify() {
-    line_ = NodeLines::parameters;
-    if (!check_ids() || !check_values() || !check_parameters()) return located();
-    NodeLines lines = node_lines(graph_);
+    if (!check_ids()) return located();
+    line_ = lines_.parameters;
+    if (!check_values() || !check_parameters()) return located();
     for (std::size_t i = 0; i < graph_.nodes.size(); ++i) {
-      line_ = lines.nodes[i];
+      line_ = lines_.nodes[i];
       if (!check_node(static_cast<NodeId>(i))) return located();
     }
-    line_ = lines.outputs;
+    line_ = lines_.outputs;
     for (ValueId output : graph_.outputs) {
       if (!check_read(output)) return located();
     }
@@ -63,22 +63,20 @@ class Verifier {
   const std::string& name_of(ValueId id) const { return graph_.value(id).name; }
 
   bool check_ids() {
-    NodeLines lines = node_lines(graph_);
     auto exist = [this](const std::vector<ValueId>& ids) {
       return std::all_of(ids.begin(), ids.end(),
                          [this](ValueId id) { return index(id) < graph_.values.size(); });
     };
+    line_ = lines_.parameters;
     if (!exist(graph_.parameters)) return fail("a parameter is not a value of the graph");
     for (std::size_t i = 0; i < graph_.nodes.size(); ++i) {
-      line_ = lines.nodes[i];
+      line_ = lines_.nodes[i];
       const Node& node = graph_.nodes[i];
       if (!exist(node.operands)) return fail("an operand is not a value of the graph");
       if (!exist(node.results)) return fail("a result is not a value of the graph");
     }
-    line_ = lines.outputs;
-    if (!exist(graph_.outputs)) return fail("an output is not a value of the graph");
-    line_ = NodeLines::parameters;
-    return true;
+    line_ = lines_.outputs;
+    return exist(graph_.outputs) || fail("an output is not a value of the graph");
   }
 
   bool check_values() {
@@ -219,6 +217,7 @@ class Verifier {
   }
 
   const Graph& graph_;
+  const NodeLines& lines_;
   int line_ = 0;
   std::string message_;
   int region_ = -1;
@@ -230,6 +229,10 @@ class Verifier {
 
 }  // namespace
 
-Status verify(const Graph& graph) { return Verifier(graph).verify(); }
+Status verify(const Graph& graph, const NodeLines& lines) {
+  return Verifier(graph, lines).verify();
+}
+
+Status verify(const Graph& graph) { return verify(graph, node_lines(graph)); }
 
 }  // namespace tilewright::graph
