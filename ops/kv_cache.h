@@ -25,6 +25,11 @@ class KvCache {
   // dtype: f32, bf16 or f16.
   KvCache(std::int64_t batch, std::int64_t kv_heads, std::int64_t head_dim, graph::DataType dtype);
 
+  KvCache(KvCache&&) = default;
+  KvCache& operator=(KvCache&&) = default;
+  KvCache(const KvCache&) = delete;
+  KvCache& operator=(const KvCache&) = delete;
+
   std::int64_t batch() const { return batch_; }
   std::int64_t kv_heads() const { return kv_heads_; }
   std::int64_t head_dim() const { return head_dim_; }
