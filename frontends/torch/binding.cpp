@@ -423,6 +423,7 @@ void bind_program(nb::module_& module) {
            })
       .def("run", &run, "inputs"_a, "caches"_a, "outputs"_a, "host"_a.none(), "decode"_a,
            "threads"_a)
+      .def("prepare", [](ops::Program& self) { check(self.prepare()); })
       .def("report", &report);
   nb::class_<Engine>(module, "Engine", "Target, cache on disk and kernels of one process.")
       .def(nb::init<const std::string&>(), "rung"_a = "")

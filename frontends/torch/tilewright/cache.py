@@ -12,8 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tilewright import core
-from tilewright.graph_text import DTYPE_NAMES
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -22,6 +20,9 @@ from transformers.cache_utils import (
     StaticCache,
     StaticLayer,
 )
+
+from tilewright import core
+from tilewright.graph_text import DTYPE_NAMES
 
 
 class BlockLayer(CacheLayerMixin):

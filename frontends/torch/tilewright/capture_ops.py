@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tilewright.graph_text import UnsupportedError
 from torch import nn
+
+from tilewright.graph_text import UnsupportedError
 
 ATTENTION = "tilewright"  # the name in transformers' attention registries
 # Arguments of attention functions that change nothing here.

@@ -17,6 +17,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+
 from tilewright import _core
 
 log = logging.getLogger("tilewright")

@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
 from tilewright import aten, host
 from tilewright.dims import Dim
 from tilewright.graph_text import GraphBuilder, Type, UnsupportedError, Value, tensor_type
 from tilewright.outputs import Output, OutputPlanner, storage_key
-from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 NO_OPS = ("_set_grad_enabled", "_inference_mode", "_enter_inference_mode", "_exit_inference_mode")
 

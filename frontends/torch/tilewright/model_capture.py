@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
 from tilewright import capture, capture_ops, graph_text, stamp
 from tilewright.dims import Dim
 from tilewright.graph_text import GraphBuilder, Type, UnsupportedError, Value
 from tilewright.lower import Call, Lowered, Lowerer
-from torch import nn
-from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 # (batch, tokens, earlier tokens). The last pair must be (1, 1): it also gives the coefficients.
 SAMPLES = ((3, 67, 131), (5, 97, 211), (1, 1, 37))
@@ -176,7 +177,7 @@ class ModelLowerer(Lowerer):
         self.externals = [(name, why) for name, why in self.externals if name in alive]
 
     def _sort_sources(self) -> None:
-        """Constants come first, in order of use: where they were made depends on what is stamped."""
+        """Constants first, in order of use: where they were made depends on what is stamped."""
         sources = self._sources()
         first: dict[int, graph_text.Node] = {}
         for node in self.builder.nodes:

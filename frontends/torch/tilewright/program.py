@@ -16,11 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
 from tilewright import _core, core, host
 from tilewright.graph_text import DTYPE_NAMES, DTYPES, Type
 from tilewright.lower import Lowered
-from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakIdKeyDictionary
 
 _stores: Any = WeakIdKeyDictionary()
 

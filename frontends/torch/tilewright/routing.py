@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from tilewright import core
 
 _ROUTED = ("generate",)

@@ -1,0 +1,33 @@
+"""Tilewright: a JIT runtime for LLM inference on x86 CPUs.
+
+    model = tilewright.llm.optimize(model, dtype=torch.bfloat16, inplace=True)
+    model = torch.compile(model, backend="tilewright")
+    out = model.generate(**inputs)
+
+Each of the two lines works alone. Importing this package reads no file, starts no thread and
+imports no torch.
+
+Tested by tests/python/test_packaging.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tilewright import llm
+    from tilewright.explain import Explanation, explain
+
+__all__ = ["Explanation", "explain", "llm"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "llm":
+        return importlib.import_module("tilewright.llm")
+    if name in ("explain", "Explanation"):
+        module = importlib.import_module("tilewright.explain")
+        # The submodule and the function share a name: the function is what users mean.
+        globals()["explain"] = module.explain
+        return getattr(module, name)
+    raise AttributeError(f"module 'tilewright' has no attribute '{name}'")

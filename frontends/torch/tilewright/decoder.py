@@ -1,0 +1,309 @@
+"""Decoder: the forward of an optimised causal language model.
+
+Installed as `model.forward`, a plain function with the original's signature. A call that a program
+can run goes to the program: tokens in, logits out, keys and values in the core's blocks inside the
+caller's own Cache. Any other call goes to the original forward, counted with the reason, on the
+same Cache; the answer is right either way.
+
+Two programs at most: logits of all tokens, and of the last one. They are captured when first
+needed, and again when the model's modules or weights change.
+
+Thread-safe: calls take turns. Tested by tests/python/test_optimize.py, test_generate.py.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewright import core
+from tilewright.cache import BlockLayer, adopt
+from tilewright.graph_text import UnsupportedError
+from tilewright.model_capture import CapturedModel, capture_model
+from tilewright.program import Executable
+
+# What a program computes with; any other argument must be None or false.
+_KNOWN = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "use_cache",
+        "cache_position",
+        "logits_to_keep",
+        "return_dict",
+    }
+)
+
+
+class NotRunnableError(Exception):
+    """This call is not for a program; the message says why."""
+
+
+@dataclass
+class Step:
+    """A call in the form that programs take."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cache: Any
+    first_keys: list[int]
+    logits_to_keep: int
+
+
+class Decoder:
+    """See the module's description."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self.original: Callable[..., Any] = model.forward
+        self._had_instance_forward = "forward" in model.__dict__
+        self._signature = inspect.signature(self.original)
+        self._lock = threading.RLock()
+        self._programs: dict[int, tuple[CapturedModel, Executable]] = {}
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self.parameter_types: dict[str, torch.dtype] = {}  # before optimize(inplace=True)
+        self.unsupported = ""  # why no program can be made of this model
+        self.calls = 0  # of the program
+        self.fallbacks: collections.Counter[str] = collections.Counter()
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        assert model is not None
+        return model
+
+    # --- installing
+
+    def install(self) -> None:
+        @functools.wraps(self.original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        forward.tilewright_decoder = self  # type: ignore[attr-defined]
+        # To Dynamo an optimised model is one call that it must not look into.
+        self.model.__dict__["forward"] = torch.compiler.disable(
+            forward, reason="runs as a program of tilewright"
+        )
+
+    def uninstall(self) -> None:
+        if self._had_instance_forward:
+            self.model.__dict__["forward"] = self.original
+        else:
+            del self.model.__dict__["forward"]
+
+    # --- calls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            try:
+                bound = self._signature.bind(*args, **kwargs) if args else None
+                arguments = _flat(bound.arguments) if bound is not None else kwargs
+                self._check_state()
+                return self._run(arguments)
+            except NotRunnableError as reason:
+                return self._fall_back(str(reason), args, kwargs)
+
+    def _fall_back(self, reason: str, args: Any, kwargs: Any) -> Any:
+        if core.settings()["strict"]:
+            raise RuntimeError(f"TILEWRIGHT_STRICT=1: a step would run in PyTorch: {reason}")
+        self.fallbacks[reason] += 1
+        core.say_once(f"a step of {type(self.model).__name__} runs in PyTorch: {reason}")
+        return self.original(*args, **kwargs)
+
+    def _check_state(self) -> None:
+        if self.unsupported:
+            raise NotRunnableError(self.unsupported)
+        if core.settings()["disable_all"]:
+            raise NotRunnableError("TILEWRIGHT_DISABLE=1")
+        if self.model.training:
+            raise NotRunnableError("the model is in training mode; call model.eval()")
+        if torch.is_autocast_enabled("cpu"):
+            raise NotRunnableError("autocast is active")
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
+            raise NotRunnableError(
+                "gradients are enabled; call the model under torch.no_grad() or inference_mode()"
+            )
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        step = self._prepare(arguments)
+        captured, executable = self._program(step)
+        logits = self._execute(step, captured, executable)
+        use_cache = arguments.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self.model.config, "use_cache", True)
+        keeps = use_cache or arguments.get("past_key_values") is not None
+        output = captured.output_type(logits=logits, past_key_values=step.cache if keeps else None)
+        if arguments.get("return_dict") is False:
+            return output.to_tuple()
+        return output
+
+    def _execute(self, step: Step, captured: CapturedModel, executable: Executable) -> torch.Tensor:
+        batch, tokens = step.input_ids.shape
+        layers = [step.cache.layers[shape.layer] for shape in captured.caches]
+        for layer, shape in zip(layers, captured.caches, strict=True):
+            layer.prepare(batch, shape.kv_heads, shape.head_dim, shape.dtype)
+            layer.set_first_keys(step.first_keys)
+        try:
+            (logits,) = executable.run(
+                [step.input_ids, step.position_ids],
+                {"b": batch, "s": tokens},
+                [layer.blocks for layer in layers],
+            )
+        except core.CoreError as error:
+            # The caches are as they were: the core commits tokens after success only.
+            raise NotRunnableError(f"the program failed: {error}") from None
+        self.calls += 1
+        if step.logits_to_keep > 1:
+            logits = logits[:, -step.logits_to_keep :]
+        return logits
+
+    # --- arguments
+
+    def _prepare(self, arguments: dict[str, Any]) -> Step:
+        for name, value in arguments.items():
+            if name not in _KNOWN and value is not None and value is not False:
+                raise NotRunnableError(f"the argument {name} is given")
+        if getattr(self.model.config, "output_attentions", False):
+            raise NotRunnableError("config.output_attentions is set")
+        if getattr(self.model.config, "output_hidden_states", False):
+            raise NotRunnableError("config.output_hidden_states is set")
+        keep = arguments.get("logits_to_keep", 0)
+        if not isinstance(keep, int) or keep < 0:
+            raise NotRunnableError("logits_to_keep is a tensor")
+        input_ids = arguments.get("input_ids")
+        if (
+            not isinstance(input_ids, torch.Tensor)
+            or input_ids.dim() != 2
+            or input_ids.device.type != "cpu"
+            or input_ids.numel() == 0
+        ):
+            raise NotRunnableError("input_ids is not a CPU tensor [batch, tokens]")
+        batch, tokens = input_ids.shape
+        cache = self._cache(arguments.get("past_key_values"), batch)
+        past = int(cache.layers[0].get_seq_length())
+        return Step(
+            input_ids.to(torch.int64).contiguous(),
+            _positions(arguments.get("position_ids"), batch, tokens, past),
+            cache,
+            _first_keys(arguments.get("attention_mask"), batch, past + tokens),
+            keep,
+        )
+
+    def _cache(self, given: Any, batch: int) -> Any:
+        """The caller's cache with our layers in it, or a new one."""
+        from transformers.cache_utils import DynamicCache
+
+        count = int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+        cache = DynamicCache() if given is None else given
+        layers = getattr(cache, "layers", None)
+        ready = layers is not None and len(layers) == count and isinstance(layers[0], BlockLayer)
+        if not ready and (reason := adopt(cache, count)):
+            raise NotRunnableError(f"past_key_values is {reason}")
+        held = cache.layers[0].batch_size
+        if held not in (-1, batch):
+            raise NotRunnableError(f"past_key_values holds {held} sequences, not {batch}")
+        return cache
+
+    # --- programs
+
+    def _program(self, step: Step) -> tuple[CapturedModel, Executable]:
+        key = 1 if step.logits_to_keep == 1 else 0
+        self._drop_stale(step.input_ids.shape[1] > 1)
+        if key not in self._programs:
+            self._programs[key] = self._make(key)
+        return self._programs[key]
+
+    def _make(self, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
+        """Captures and compiles. A model that cannot be captured is not tried again."""
+        try:
+            core.engine()
+            captured = capture_model(self.model, self.original, logits_to_keep)
+            executable = Executable(captured.lowered, captured.lowered.constants)
+        except (UnsupportedError, core.CoreError) as error:
+            self.unsupported = str(error).splitlines()[0]
+            raise NotRunnableError(self.unsupported) from None
+        self._modules = [weakref.ref(module) for module in self.model.modules()]
+        return captured, executable
+
+    def _drop_stale(self, is_prefill: bool) -> None:
+        """Forgets programs whose weights or modules are no longer the model's.
+
+        Addresses and versions are checked at each call; contents and modules at each prefill.
+        """
+        if not self._programs:
+            return
+        weights = [executable.weights for _, executable in self._programs.values()]
+        stale = not all(weight.all_same() for weight in weights)
+        if not stale and is_prefill:
+            modules = list(self.model.modules())
+            stale = (
+                len(modules) != len(self._modules)
+                or any(a is not b() for a, b in zip(modules, self._modules, strict=True))
+                or any(weight.contents_changed() for weight in weights)
+            )
+        if stale:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Captures and packs again at the next call."""
+        for _, executable in self._programs.values():
+            executable.forget_weights()
+        self._programs.clear()
+        self.unsupported = ""
+
+    def programs(self) -> list[Executable]:
+        return [executable for _, executable in self._programs.values()]
+
+
+def decoder_of(model: Any) -> Decoder | None:
+    """The decoder installed in a model, if there is one."""
+    forward = getattr(model, "__dict__", {}).get("forward")
+    while forward is not None:
+        found = getattr(forward, "tilewright_decoder", None)
+        if found is not None:
+            return found
+        forward = getattr(forward, "__wrapped__", None)
+    return None
+
+
+def _flat(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Bound arguments with `**kwargs` taken apart."""
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        flat.update(value if name == "kwargs" else {name: value})
+    return flat
+
+
+def _positions(given: Any, batch: int, tokens: int, past: int) -> torch.Tensor:
+    if given is None:
+        return torch.arange(past, past + tokens).expand(batch, tokens).contiguous()
+    if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[1] != tokens:
+        raise NotRunnableError("position_ids is not [batch, tokens]")
+    return given.to(torch.int64).expand(batch, tokens).contiguous()
+
+
+def _first_keys(mask: Any, batch: int, keys: int) -> list[int]:
+    """Where each sequence begins: the number of leading zeros of its mask."""
+    if mask is None:
+        return [0] * batch
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise NotRunnableError("attention_mask is not [batch, keys]")
+    if tuple(mask.shape) != (batch, keys):
+        raise NotRunnableError(f"attention_mask is {tuple(mask.shape)}, not {(batch, keys)}")
+    mask = mask.bool()
+    if bool(mask.all()):
+        return [0] * batch
+    if not bool((mask[:, 1:] >= mask[:, :-1]).all() and mask[:, -1].all()):
+        raise NotRunnableError("attention_mask is not left padding")
+    return [int(n) for n in (keys - mask.sum(-1)).tolist()]
