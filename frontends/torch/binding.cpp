@@ -15,6 +15,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -424,6 +425,11 @@ void bind_program(nb::module_& module) {
       .def("run", &run, "inputs"_a, "caches"_a, "outputs"_a, "host"_a.none(), "decode"_a,
            "threads"_a)
       .def("prepare", [](ops::Program& self) { check(self.prepare()); })
+      .def("prepare",
+           [](ops::Program& self) {
+             nb::gil_scoped_release unlocked;
+             check(self.prepare());
+           })
       .def("report", &report);
   nb::class_<Engine>(module, "Engine", "Target, cache on disk and kernels of one process.")
       .def(nb::init<const std::string&>(), "rung"_a = "")

@@ -1,0 +1,234 @@
+"""The command `tilewright`: fill the kernel cache, look at it, generate, explain.
+
+Results go to stdout, everything else to stderr; progress shows on a terminal only. Every command
+takes --json. Exit codes: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong usage.
+
+Tested by tests/python/test_cli.py.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+app = typer.Typer(
+    help="Tilewright: LLM inference on x86 CPUs through generated machine code.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cache_app = typer.Typer(help="The kernel cache on disk.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[str, typer.Argument(help="A directory or a name that transformers can load.")]
+DataType = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; the model's own if not given.")
+]
+
+
+def main() -> None:
+    app()
+
+
+def fail(reason: str) -> NoReturn:
+    err.print(f"tilewright: {reason}", style="red", markup=False)
+    raise typer.Exit(1)
+
+
+def show(data: Any, as_json: bool, text: Any) -> None:
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        out.print(text)
+
+
+def load(name: str, dtype: str | None) -> tuple[Any, Any]:
+    """The optimised model and its tokenizer."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        fail(f"{error}; pip install 'tilewright[transformers]'")
+    import tilewright
+
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in types:
+        raise typer.BadParameter(f"'{dtype}' is not one of {', '.join(types)}")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with err.status(f"loading {name}"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=types[dtype] if dtype else "auto"
+            )
+        return tilewright.llm.optimize(model.eval(), inplace=True), tokenizer
+    except (OSError, ValueError, TypeError) as error:
+        fail(str(error).splitlines()[0])
+
+
+@app.command()
+def prewarm(
+    model: Model,
+    dtype: DataType = None,
+    batch: Annotated[
+        str, typer.Option(help="Batch sizes, separated by commas; kernels serve every size.")
+    ] = "1",
+    max_seq_len: Annotated[
+        int, typer.Option(min=1, help="The longest sequence; kernels serve every length.")
+    ] = 2048,
+    isa: Annotated[
+        str, typer.Option(help="Another machine's instruction set, as avx2 or avx512_bf16.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Fill the kernel cache for a model, so that no process has to emit its kernels."""
+    from tilewright import prewarm as prewarming
+    from tilewright.core import CoreError
+
+    if not all(part.strip().isdigit() and int(part) > 0 for part in batch.split(",")):
+        raise typer.BadParameter(f"'{batch}' is not a list of batch sizes")
+    optimized, _ = load(model, dtype)
+    start = time.perf_counter()
+    try:
+        with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+            task = progress.add_task("kernels", total=None)
+            result = prewarming.prewarm(
+                optimized,
+                isa,
+                lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except (CoreError, prewarming.NotPrewarmedError) as error:
+        fail(str(error))
+    result["seconds"] = time.perf_counter() - start
+    text = (
+        f"{result['emitted']} kernels emitted, {result['loaded']} were there already, "
+        f"for {result['isa']}, in {result['seconds']:.2f} s: {result['directory']}"
+    )
+    show(result, as_json, text)
+
+
+@cache_app.command("ls")
+def cache_ls(as_json: Json = False) -> None:
+    """List the kernels in the cache."""
+    from tilewright import core
+
+    try:
+        engine = core.engine()
+    except core.CoreError as error:
+        fail(str(error))
+    entries, state = engine.cache_entries(), engine.cache_state()
+    if state["problem"]:
+        err.print(f"tilewright: {state['problem']}", markup=False)
+    table = Table(box=None, header_style="bold")
+    for column in ("kernel", "isa", "code", "made by"):
+        table.add_column(column, justify="right" if column == "code" else "left")
+    for entry in entries:
+        made = entry["problem"] or ("this build" if entry["current"] else "another build")
+        table.add_row(entry["name"], entry["isa"], str(entry["code_bytes"]), made)
+    total = sum(entry["bytes"] for entry in entries)
+    table.caption = f"{len(entries)} kernels, {total} bytes in {state['directory']}"
+    show({"directory": state["directory"], "entries": entries}, as_json, table)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Show the environment variables, and what this machine offers."""
+    from tilewright import core
+
+    rows = core.variables()
+    problems = core.settings()["problems"]
+    try:
+        engine = core.engine()
+        target, cache = dict(engine.target()), dict(engine.cache_state())
+    except core.CoreError as error:
+        target, cache = {"problem": str(error)}, {}
+    table = Table(box=None, header_style="bold")
+    for column in ("variable", "value", "values", "meaning"):
+        table.add_column(column)
+    for row in rows:
+        value = row["value"] if row["value"] is not None else f"({row['default']})"
+        table.add_row(row["name"], value, row["values"], row["documentation"])
+    show(
+        {"variables": rows, "problems": problems, "target": target, "cache": cache}, as_json, table
+    )
+    if as_json:
+        return
+    out.print(f"\nmachine: {target.get('model_name', '')}: {target.get('isa', target)}")
+    out.print(f"cache:   {cache.get('directory', '')} {cache.get('problem', '')}")
+    for problem in problems:
+        err.print(f"tilewright: {problem}", markup=False)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue, or a question.")],
+    dtype: DataType = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    chat: Annotated[bool, typer.Option(help="Use the model's chat template if it has one.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Generate text (greedy)."""
+    optimized, tokenizer = load(model, dtype)
+    text, tokens, seconds = run(optimized, tokenizer, prompt, max_new_tokens, chat)
+    data = {"text": text, "tokens": tokens, "seconds": seconds}
+    show(data, as_json, text)
+    if not as_json:
+        err.print(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s")
+
+
+@app.command()
+def explain(
+    model: Model,
+    prompt: str = "The capital of France is",
+    dtype: DataType = None,
+    as_json: Json = False,
+) -> None:
+    """Run a few tokens and show what ran in our kernels, what did not, and why."""
+    import tilewright
+
+    optimized, tokenizer = load(model, dtype)
+    run(optimized, tokenizer, prompt, 4, False)
+    explanation = tilewright.explain(optimized)
+    if as_json:
+        print(json.dumps(explanation.to_dict(), indent=2))
+    else:
+        out.print(str(explanation), markup=False)
+
+
+def run(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool
+) -> tuple[str, int, float]:
+    """Text, number of new tokens, seconds."""
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    start = time.perf_counter()
+    tokens = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    seconds = time.perf_counter() - start
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True), len(new), seconds
+
+
+if __name__ == "__main__":
+    main()
