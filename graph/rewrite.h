@@ -76,7 +76,8 @@ class Rewriter {
   // Appends to the new graph; operands are values of the new graph. Nothing if the op's type rule
   // refuses them.
   std::optional<ValueId> append(Op op, std::vector<ValueId> operands, Attributes attributes);
-  ValueId append_constant(std::string source, Type type, int axis);
+  // Several sources, separated by ';', are joined along axis 0.
+  ValueId append_constant(std::string source, Type type);
   // False, and nothing happens, unless the types are equal.
   bool replace(ValueId old, ValueId replacement);
   // append and replace.

@@ -1,5 +1,5 @@
 // fold_constants: a concatenation of constants becomes one constant whose source names them all
-// ("a;b", joined along `axis`), looking through elementwise ops that nothing else reads.
+// ("a;b", joined along axis 0), looking through elementwise ops that nothing else reads.
 //
 // The reason is the rotary table, which models write as cos(cat(f, f)), f = position * frequency:
 //
@@ -84,7 +84,8 @@ class Joiner {
       const Type& first = graph_.type(pieces[0]);
       return node != nullptr && node->op == Op::constant && !node->attributes.contains("axis") &&
              !node->attributes.contains("value") && !type.shape.empty() &&
-             type.shape.size() >= axis_ && type.shape.size() == first.shape.size() &&
+             type.shape.size() == axis_ && first.shape.size() == axis_ &&
+             std::equal(type.shape.begin() + 1, type.shape.end(), first.shape.begin() + 1) &&
              type.dtype == first.dtype && type.encoding.empty() && type.layout.empty();
     });
   }
@@ -115,12 +116,11 @@ class Joiner {
     for (ValueId piece : pieces) {
       if (!source.empty()) source += ';';
       source += graph_.producer(piece)->attribute<std::string>("source");
-      size = size + *size_from_end(graph_.type(piece), axis_);
+      size = size + graph_.type(piece).shape[0];
     }
     Type type = graph_.type(pieces[0]);
-    const std::size_t axis = type.shape.size() - axis_;
-    type.shape[axis] = size;
-    return rewriter_.append_constant(std::move(source), std::move(type), static_cast<int>(axis));
+    type.shape[0] = size;
+    return rewriter_.append_constant(std::move(source), std::move(type));
   }
 
   Rewriter& rewriter_;

@@ -74,7 +74,7 @@ ValueId stack(Rewriter& rewriter, const Family& parts, std::size_t i) {
   }
   Type type = rewriter.source().type(parts[0]->operands[i]);
   type.shape[0] = size;
-  return rewriter.append_constant(std::move(source), std::move(type), 0);
+  return rewriter.append_constant(std::move(source), std::move(type));
 }
 
 // Replaces the results of all parts; they read only x and constants, so the first's place is fine.
