@@ -76,21 +76,33 @@ TEST(EntryTest, EveryTruncationAndExtensionIsRejected) {
 }
 
 // Lengths that lie, under a digest that is right: the bounds checks must hold by themselves.
+void expect_wrong_lengths(std::vector<std::byte> bytes,
+                          const std::map<std::size_t, std::uint64_t>& lies) {
+  for (const auto& [field, lie] : lies) {
+    for (std::size_t i = 0; i < 8; ++i) bytes[24 + 8 * field + i] = std::byte(lie >> (8 * i));
+  }
+  bytes.resize(bytes.size() - 32);
+  const Digest digest = sha256(bytes);
+  bytes.insert(bytes.end(), digest.begin(), digest.end());
+  const auto decoded = decode(bytes);
+  ASSERT_FALSE(decoded.ok()) << "field " << lies.begin()->first;
+  EXPECT_EQ(decoded.error().message, "wrong part length");
+}
+
 TEST(EntryTest, WrongLengthsUnderAValidDigestAreRejected) {
   const std::vector<std::byte> good = *encode(make_entry("linear 1x32"), "generator");
   const std::uint64_t lies[] = {0, 1, good.size(), std::uint64_t{1} << 63, ~std::uint64_t{0}};
   for (std::size_t field = 0; field < 5; ++field) {
-    for (std::uint64_t lie : lies) {
-      std::vector<std::byte> bytes = good;
-      for (int i = 0; i < 8; ++i) bytes[24 + 8 * field + i] = std::byte((lie >> (8 * i)) & 0xff);
-      bytes.resize(bytes.size() - 32);
-      const Digest digest = sha256(bytes);
-      bytes.insert(bytes.end(), digest.begin(), digest.end());
-      const auto decoded = decode(bytes);
-      ASSERT_FALSE(decoded.ok()) << "field " << field << " = " << lie;
-      EXPECT_EQ(decoded.error().message, "wrong part length");
-    }
+    for (std::uint64_t lie : lies) expect_wrong_lengths(good, {{field, lie}});
   }
+}
+
+TEST(EntryTest, LengthsWhoseSumWrapsAroundAreRejected) {
+  const Entry entry = make_entry("linear 1x32");
+  const std::vector<std::byte> good = *encode(entry, "generator");
+  constexpr std::uint64_t kHalf = std::uint64_t{1} << 63;
+  expect_wrong_lengths(good, {{0, kHalf + 9}, {1, kHalf + entry.key_text.size()}});
+  expect_wrong_lengths(good, {{3, ~std::uint64_t{0}}, {4, entry.recipe.size() + 201}});
 }
 
 TEST(EntryTest, TooLargeIsAnError) {
