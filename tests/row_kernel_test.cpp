@@ -24,7 +24,6 @@ using ops::RowOperand;
 
 constexpr std::array<std::int64_t, 15> kColumns{1,  2,  3,  7,  8,   9,   15,  16,
                                                 17, 31, 33, 64, 100, 576, 1000};
-constexpr std::array kLanes{8, 16};
 constexpr std::array kFloats{DataType::f32, DataType::bf16, DataType::f16};
 
 RowKernel region(int lanes, std::vector<RowOperand> inputs, std::vector<RowInstruction> body,
@@ -38,18 +37,14 @@ RowKernel region(int lanes, std::vector<RowOperand> inputs, std::vector<RowInstr
   return spec;
 }
 
-void interpret(const jit::vir::Function& function, const std::int64_t* args) {
-  jit::vir::interpret(function, args);
-}
-
 // Run-time and baked-in columns.
-void expect_right(RowKernel spec, std::int64_t rows, std::int64_t columns, Random& random,
-                  const Fill& fill = standard_normal) {
+void expect_right(Engine engine, RowKernel spec, std::int64_t rows, std::int64_t columns,
+                  Random& random, const Fill& fill = standard_normal) {
   for (bool baked : {false, true}) {
     spec.columns = baked ? columns : -1;
     RegionData data(spec, rows, columns, random, fill);
     std::int64_t checked = 0;
-    EXPECT_EQ(check_region(data, interpret, &checked), "") << print(spec);
+    EXPECT_EQ(check_region(data, engine, &checked), "") << print(spec);
     EXPECT_GT(checked, 0) << print(spec);
   }
 }
@@ -93,7 +88,32 @@ std::vector<OpCase> float_cases() {
   return cases;
 }
 
-class RowKernelOps : public testing::TestWithParam<int> {};
+// Lanes, and what runs them.
+struct Machine {
+  int lanes;
+  Engine engine;
+};
+
+std::vector<Machine> machines() {
+  std::vector<Machine> result;
+  for (int lanes : {8, 16}) {
+    for (Engine engine : engines(lanes)) result.push_back({lanes, engine});
+  }
+  return result;
+}
+
+class RowKernelOps : public ::testing::TestWithParam<Machine> {
+ protected:
+  int lanes() const { return GetParam().lanes; }
+
+  void run(const RegionData& data) {
+    EXPECT_EQ(run_engine(GetParam().engine, build(data.spec), data.args.data()), "");
+  }
+  void expect_right(const RowKernel& spec, std::int64_t rows, std::int64_t columns, Random& random,
+                    const Fill& fill = standard_normal) {
+    tilewright::expect_right(GetParam().engine, spec, rows, columns, random, fill);
+  }
+};
 
 TEST_P(RowKernelOps, MatchTheBoundsForEveryTypeAndLength) {
   Random random(1);
@@ -103,7 +123,7 @@ TEST_P(RowKernelOps, MatchTheBoundsForEveryTypeAndLength) {
       const bool reduces = op_class(test.instruction.op) == graph::OpClass::reduction;
       std::vector<RowOperand> inputs(static_cast<std::size_t>(test.operands), RowOperand{type});
       const RowKernel spec =
-          region(GetParam(), inputs, {test.instruction}, boolean ? DataType::boolean : type,
+          region(lanes(), inputs, {test.instruction}, boolean ? DataType::boolean : type,
                  reduces ? ColumnAccess::broadcast : ColumnAccess::contiguous);
       for (std::int64_t columns : kColumns) {
         expect_right(spec, columns < 500 ? 2 : 1, columns, random, test.fill);
@@ -120,7 +140,7 @@ TEST_P(RowKernelOps, TakeIntegersAndBooleans) {
   std::vector<RowKernel> specs;
   const auto add = [&](std::vector<RowOperand> inputs, std::vector<RowInstruction> body,
                        DataType output) {
-    specs.push_back(region(GetParam(), std::move(inputs), std::move(body), output));
+    specs.push_back(region(lanes(), std::move(inputs), std::move(body), output));
   };
   for (Op op : {Op::add, Op::sub, Op::mul}) {
     add({i32, i32}, {{op, {0, 1}, 0, false, DataType::i32}}, DataType::i32);
@@ -154,9 +174,9 @@ TEST_P(RowKernelOps, ConvertRoundsToTheType) {
     return std::ldexp(standard_normal(r), std::uniform_int_distribution<int>(-30, 18)(r));
   };
   for (DataType type : {DataType::bf16, DataType::f16}) {
-    RowKernel spec = region(GetParam(), {{}}, {{Op::convert, {0}, 0, false, type}}, DataType::f32);
+    RowKernel spec = region(lanes(), {{}}, {{Op::convert, {0}, 0, false, type}}, DataType::f32);
     RegionData data(spec, 1, 4096, random, wide);
-    jit::vir::interpret(build(spec), data.args.data());
+    run(data);
     for (std::int64_t i = 0; i < data.columns; ++i) {
       const double x = ops::read_scalar(DataType::f32, data.operands[0]->row(0) + 4 * i);
       const double y = ops::read_scalar(DataType::f32, data.operands[1]->row(0) + 4 * i);
@@ -183,7 +203,7 @@ TEST_P(RowKernelOps, TreatSpecialValuesAsIeee) {
                        op == Op::convert || op == Op::reciprocal || op == Op::logical_not;
     operands.resize(op == Op::where ? 3 : unary ? 1 : 2);
     const DataType type = compares ? DataType::boolean : DataType::f32;
-    const RowKernel spec = region(GetParam(), {{}, {}, {}}, {{op, operands, 0, false, type}}, type);
+    const RowKernel spec = region(lanes(), {{}, {}, {}}, {{op, operands, 0, false, type}}, type);
     std::size_t next = 0;
     const Fill specials = [&](Random&) {  // every pair in 17 columns x 17 rows
       const std::size_t count = kSpecials.size(), cells = count * count;
@@ -193,7 +213,7 @@ TEST_P(RowKernelOps, TreatSpecialValuesAsIeee) {
     };
     const auto count = static_cast<std::int64_t>(kSpecials.size());
     RegionData data(spec, count, count, random, specials);
-    jit::vir::interpret(build(spec), data.args.data());
+    run(data);
     reference(spec, data.args_of_reference().data());
     for (std::int64_t cell = 0; cell < count * count; ++cell) {
       const std::int64_t row = cell / count, offset = cell % count * size_in_bytes(type);
@@ -217,12 +237,12 @@ TEST_P(RowKernelOps, ReductionsKeepNan) {
   Random random(5);
   for (Op op : {Op::sum, Op::mean, Op::amax, Op::softmax, Op::rms_norm, Op::layer_norm}) {
     for (std::int64_t columns : {1, 5, 16, 37, 100}) {
-      const RowKernel spec = region(GetParam(), {{}}, {{op, {0}, 1e-5}}, DataType::f32);
+      const RowKernel spec = region(lanes(), {{}}, {{op, {0}, 1e-5}}, DataType::f32);
       for (std::int64_t position = 0; position < columns; ++position) {
         std::int64_t next = 0;
         RegionData data(spec, 1, columns, random,
                         [&](Random& r) { return next++ == position ? kNan : standard_normal(r); });
-        jit::vir::interpret(build(spec), data.args.data());
+        run(data);
         for (std::int64_t i = 0; i < columns; ++i) {
           ASSERT_TRUE(std::isnan(ops::read_scalar(DataType::f32, data.operands[1]->row(0) + 4 * i)))
               << name(op) << " of " << columns << " columns, NaN at " << position;
@@ -230,21 +250,21 @@ TEST_P(RowKernelOps, ReductionsKeepNan) {
       }
     }
   }
-  const RowKernel spec = region(GetParam(), {{}}, {{Op::softmax, {0}}}, DataType::f32);
+  const RowKernel spec = region(lanes(), {{}}, {{Op::softmax, {0}}}, DataType::f32);
   RegionData data(spec, 1, 37, random, [](Random&) { return -kInfinity; });
-  jit::vir::interpret(build(spec), data.args.data());
+  run(data);
   EXPECT_TRUE(std::isnan(ops::read_scalar(DataType::f32, data.operands[1]->row(0))));
 }
 
 // A masked score row: -inf in some places is probability 0 there.
 TEST_P(RowKernelOps, SoftmaxOfMaskedScores) {
-  const RowKernel spec = region(GetParam(), {{}}, {{Op::softmax, {0}}}, DataType::f32);
+  const RowKernel spec = region(lanes(), {{}}, {{Op::softmax, {0}}}, DataType::f32);
   Random random(6);
   std::int64_t next = 0;
   RegionData data(spec, 1, 37, random, [&](Random& r) {
     return next++ % 3 == 1 ? -kInfinity : 50 * standard_normal(r);
   });
-  jit::vir::interpret(build(spec), data.args.data());
+  run(data);
   reference(spec, data.args_of_reference().data());
   for (std::int64_t i = 0; i < 37; ++i) {
     const double kernel = ops::read_scalar(DataType::f32, data.operands[1]->row(0) + 4 * i);
@@ -257,18 +277,54 @@ TEST_P(RowKernelOps, RandomRegionsMatchTheBounds) {
   std::int64_t checked = 0;
   for (unsigned seed = 0; seed < 600; ++seed) {
     Random random(seed);
-    RowKernel spec = random_region(random, GetParam());
+    RowKernel spec = random_region(random, lanes());
     const std::int64_t columns = kColumns[seed % (kColumns.size() - 2)];
     if (seed % 2 == 0) spec.columns = columns;
     RegionData data(spec, seed % 4, columns, random);
-    ASSERT_EQ(check_region(data, interpret, &checked), "") << "seed " << seed << "\n"
-                                                           << print(spec);
+    ASSERT_EQ(check_region(data, GetParam().engine, &checked), "") << "seed " << seed << "\n"
+                                                                   << print(spec);
   }
   EXPECT_GT(checked, 10000);
 }
 
-INSTANTIATE_TEST_SUITE_P(Lanes, RowKernelOps, testing::ValuesIn(kLanes),
-                         [](const auto& info) { return fmt::format("Lanes{}", info.param); });
+INSTANTIATE_TEST_SUITE_P(Lanes, RowKernelOps, ::testing::ValuesIn(machines()),
+                         [](const auto& info) {
+                           const bool machine = info.param.engine == Engine::machine;
+                           return fmt::format("Lanes{}{}", info.param.lanes,
+                                              machine ? "Machine" : "Interpreter");
+                         });
+
+// What a decoder runs per token stays in registers.
+TEST(RowKernel, NothingSpillsInTheLoops) {
+  const RowOperand half{DataType::bf16}, once{DataType::f32, ColumnAccess::broadcast};
+  for (int lanes : {8, 16}) {
+    std::vector<RowKernel> specs{
+        region(lanes, {{}, {}}, {{Op::rms_norm, {0, 1}, 1e-5, true}}, DataType::f32),
+        region(lanes, {half, half, half}, {{Op::add, {0, 1}}, {Op::rms_norm, {3, 2}, 1e-5}},
+               DataType::bf16),
+        region(lanes, {{}, {}, {}}, {{Op::layer_norm, {0, 1, 2}, 1e-5}}, DataType::f32),
+        region(lanes, {{}}, {{Op::softmax, {0}}}, DataType::f32),
+        region(
+            lanes, {{}, once, {DataType::boolean}},
+            {{Op::scalar, {}, -1e9}, {Op::mul, {0, 1}}, {Op::where, {2, 4, 3}}, {Op::softmax, {5}}},
+            DataType::f32),
+        region(lanes, {{}, {}}, {{Op::silu, {0}}, {Op::mul, {2, 1}}}, DataType::f32),
+        region(lanes, {half, half}, {{Op::gelu, {0}, 0, true}, {Op::mul, {2, 1}}}, DataType::bf16),
+        region(lanes, {{}, {}}, {{Op::gelu, {0}}, {Op::mul, {2, 1}}}, DataType::f32),
+        region(lanes, {{DataType::i64, ColumnAccess::broadcast}, {}},
+               {{Op::convert, {0}}, {Op::mul, {2, 1}}, {Op::cos, {3}}}, DataType::f32),
+    };
+    for (RowKernel& spec : specs) {
+      for (std::int64_t columns : {std::int64_t{-1}, std::int64_t{1001}}) {
+        spec.columns = columns;
+        const auto code = jit::emit(build(spec), target_with_lanes(lanes));
+        ASSERT_TRUE(code.ok()) << code.error().message;
+        EXPECT_EQ(code->inner_loop_spills, 0) << print(spec);
+        EXPECT_EQ(code->spills, 0) << print(spec);
+      }
+    }
+  }
+}
 
 // The residual sum is both stored and normalised; all of it in one kernel.
 TEST(RowKernel, ResidualAndNormInOneRegion) {
@@ -277,7 +333,9 @@ TEST(RowKernel, ResidualAndNormInOneRegion) {
       region(8, {{}, {}, {}}, {{Op::add, {0, 1}}, {Op::rms_norm, {3, 2}, 1e-5}}, DataType::f32);
   spec.outputs = {3, 4};
   spec.output_operands = {{DataType::f32}, {DataType::bf16}};
-  for (std::int64_t columns : kColumns) expect_right(spec, 3, columns, random);
+  for (std::int64_t columns : kColumns) {
+    expect_right(Engine::interpreter, spec, 3, columns, random);
+  }
 }
 
 // Stores come in the last pass only, so a row may be its own output.
@@ -289,7 +347,7 @@ TEST(RowKernel, OutputMayBeAnInput) {
   reference(spec, data.args_of_reference().data());
   args[static_cast<std::size_t>(ops::RowArgs::pointer(2))] = data.operands[0]->address();
   args[static_cast<std::size_t>(ops::RowArgs::row_stride(2))] = data.operands[0]->stride();
-  jit::vir::interpret(build(spec), args.data());
+  EXPECT_EQ(run_engine(Engine::interpreter, build(spec), args.data()), "");
   for (std::int64_t i = 0; i < 100; ++i) {
     const double expected = ops::read_scalar(DataType::f32, data.references[0]->row(1) + 4 * i);
     const double kernel = ops::read_scalar(DataType::f32, data.operands[0]->row(1) + 4 * i);

@@ -1,7 +1,7 @@
 // Exact conversions between float and the 16-bit formats, as the hardware's instructions do them:
 // the meaning that the interpreter gives to .f16 and .bf16 elements.
 //
-// Tested by vir_test (all 2^16 values, and rounding at every boundary).
+// Tested by vir_interpret_test (all 2^16 values, and rounding at every boundary).
 #pragma once
 
 #include <bit>

@@ -5,7 +5,7 @@
 // has an arm here (-Wswitch). Host arithmetic is IEEE single with round to nearest even; the build
 // switches contraction off, and fused operations call std::fma.
 //
-// Tested by vir_test.
+// Tested by vir_interpret_test.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -120,6 +120,9 @@ Bits to_int(float value) {
 
 // cvtdq2ps
 Bits to_float_bits(Bits value) { return as_bits(static_cast<float>(as_int(value))); }
+
+// vcvtph2ps of the low half
+Bits widen_low_f16(Bits value) { return as_bits(f16_to_float(static_cast<std::uint16_t>(value))); }
 
 float add_product(float w, float a, float b) { return std::fma(a, b, w); }
 float subtract_product(float w, float a, float b) { return std::fma(-a, b, w); }
@@ -374,11 +377,7 @@ std::size_t Machine::step(std::size_t at) {
     case Op::vscalef: floats(i, scale); break;
     case Op::vcvt_i32: int_unary(i, [](Bits a) { return to_int(as_float(a)); }); break;
     case Op::vcvt_f32: int_unary(i, to_float_bits); break;
-    case Op::vcvt_f16:
-      int_unary(i, [](Bits a) {
-        return std::bit_cast<Bits>(f16_to_float(static_cast<std::uint16_t>(a)));
-      });
-      break;
+    case Op::vcvt_f16: int_unary(i, widen_low_f16); break;
     case Op::vdpbf16: dot(i); break;
 
     case Op::vand: ints(i, [](Bits a, Bits b) { return a & b; }); break;
