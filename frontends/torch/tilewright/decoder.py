@@ -14,11 +14,8 @@ Thread-safe: calls take turns. Tested by tests/python/test_optimize.py, test_gen
 from __future__ import annotations
 
 import collections
-import functools
-import inspect
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +25,7 @@ from torch import nn
 from tilewright import core
 from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
+from tilewright.installed import InstalledForward, installed_in
 from tilewright.model_capture import CapturedModel, capture_model
 from tilewright.program import Executable
 
@@ -61,53 +59,26 @@ class Step:
     logits_to_keep: int
 
 
-class Decoder:
+class Decoder(InstalledForward):
     """See the module's description."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-        self.original: Callable[..., Any] = model.forward
-        self._had_instance_forward = "forward" in model.__dict__
-        self._signature = inspect.signature(self.original)
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
         self._lock = threading.RLock()
         self._programs: dict[int, tuple[CapturedModel, Executable]] = {}
         self._modules: list[weakref.ref[nn.Module]] = []
-        self.parameter_types: dict[str, torch.dtype] = {}  # before optimize(inplace=True)
         self.unsupported = ""  # why no program can be made of this model
         self.calls = 0  # of the program
         self.fallbacks: collections.Counter[str] = collections.Counter()
 
-    @property
-    def model(self) -> nn.Module:
-        model = self._model()
-        assert model is not None
-        return model
-
-    # --- installing
-
-    def install(self) -> None:
-        @functools.wraps(self.original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self(*args, **kwargs)
-
-        forward.tilewright_decoder = self  # type: ignore[attr-defined]
-        # To Dynamo an optimised model is one call that it must not look into.
-        self.model.__dict__["forward"] = torch.compiler.disable(
-            forward, reason="runs as a program of tilewright"
-        )
-
-    def uninstall(self) -> None:
-        if self._had_instance_forward:
-            self.model.__dict__["forward"] = self.original
-        else:
-            del self.model.__dict__["forward"]
-
     # --- calls
 
+    # To Dynamo an optimised model is one call that it must not look into.
+    @torch.compiler.disable(reason="runs as a program of tilewright")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
             try:
-                bound = self._signature.bind(*args, **kwargs) if args else None
+                bound = self.__signature__.bind(*args, **kwargs) if args else None
                 arguments = _flat(bound.arguments) if bound is not None else kwargs
                 self._check_state()
                 return self._run(arguments)
@@ -268,13 +239,8 @@ class Decoder:
 
 def decoder_of(model: Any) -> Decoder | None:
     """The decoder installed in a model, if there is one."""
-    forward = getattr(model, "__dict__", {}).get("forward")
-    while forward is not None:
-        found = getattr(forward, "tilewright_decoder", None)
-        if found is not None:
-            return found
-        forward = getattr(forward, "__wrapped__", None)
-    return None
+    installed = installed_in(model)
+    return installed if isinstance(installed, Decoder) else None
 
 
 def _flat(arguments: dict[str, Any]) -> dict[str, Any]:

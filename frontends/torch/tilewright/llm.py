@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.decoder import Decoder, decoder_of
+from tilewright.installed import CompiledForward, InstalledForward, installed_in
 
 log = logging.getLogger("tilewright")
 
@@ -47,7 +47,9 @@ def optimize(
     itself, else a copy (which shares the parameters that keep their type). The model must be in
     eval mode and on the CPU.
 
-    Nothing is captured or packed before the first call. Calls that a program cannot run, and models
+    A causal language model of transformers runs as one program per step; any other module goes
+    through torch.compile with our backend. Nothing is captured or packed before the first call.
+    Calls that a program cannot run, and models
     that cannot be captured, keep the original forward, with a visible reason (`explain`).
     """
     _refuse_unknown(unknown)
@@ -55,7 +57,7 @@ def optimize(
         raise NotImplementedError("quantization is not available yet; pass quantization=None")
     _check_model(model)
     _check_dtype(dtype)
-    if decoder_of(model) is not None:
+    if installed_in(model) is not None:
         raise ValueError("this model is optimised already; llm.restore(model) undoes that first")
     if inplace:
         before = {n: p.dtype for n, p in model.named_parameters()}
@@ -63,9 +65,15 @@ def optimize(
     else:
         before = {}
         model = _copy(model, dtype)
-    decoder = Decoder(model)
-    decoder.parameter_types = before
-    decoder.install()
+    installed: InstalledForward
+    if _is_causal_language_model(model):
+        from tilewright.decoder import Decoder
+
+        installed = Decoder(model)
+    else:
+        installed = CompiledForward(model)
+    installed.parameter_types = before
+    installed.install()
     return model
 
 
@@ -75,15 +83,25 @@ def restore(model: nn.Module) -> nn.Module:
     Values that a conversion rounded stay rounded. A model that is not optimised is returned as is.
     """
     original = getattr(model, "_orig_mod", model)
-    decoder = decoder_of(original)
-    if decoder is None:
+    installed = installed_in(original)
+    if installed is None:
         return model
-    decoder.uninstall()
-    types = decoder.parameter_types
+    installed.uninstall()
+    types = installed.parameter_types
     for name, parameter in original.named_parameters():
         if name in types and parameter.dtype != types[name]:
             parameter.data = parameter.data.to(types[name])
     return model
+
+
+def _is_causal_language_model(model: nn.Module) -> bool:
+    """One of transformers', whose whole step can be a program. Structure decides, not the name."""
+    return (
+        hasattr(model, "generate")
+        and hasattr(getattr(model, "config", None), "get_text_config")
+        and getattr(model, "get_output_embeddings", lambda: None)() is not None
+        and not getattr(model.config, "is_encoder_decoder", False)
+    )
 
 
 def _refuse_unknown(unknown: dict[str, Any]) -> None:
