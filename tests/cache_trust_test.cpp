@@ -170,8 +170,12 @@ TEST_F(CacheOwnerTest, KeepsEntriesWithoutProc) {
     if (chroot(base_.c_str()) != 0 || chdir("/") != 0) return 97;
     Store store = Store::open("/cache", Mode::read_write, 0);
     store.save(make_entry("linear 1x64"));
-    return store.counters().writes == 1 ? 0 : 1;
+    store.save(make_entry("blocked"));
+    return store.counters().writes == 1 && store.counters().write_failures == 1 ? 0 : 1;
   };
+  fs::create_directory(path_of("blocked").parent_path());
+  ASSERT_EQ(chmod(path_of("blocked").parent_path().c_str(), 0700), 0);
+  fs::create_directory(path_of("blocked"));
   EXPECT_EQ(in_child(body), 0);
   EXPECT_TRUE(open().load("linear 1x64", kHost).has_value());
   for (const auto& item : fs::recursive_directory_iterator(directory())) {
