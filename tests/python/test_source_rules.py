@@ -58,7 +58,7 @@ def violations(path: str, text: str) -> Iterator[str]:
             yield f"{path}:{number}: {len(line)} columns, more than {MAX_COLUMNS}"
     if path.endswith((*CPP, ".py")):
         comment = opening_comment(path, text)
-        if "Tested by" not in comment and not path.startswith("tests/"):
+        if "Tested by" not in comment and not path.startswith(("tests/", "perf/")):
             yield f"{path}: does not open with a comment that says what it is tested by"
         if not comment:
             yield f"{path}: does not open with a comment"
