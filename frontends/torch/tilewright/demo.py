@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,10 +47,7 @@ class Row:
 
 
 def model_directory() -> Path:
-    """Where the converted model is kept; under TILEWRIGHT_DEMO_DIR if that is set."""
-    given = os.environ.get("TILEWRIGHT_DEMO_DIR")
-    if given:
-        return Path(given)
+    """Where the converted model is kept."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "tilewright-demo" / "smollm2-135m-instruct"
 
@@ -178,6 +176,8 @@ def describe(row: Row, eager: Row) -> str:
             )
         for note in row.explanation.get("notes", []):
             lines.append(f"  note: {note}")
+    text = " ".join(row.text.split())
+    lines += textwrap.wrap(text, 96, initial_indent="  | ", subsequent_indent="  | ")
     return "\n".join(lines)
 
 
@@ -202,10 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             continue
         if name == "eager":
-            print(f"prompt: {PROMPT}\ntext:   {row.text.strip()}\n")
-        elif row.tokens != rows[0].tokens:
-            print(f"text:   {row.text.strip()}")
-        print(describe(row, rows[0]), flush=True)
+            print(f"prompt: {PROMPT}")
+        print(f"\n{describe(row, rows[0])}", flush=True)
     if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     return 0 if all(row.tokens == rows[0].tokens for row in rows) else 1
