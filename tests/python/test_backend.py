@@ -1,0 +1,217 @@
+"""The torch.compile backend: results, aliasing, symbols, weights, fallbacks."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import prompt, tiny_llama
+from torch import nn
+
+pytest.importorskip("tilewright._core")
+
+from tilewright import backend as backends
+from tilewright.backend import backend
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    gc.collect()
+    before = set(backends.graphs)
+    yield
+    torch._dynamo.reset()
+    for graph in set(backends.graphs) - before:
+        backends.graphs.discard(graph)
+
+
+def graphs() -> list[Any]:
+    return sorted(backends.graphs, key=lambda graph: graph.calls)
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.RMSNorm(64), nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.silu(self.up(self.norm(x))))
+
+
+@torch.no_grad()
+def test_a_module_runs_in_our_program() -> None:
+    model, x = Block().eval(), torch.randn(2, 7, 64)
+    compiled = torch.compile(model, backend=backend)
+    close(compiled(x), model(x))
+    (graph,) = graphs()
+    assert graph.executable is not None and graph.calls == 1 and graph.fallback_calls == 0
+    report = graph.executable.program.report()
+    assert report["prefill"]["runs"] == 1 and report["prefill"]["fallback_calls"] == 0
+    assert report["prefill"]["own_flops"] > 0
+
+
+@torch.no_grad()
+def test_symbolic_sizes_are_bound_at_each_call() -> None:
+    model = Block().eval()
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for batch, tokens in ((2, 7), (3, 5), (4, 33), (2, 100)):
+        x = torch.randn(batch, tokens, 64)
+        close(compiled(x), model(x))
+    assert len(graphs()) == 1
+
+
+@torch.no_grad()
+def test_weights_are_packed_once_for_all_graphs_of_a_model() -> None:
+    model = Block().eval()
+    compiled = torch.compile(model, backend=backend, dynamic=False)
+    compiled(torch.randn(1, 4, 64))
+    (first,) = graphs()
+    packed = first.executable.store.bytes
+    compiled(torch.randn(1, 5, 64))
+    assert len(graphs()) == 2
+    assert {graph.executable.store for graph in graphs()} == {first.executable.store}
+    assert first.executable.store.bytes == packed > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.up.weight.mul_(2),
+        lambda model: setattr(model.up.weight, "data", model.up.weight.data * 2),
+        lambda model: model.up.weight.data.mul_(2),
+        lambda model: setattr(model.up, "weight", nn.Parameter(model.up.weight * 2)),
+        lambda model: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}),
+        lambda model: model.load_state_dict(
+            {k: v * 2 for k, v in model.state_dict().items()}, assign=True
+        ),
+    ],
+    ids=["in place", "data replaced", "data in place", "parameter replaced", "loaded", "assigned"],
+)
+def test_changed_weights_are_noticed(change: Any) -> None:
+    model, x = Block().eval(), torch.randn(2, 7, 64)
+    compiled = torch.compile(model, backend=backend)
+    close(compiled(x), model(x))
+    before = model(x)
+    change(model)
+    assert not torch.equal(model(x), before)
+    close(compiled(x), model(x))
+
+
+@torch.no_grad()
+def test_a_compiled_graph_does_not_keep_a_model_alive() -> None:
+    model = Block().eval()
+    torch.compile(model, backend=backend)(torch.randn(2, 7, 64))
+    weight = weakref.ref(model.up.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+@torch.no_grad()
+def test_outputs_alias_inputs_as_traced() -> None:
+    compiled = torch.compile(lambda x: (x, x[:, 1:], x * 2, (x + 1).mT), backend=backend)
+    x = torch.randn(3, 4)
+    same, part, doubled, turned = compiled(x)
+    assert same is x and part.data_ptr() == x[:, 1:].data_ptr() and part.stride() == (4, 1)
+    assert turned.stride() == (x + 1).mT.stride()
+    close(doubled, x * 2)
+    part.zero_()
+    assert x[:, 1:].abs().sum() == 0
+
+
+@torch.no_grad()
+def test_writes_to_inputs() -> None:
+    def step(cache: torch.Tensor, position: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        cache.index_copy_(1, position, row)
+        position.add_(1)
+        return cache.sum(-1)
+
+    compiled = torch.compile(step, backend=backend)
+    ours = [torch.zeros(2, 6, 8), torch.tensor([2])]
+    theirs = [tensor.clone() for tensor in ours]
+    for _ in range(3):
+        row = torch.randn(2, 1, 8)
+        close(compiled(*ours, row), step(*theirs, row))
+    close(ours, theirs)
+
+
+@torch.no_grad()
+def test_unknown_ops_run_in_torch_and_are_counted() -> None:
+    compiled = torch.compile(lambda x, w: F.linear(x, w).cumsum(-1) * 2, backend=backend)
+    x, w = torch.randn(3, 64), torch.randn(32, 64)
+    close(compiled(x, w), F.linear(x, w).cumsum(-1) * 2)
+    (graph,) = graphs()
+    report = graph.executable.program.report()
+    assert report["prefill"]["fallback_calls"] == 1
+    assert any("cumsum" in region["kernel"] + region["name"] for region in report["regions"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_models(dtype: torch.dtype) -> None:
+    model, x = Block().to(dtype).eval(), torch.randn(2, 7, 64).to(dtype)
+    actual = torch.compile(model, backend=backend)(x)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, model(x), rtol=0.02, atol=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+def test_a_language_model_with_each_cache(cache: str) -> None:
+    from transformers import DynamicCache, StaticCache
+
+    model = tiny_llama(2)
+    expected = model.generate(prompt(), max_new_tokens=6, do_sample=False)
+    model.compile(backend=backend)
+    arguments: dict[str, Any] = {"use_cache": cache != "none"}
+    if cache == "dynamic":
+        arguments["past_key_values"] = DynamicCache(config=model.config)
+    if cache == "static":
+        arguments["past_key_values"] = StaticCache(config=model.config, max_cache_len=32)
+    actual = model.generate(prompt(), max_new_tokens=6, do_sample=False, **arguments)
+    assert actual.tolist() == expected.tolist()
+    assert graphs() and all(graph.executable is not None for graph in graphs())
+    assert sum(graph.calls for graph in graphs()) == 6
+
+
+@torch.no_grad()
+def test_static_caches_are_not_frozen() -> None:
+    """Two caches, one graph: the second one's keys must not be the first one's."""
+    from transformers import StaticCache
+
+    model = tiny_llama(2)
+    expected = [
+        model.generate(prompt(1, n), max_new_tokens=4, do_sample=False).tolist() for n in (9, 9)
+    ]
+    model.compile(backend=backend)
+    for result in expected:
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        tokens = model.generate(
+            prompt(1, 9), max_new_tokens=4, do_sample=False, past_key_values=cache
+        )
+        assert tokens.tolist() == result
+
+
+def test_by_its_name() -> None:
+    assert "tilewright" in torch._dynamo.list_backends()
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: x * 2 + 1, backend="tilewright", mode="reduce-overhead")
+        close(compiled(torch.ones(3)), torch.full((3,), 3.0))
+
+
+@torch.no_grad()
+def test_options_of_inductor_mean_nothing() -> None:
+    compiled = torch.compile(
+        lambda x: x * 2, backend=backend, options={"epilogue_fusion": True, "anything": 1}
+    )
+    close(compiled(torch.ones(3)), torch.full((3,), 2.0))

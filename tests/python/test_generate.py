@@ -1,0 +1,197 @@
+"""generate(): through optimised models, compiled models, and both, with steps counted."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import padded, prompt, tiny_llama
+
+pytest.importorskip("tilewright._core")
+
+import tilewright
+from tilewright import backend as backends
+from tilewright.decoder import decoder_of
+
+NEW = 6
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    gc.collect()
+    yield
+    torch._dynamo.reset()
+
+
+def generate(model: Any, **arguments: Any) -> list[list[int]]:
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **arguments}
+    if "input_ids" not in settings:
+        settings["input_ids"] = prompt()
+    return model.generate(**settings).tolist()
+
+
+def compiled_steps(model: Any) -> int:
+    parameters = {id(parameter) for parameter in model.parameters()}
+    return sum(
+        graph.calls
+        for graph in backends.graphs
+        if graph.owns(parameters) and graph.executable is not None
+    )
+
+
+MODES = {
+    "greedy": {},
+    "batch": {"input_ids": prompt(3, 7)},
+    "left padding": padded([9, 5, 7]),
+    "beams": {"num_beams": 3},
+    "beams and padding": {**padded([6, 4]), "num_beams": 2},
+    "returned sequences": {"num_beams": 3, "num_return_sequences": 2},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "prefill in chunks": {"prefill_chunk_size": 4},
+    "one token": {"input_ids": prompt(1, 1)},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_optimised_models_generate_like_eager(mode: str) -> None:
+    model = tiny_llama(3)
+    expected = generate(model, **MODES[mode])
+    optimized = tilewright.llm.optimize(model)
+    assert generate(optimized, **MODES[mode]) == expected
+    decoder = decoder_of(optimized)
+    assert decoder is not None and not decoder.fallbacks, decoder.fallbacks
+    assert decoder.calls >= NEW
+
+
+def test_sampling_with_a_seed() -> None:
+    model = tiny_llama(3)
+    results = []
+    for candidate in (model, tilewright.llm.optimize(model)):
+        torch.manual_seed(3)
+        results.append(generate(candidate, do_sample=True, temperature=0.7))
+    assert results[0] == results[1]
+
+
+def test_a_conversation_continues_in_its_cache() -> None:
+    from transformers import DynamicCache
+
+    model = tiny_llama(3)
+    optimized = tilewright.llm.optimize(model)
+    results = []
+    for candidate in (model, optimized):
+        cache = DynamicCache(config=model.config)
+        first = candidate.generate(
+            prompt(), max_new_tokens=3, do_sample=False, past_key_values=cache
+        )
+        more = torch.cat([first, prompt(1, 4)], 1)
+        second = candidate.generate(more, max_new_tokens=3, do_sample=False, past_key_values=cache)
+        results.append(second.tolist())
+    assert results[0] == results[1]
+    assert not decoder_of(optimized).fallbacks
+
+
+def test_cache_operations() -> None:
+    from transformers import DynamicCache
+
+    model = tiny_llama(3)
+    optimized = tilewright.llm.optimize(model)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    with torch.no_grad():
+        for candidate, cache in zip((model, optimized), caches, strict=True):
+            candidate(prompt(2, 70), past_key_values=cache)
+
+    def same() -> None:
+        theirs, ours = caches
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        for a, b in zip(theirs.layers, ours.layers, strict=True):
+            torch.testing.assert_close(b.keys, a.keys, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(b.values, a.values, rtol=1e-4, atol=1e-4)
+
+    same()
+    for operation in (
+        lambda cache: cache.crop(-3),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.batch_select_indices(torch.tensor([3, 0, 1])),
+    ):
+        for cache in caches:
+            operation(cache)
+        same()
+    for cache in caches:
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys * 2, layer.values * 3
+    same()
+    with torch.no_grad():
+        logits = [
+            candidate(prompt(3, 2), past_key_values=cache).logits
+            for candidate, cache in zip((model, optimized), caches, strict=True)
+        ]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+    for cache in caches:
+        cache.reset()
+    assert caches[1].get_seq_length() == 0
+
+
+@pytest.mark.parametrize("form", ["torch.compile", "model.compile"])
+def test_compiled_models_generate_in_our_programs(form: str) -> None:
+    """Plain PyTorch runs torch.compile(model).generate() eagerly, silently."""
+    model = tiny_llama(2)
+    expected = generate(model)
+    if form == "torch.compile":
+        compiled = torch.compile(model, backend="tilewright")
+    else:
+        compiled = model
+        model.compile(backend="tilewright")
+    assert generate(compiled) == expected
+    assert compiled_steps(model) == NEW
+    if form == "torch.compile":
+        assert model._compiled_call_impl is None
+        assert generate(model) == expected and compiled_steps(model) == NEW
+
+
+def test_other_backends_are_left_alone() -> None:
+    model = tiny_llama(2)
+    torch.compile(tiny_llama(2), backend="tilewright")
+    compiled = torch.compile(model, backend="eager")
+    assert compiled.generate == model.generate
+
+
+@pytest.mark.parametrize("form", ["torch.compile", "model.compile", "forward"])
+def test_both_lines(form: str) -> None:
+    model = tiny_llama(3)
+    expected = generate(model)
+    optimized = tilewright.llm.optimize(model)
+    decoder = decoder_of(optimized)
+    compiled: Any = optimized
+    if form == "torch.compile":
+        compiled = torch.compile(optimized, backend="tilewright")
+    elif form == "model.compile":
+        optimized.compile(backend="tilewright")
+    else:
+        optimized.forward = torch.compile(optimized.forward, backend="tilewright")
+    assert generate(compiled) == expected
+    assert decoder is not None and decoder.calls == NEW and not decoder.fallbacks
+
+
+def test_threads_take_turns() -> None:
+    import threading
+
+    model = tiny_llama(3)
+    expected = [generate(model, input_ids=prompt(1, n)) for n in (4, 6, 8)]
+    optimized = tilewright.llm.optimize(model)
+    results: dict[int, list[list[int]]] = {}
+
+    def work(index: int, tokens: int) -> None:
+        results[index] = generate(optimized, input_ids=prompt(1, tokens))
+
+    threads = [threading.Thread(target=work, args=(i, n)) for i, n in enumerate((4, 6, 8))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[i] for i in range(3)] == expected

@@ -1,0 +1,277 @@
+"""llm.optimize: results, types, copies, staleness, restore."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import padded, prompt, tiny_llama
+from torch import nn
+
+pytest.importorskip("tilewright._core")
+
+import tilewright
+from tilewright.decoder import decoder_of
+from tilewright.installed import installed_in
+
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
+    torch.bfloat16: {"rtol": 0.05, "atol": 0.1},
+    torch.float16: {"rtol": 0.02, "atol": 0.02},
+}
+
+
+def calls(model: Any) -> int:
+    decoder = decoder_of(model)
+    assert decoder is not None
+    assert not decoder.fallbacks, decoder.fallbacks
+    return decoder.calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_logits(dtype: torch.dtype, batch: int) -> None:
+    model = tiny_llama(3, dtype)
+    optimized = tilewright.llm.optimize(model)
+    ids = prompt(batch, 11)
+    expected, actual = model(ids), optimized(ids)
+    assert type(actual) is type(expected) and actual.logits.dtype == dtype
+    torch.testing.assert_close(actual.logits, expected.logits, **TOLERANCE[dtype])
+    assert calls(optimized) == 1
+
+
+@torch.no_grad()
+def test_logits_to_keep() -> None:
+    model = tiny_llama(3)
+    optimized = tilewright.llm.optimize(model)
+    for keep in (0, 1, 4):
+        expected = model(prompt(2, 9), logits_to_keep=keep).logits
+        actual = optimized(prompt(2, 9), logits_to_keep=keep).logits
+        torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
+    assert calls(optimized) == 3
+
+
+@torch.no_grad()
+def test_steps_with_a_cache_of_the_caller() -> None:
+    from transformers import DynamicCache
+
+    model = tiny_llama(3)
+    optimized = tilewright.llm.optimize(model)
+    ids = prompt(2, 12)
+    expected = model(ids).logits
+    cache = DynamicCache(config=model.config)
+    first = optimized(ids[:, :7], past_key_values=cache, use_cache=True)
+    assert first.past_key_values is cache and cache.get_seq_length() == 7
+    second = optimized(ids[:, 7:11], past_key_values=cache)
+    third = optimized(ids[:, 11:], past_key_values=cache)
+    actual = torch.cat([first.logits, second.logits, third.logits], 1)
+    torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
+    assert calls(optimized) == 3
+    reference = DynamicCache(config=model.config)
+    model(ids, past_key_values=reference)
+    for ours, theirs in zip(cache.layers, reference.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_that_eager_filled() -> None:
+    from transformers import DynamicCache
+
+    model = tiny_llama(3)
+    optimized = tilewright.llm.optimize(model)
+    ids = prompt(2, 12)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :8], past_key_values=cache)
+    actual = optimized(ids[:, 8:], past_key_values=cache).logits
+    torch.testing.assert_close(actual, model(ids).logits[:, 8:], **TOLERANCE[torch.float32])
+    assert calls(optimized) == 1
+
+
+@torch.no_grad()
+def test_left_padding() -> None:
+    model = tiny_llama(3)
+    optimized = tilewright.llm.optimize(model)
+    inputs = padded([9, 4, 7])
+    expected, actual = model(**inputs).logits, optimized(**inputs).logits
+    for row, length in enumerate((9, 4, 7)):
+        torch.testing.assert_close(
+            actual[row, -length:], expected[row, -length:], **TOLERANCE[torch.float32]
+        )
+    assert calls(optimized) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"labels": prompt(1, 6)}, "labels"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}, "not left padding"),
+        ({"attention_mask": torch.ones(1, 1, 6, 6).tril().bool()}, "not .batch, keys."),
+    ],
+    ids=["hidden states", "attentions", "labels", "right padding", "4-D mask"],
+)
+def test_other_calls_run_in_pytorch_with_a_reason(arguments: Any, reason: str) -> None:
+    model = tiny_llama(3, attn_implementation="eager")
+    optimized = tilewright.llm.optimize(model)
+    expected, actual = model(prompt(1, 6), **arguments), optimized(prompt(1, 6), **arguments)
+    torch.testing.assert_close(actual.logits, expected.logits)
+    decoder = decoder_of(optimized)
+    assert decoder is not None and decoder.calls == 0
+    assert len(decoder.fallbacks) == 1
+    import re
+
+    assert re.search(reason, next(iter(decoder.fallbacks)))
+
+
+@torch.no_grad()
+def test_embeddings_as_input_share_the_cache() -> None:
+    from transformers import DynamicCache
+
+    model = tiny_llama(3)
+    optimized = tilewright.llm.optimize(model)
+    ids = prompt(1, 8)
+    cache = DynamicCache(config=model.config)
+    optimized(ids[:, :3], past_key_values=cache)
+    embeddings = model.get_input_embeddings()(ids[:, 3:6])
+    optimized(inputs_embeds=embeddings, past_key_values=cache)
+    actual = optimized(ids[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(actual, model(ids).logits[:, 6:], **TOLERANCE[torch.float32])
+    decoder = decoder_of(optimized)
+    assert decoder is not None and decoder.calls == 2 and sum(decoder.fallbacks.values()) == 1
+
+
+def test_gradients_still_flow() -> None:
+    optimized = tilewright.llm.optimize(tiny_llama(3))
+    optimized(prompt(), labels=prompt()).loss.backward()
+    assert optimized.lm_head.weight.grad is not None
+
+
+@torch.no_grad()
+def test_not_in_place_leaves_the_model_alone() -> None:
+    model = tiny_llama(3)
+    optimized = tilewright.llm.optimize(model, dtype=torch.bfloat16)
+    assert model.dtype == torch.float32 and installed_in(model) is None
+    assert optimized.dtype == torch.bfloat16 and optimized is not model
+    assert optimized.config.dtype == torch.bfloat16
+    shared = tilewright.llm.optimize(model)
+    assert shared.lm_head.weight is model.lm_head.weight
+
+
+@torch.no_grad()
+def test_in_place_and_restore() -> None:
+    model = tiny_llama(3)
+    forward = model.forward
+    assert tilewright.llm.optimize(model, inplace=True, dtype=torch.bfloat16) is model
+    assert model.dtype == torch.bfloat16
+    model(prompt())
+    assert calls(model) == 1
+    assert tilewright.llm.restore(model) is model
+    assert model.dtype == torch.float32 and model.forward == forward
+    assert installed_in(model) is None and "forward" not in model.__dict__
+    assert tilewright.llm.restore(model) is model
+
+
+@torch.no_grad()
+def test_tied_weights_stay_tied() -> None:
+    model = tilewright.llm.optimize(tiny_llama(3), dtype=torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_float16_to_bfloat16_says_what_it_rounds(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="tilewright"):
+        tilewright.llm.optimize(tiny_llama(3, torch.float16), dtype=torch.bfloat16)
+    assert "float16 to bfloat16 rounded" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="tilewright"):
+        tilewright.llm.optimize(tiny_llama(3), dtype=torch.bfloat16)
+    assert "rounded" not in caplog.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.model.layers[1].mlp.up_proj.weight.mul_(1.5),
+        lambda m: m.model.layers[1].mlp.up_proj.weight.data.mul_(1.5),
+        lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}),
+        lambda m: m.load_state_dict(
+            {k: nn.Parameter(v * 1.1) for k, v in m.state_dict().items()}, assign=True
+        ),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.ReLU()),
+        lambda m: setattr(m.model.norm, "weight", nn.Parameter(m.model.norm.weight * 2)),
+    ],
+    ids=["in place", "data", "loaded", "assigned", "to", "module replaced", "parameter replaced"],
+)
+def test_changed_models_are_noticed(change: Any) -> None:
+    optimized = tilewright.llm.optimize(tiny_llama(3))
+    before = optimized(prompt()).logits
+    change(optimized)
+    actual = optimized(prompt()).logits
+    expected = decoder_of(optimized).original(prompt()).logits
+    assert not torch.equal(expected.float(), before)
+    torch.testing.assert_close(actual, expected, **TOLERANCE[expected.dtype])
+    assert calls(optimized) == 2
+
+
+@torch.no_grad()
+def test_copies_have_programs_of_their_own() -> None:
+    model = tilewright.llm.optimize(tiny_llama(3))
+    model(prompt())
+    copied = copy.deepcopy(model)
+    copied.lm_head.weight.mul_(2)
+    torch.testing.assert_close(
+        copied(prompt()).logits, decoder_of(copied).original(prompt()).logits, rtol=1e-4, atol=1e-4
+    )
+    assert decoder_of(copied) is not decoder_of(model)
+    assert calls(copied) == 1 and calls(model) == 1
+
+
+@torch.no_grad()
+def test_saving_and_loading() -> None:
+    model = tilewright.llm.optimize(tiny_llama(3))
+    expected = model(prompt()).logits
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    torch.testing.assert_close(loaded(prompt()).logits, expected)
+    assert calls(loaded) == 1
+    assert model.state_dict().keys() == tiny_llama(3).state_dict().keys()
+
+
+@torch.no_grad()
+def test_any_module() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 8)).eval()
+    optimized = tilewright.llm.optimize(model)
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
+    assert tilewright.explain(optimized).to_dict()["own_flops_share"] == 1.0
+    assert installed_in(tilewright.llm.restore(optimized)) is None
+
+
+@torch.no_grad()
+def test_models_that_cannot_be_captured_say_why() -> None:
+    from tiny_models import build
+    from transformers import BloomConfig
+
+    config = BloomConfig(
+        vocab_size=64, hidden_size=32, n_layer=2, n_head=2, pad_token_id=0, eos_token_id=None
+    )
+    model = build(config)
+    optimized = tilewright.llm.optimize(model)
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(optimized(ids).logits, model(ids).logits)
+    explanation = tilewright.explain(optimized).to_dict()
+    assert explanation["fallbacks"] and explanation["regions"][0]["fallback"]
+    assert explanation["regions"][0]["reason"]
