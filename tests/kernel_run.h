@@ -37,6 +37,25 @@ inline std::string_view name(Engine engine) {
   return engine == Engine::machine ? "machine code" : "interpreter";
 }
 
+// Every number of lanes with every engine that this host has for it: a test's parameters.
+struct Machine {
+  int lanes;
+  Engine engine;
+};
+
+inline std::vector<Machine> machines() {
+  std::vector<Machine> result;
+  for (int lanes : {8, 16}) {
+    for (Engine engine : engines(lanes)) result.push_back({lanes, engine});
+  }
+  return result;
+}
+
+inline std::string machine_name(const ::testing::TestParamInfo<Machine>& info) {
+  const bool machine = info.param.engine == Engine::machine;
+  return (machine ? "Machine" : "Interpreter") + std::to_string(info.param.lanes);
+}
+
 // Verifies, then runs; emission's failure is the test's.
 inline void run_kernel(Engine engine, const jit::vir::Function& function,
                        std::span<const std::int64_t> args) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "guarded_rows.h"
+#include "kernel_run.h"
 #include "ops/scalar_type.h"
 
 namespace tilewright {
@@ -21,16 +22,11 @@ using ops::CopyKernel;
 using ops::EmbeddingArgs;
 using ops::RopeArgs;
 using ops::RopeKernel;
-using Side = GuardedRows::Side;
+using Flush = GuardedRows::Flush;
 
-constexpr std::array kLanes{8, 16};
 constexpr std::array kFloats{DataType::f32, DataType::bf16, DataType::f16};
 
-void run(const jit::vir::Function& function, const std::int64_t* args) {
-  const Status status = jit::vir::verify(function);
-  ASSERT_TRUE(status.ok()) << status.error().message << "\n" << jit::vir::print(function);
-  jit::vir::interpret(function, args);
-}
+class RopeKernels : public ::testing::TestWithParam<Machine> {};
 
 void fill(GuardedRows& rows, std::int64_t count, std::int64_t columns, DataType type,
           std::mt19937& random) {
@@ -62,15 +58,15 @@ double rotated(const GuardedRows& x, const GuardedRows& cos, const GuardedRows& 
   return direct + turned;
 }
 
-void check_rope(const RopeKernel& spec, bool in_place, std::mt19937& random) {
+void check_rope(Engine engine, const RopeKernel& spec, bool in_place, std::mt19937& random) {
   constexpr std::int64_t kRows = 3;
-  const auto rows_of = [&](DataType type, std::int64_t rows, Side side) {
-    return GuardedRows(rows, spec.head_dim * size_in_bytes(type), 3 * size_in_bytes(type), side);
+  const auto rows_of = [&](DataType type, std::int64_t rows, Flush flush) {
+    return GuardedRows(rows, spec.head_dim * size_in_bytes(type), 3 * size_in_bytes(type), flush);
   };
-  const GuardedRows input = rows_of(spec.input, kRows, Side::after);
-  GuardedRows x = rows_of(spec.input, kRows, Side::after);
-  GuardedRows y = rows_of(spec.output, kRows, Side::before);
-  GuardedRows cos = rows_of(spec.table, 1, Side::after), sin = rows_of(spec.table, 1, Side::before);
+  const GuardedRows input = rows_of(spec.input, kRows, Flush::end);
+  GuardedRows x = rows_of(spec.input, kRows, Flush::end);
+  GuardedRows y = rows_of(spec.output, kRows, Flush::start);
+  GuardedRows cos = rows_of(spec.table, 1, Flush::end), sin = rows_of(spec.table, 1, Flush::start);
   fill(x, kRows, spec.head_dim, spec.input, random);
   fill(cos, 1, spec.head_dim, spec.table, random);
   fill(sin, 1, spec.head_dim, spec.table, random);
@@ -87,7 +83,7 @@ void check_rope(const RopeKernel& spec, bool in_place, std::mt19937& random) {
   args[RopeArgs::sin] = sin.address();
   args[RopeArgs::y] = output.address();
   args[RopeArgs::y_row_stride] = output.stride();
-  run(build(spec), args.data());
+  run_kernel(engine, build(spec), args);
   EXPECT_TRUE(output.intact());
   for (std::int64_t r = 0; r < kRows; ++r) {
     for (int i = 0; i < spec.head_dim; ++i) {
@@ -101,17 +97,17 @@ void check_rope(const RopeKernel& spec, bool in_place, std::mt19937& random) {
   }
 }
 
-TEST(RopeKernel, EveryTypeAndHeadDimension) {
+TEST_P(RopeKernels, RotateEveryTypeAndHeadDimension) {
   std::mt19937 random(1);
-  for (int lanes : kLanes) {
-    for (int head_dim : {2, 6, 16, 32, 34, 64, 80, 96, 128, 256, 300}) {
-      for (DataType input : kFloats) {
-        for (DataType table : kFloats) {
-          for (DataType output : kFloats) {
-            check_rope({lanes, head_dim, input, table, output}, false, random);
-            if (input == output) check_rope({lanes, head_dim, input, table, output}, true, random);
-            if (HasFailure()) return;
-          }
+  const auto [lanes, engine] = GetParam();
+  for (int head_dim : {2, 6, 16, 32, 34, 64, 80, 96, 128, 256, 300}) {
+    for (DataType input : kFloats) {
+      for (DataType table : kFloats) {
+        for (DataType output : kFloats) {
+          check_rope(engine, {lanes, head_dim, input, table, output}, false, random);
+          if (input == output)
+            check_rope(engine, {lanes, head_dim, input, table, output}, true, random);
+          if (HasFailure()) return;
         }
       }
     }
@@ -136,7 +132,7 @@ class CopyCase {
     fill(x_, 4, columns, spec.input, random);
   }
 
-  void copy() {
+  void copy(Engine engine) {
     std::array<std::int64_t, CopyArgs::count> args{};
     args[CopyArgs::rows] = kRows;
     args[CopyArgs::columns] = columns_;
@@ -144,11 +140,11 @@ class CopyCase {
     args[CopyArgs::x_row_stride] = x_.stride();
     args[CopyArgs::y] = y_.address();
     args[CopyArgs::y_row_stride] = y_.stride();
-    run(build(spec_), args.data());
+    run_kernel(engine, build(spec_), args);
     check({0, 1, 2});
   }
 
-  void embed() {
+  void embed(Engine engine) {
     const std::array<std::int64_t, kRows> indices{3, 0, 3};
     std::array<std::int64_t, EmbeddingArgs::count> args{};
     args[EmbeddingArgs::rows] = kRows;
@@ -158,7 +154,7 @@ class CopyCase {
     args[EmbeddingArgs::indices] = std::bit_cast<std::int64_t>(indices.data());
     args[EmbeddingArgs::y] = y_.address();
     args[EmbeddingArgs::y_row_stride] = y_.stride();
-    run(build_embedding(spec_), args.data());
+    run_kernel(engine, build_embedding(spec_), args);
     check(indices);
   }
 
@@ -167,7 +163,7 @@ class CopyCase {
 
   GuardedRows rows(DataType type, std::int64_t count) const {
     const std::int64_t size = size_in_bytes(type);
-    return {count, columns_ * size, size, Side::after};
+    return {count, columns_ * size, size, Flush::end};
   }
 
   void check(const std::array<std::int64_t, kRows>& source) {
@@ -193,28 +189,27 @@ class CopyCase {
   GuardedRows x_, y_;
 };
 
-TEST(CopyKernel, ConvertsAndMovesRowsOfAnyLength) {
+TEST_P(RopeKernels, CopyRowsOfAnyTypeAndLength) {
   std::mt19937 random(2);
-  for (int lanes : kLanes) {
-    for (std::int64_t columns : kColumns) {
-      for (DataType input : kFloats) {
-        for (DataType output : kFloats) {
-          CopyCase({lanes, input, output}, columns, random).copy();
-          CopyCase({lanes, input, output}, columns, random).embed();
-        }
+  const auto [lanes, engine] = GetParam();
+  for (std::int64_t columns : kColumns) {
+    for (DataType input : kFloats) {
+      for (DataType output : kFloats) {
+        CopyCase({lanes, input, output}, columns, random).copy(engine);
+        CopyCase({lanes, input, output}, columns, random).embed(engine);
       }
-      for (DataType type : {DataType::i64, DataType::f64, DataType::i32, DataType::i16,
-                            DataType::u8, DataType::boolean}) {
-        CopyCase({lanes, type, type}, columns, random).copy();
-        CopyCase({lanes, type, type}, columns, random).embed();
-        if (HasFailure()) return;
-      }
+    }
+    for (DataType type : {DataType::i64, DataType::f64, DataType::i32, DataType::i16, DataType::u8,
+                          DataType::boolean}) {
+      CopyCase({lanes, type, type}, columns, random).copy(engine);
+      CopyCase({lanes, type, type}, columns, random).embed(engine);
+      if (HasFailure()) return;
     }
   }
 }
 
 // Every bit pattern of the 16-bit types survives a round trip, and agrees with the kernels' loads.
-TEST(ScalarType, SixteenBitTypesRoundTrip) {
+TEST_P(RopeKernels, WidenAllSixteenBitPatterns) {
   for (DataType type : {DataType::bf16, DataType::f16}) {
     const std::int64_t count = 1 << 16;
     std::vector<std::uint16_t> all(count), back(count);
@@ -227,7 +222,7 @@ TEST(ScalarType, SixteenBitTypesRoundTrip) {
                                                    0,
                                                    std::bit_cast<std::int64_t>(widened.data()),
                                                    0};
-    run(build(CopyKernel{8, type, DataType::f32}), args.data());
+    run_kernel(GetParam().engine, build(CopyKernel{GetParam().lanes, type, DataType::f32}), args);
     for (std::size_t i = 0; i < all.size(); ++i) {
       const double value = ops::read_scalar(type, &all[i]);
       ops::write_scalar(type, &back[i], value);
@@ -241,6 +236,8 @@ TEST(ScalarType, SixteenBitTypesRoundTrip) {
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Machines, RopeKernels, ::testing::ValuesIn(machines()), machine_name);
 
 }  // namespace
 }  // namespace tilewright

@@ -88,20 +88,6 @@ std::vector<OpCase> float_cases() {
   return cases;
 }
 
-// Lanes, and what runs them.
-struct Machine {
-  int lanes;
-  Engine engine;
-};
-
-std::vector<Machine> machines() {
-  std::vector<Machine> result;
-  for (int lanes : {8, 16}) {
-    for (Engine engine : engines(lanes)) result.push_back({lanes, engine});
-  }
-  return result;
-}
-
 class RowKernelOps : public ::testing::TestWithParam<Machine> {
  protected:
   int lanes() const { return GetParam().lanes; }
@@ -287,12 +273,7 @@ TEST_P(RowKernelOps, RandomRegionsMatchTheBounds) {
   EXPECT_GT(checked, 10000);
 }
 
-INSTANTIATE_TEST_SUITE_P(Lanes, RowKernelOps, ::testing::ValuesIn(machines()),
-                         [](const auto& info) {
-                           const bool machine = info.param.engine == Engine::machine;
-                           return fmt::format("Lanes{}{}", info.param.lanes,
-                                              machine ? "Machine" : "Interpreter");
-                         });
+INSTANTIATE_TEST_SUITE_P(Machines, RowKernelOps, ::testing::ValuesIn(machines()), machine_name);
 
 // What a decoder runs per token stays in registers.
 TEST(RowKernel, NothingSpillsInTheLoops) {

@@ -33,8 +33,8 @@ std::unique_ptr<GuardedRows> rows_for(const RowOperand& operand, const RegionDat
                                       Random& random) {
   const std::int64_t size = size_in_bytes(operand.dtype);
   const std::int64_t count = operand.access == ColumnAccess::contiguous ? data.columns : 1;
-  const auto side = pick(random, 2) == 0 ? GuardedRows::Side::before : GuardedRows::Side::after;
-  return std::make_unique<GuardedRows>(data.rows, count * size, pick(random, 3) * size, side);
+  const auto flush = pick(random, 2) == 0 ? GuardedRows::Flush::start : GuardedRows::Flush::end;
+  return std::make_unique<GuardedRows>(data.rows, count * size, pick(random, 3) * size, flush);
 }
 
 void fill_rows(GuardedRows& to, const RowOperand& operand, const RegionData& data, Random& random,
@@ -57,6 +57,21 @@ bool within(double got, const Bounded& expected, double allowed) {
 }
 
 }  // namespace
+
+std::string run_engine(Engine engine, const jit::vir::Function& function,
+                       const std::int64_t* args) {
+  if (engine == Engine::interpreter) {
+    jit::vir::interpret(function, args);
+    return "";
+  }
+  const auto code = jit::emit(function, target_with_lanes(function.lanes));
+  if (!code) return code.error().message;
+  jit::CodeMemory memory;
+  const std::array<std::span<const std::byte>, 1> bytes{code->bytes};
+  const auto entries = memory.publish(bytes);
+  if (!entries) return entries.error().message;
+  return testing::call_checked(entries->front(), args);
+}
 
 double standard_normal(Random& random) { return std::normal_distribution<double>()(random); }
 
@@ -91,13 +106,15 @@ std::vector<std::int64_t> RegionData::args_of_reference() const {
   return result;
 }
 
-std::string check_region(RegionData& data, const Runner& run, std::int64_t* checked) {
+std::string check_region(RegionData& data, Engine engine, std::int64_t* checked) {
   if (Status status = supported(data.spec); !status) return status.error().message;
   const jit::vir::Function function = build(data.spec);
   if (Status status = jit::vir::verify(function); !status) {
     return status.error().message + "\n" + jit::vir::print(function);
   }
-  run(function, data.args.data());
+  if (std::string broken = run_engine(engine, function, data.args.data()); !broken.empty()) {
+    return broken;
+  }
   reference(data.spec, data.args_of_reference().data());
   const std::size_t inputs = data.spec.inputs.size();
   for (std::int64_t row = 0; row < data.rows; ++row) {

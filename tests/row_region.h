@@ -11,6 +11,7 @@
 
 #include "guarded_rows.h"
 #include "jit/vir/vir.h"
+#include "kernel_run.h"
 #include "ops/row_kernel.h"
 
 namespace tilewright {
@@ -35,12 +36,12 @@ struct RegionData {
   std::vector<std::int64_t> args;
 };
 
-// Runs a kernel; the interpreter, or machine code.
-using Runner = std::function<void(const jit::vir::Function&, const std::int64_t*)>;
+// Returns what the kernel broke (its ABI, its emission), or "".
+std::string run_engine(Engine engine, const jit::vir::Function& function, const std::int64_t* args);
 
 // Builds, runs and compares kernel and reference with the bounds of tests/error_bound.h. `checked`
 // counts the elements that had a finite bound. Returns what is wrong, or "".
-std::string check_region(RegionData& data, const Runner& run, std::int64_t* checked = nullptr);
+std::string check_region(RegionData& data, Engine engine, std::int64_t* checked = nullptr);
 
 // 1-10 ops over 1-4 inputs of random types; supported() holds.
 ops::RowKernel random_region(Random& random, int lanes);
