@@ -371,7 +371,12 @@ def _vpextr(machine: Machine, i: Instruction) -> None:
 
 @step("VPMOVDW")
 def _vpmovdw(machine: Machine, i: Instruction) -> None:
-    machine.store(i, machine.lanes(i, 1), 2, vector_lanes(i))
+    values = machine.lanes(i, 1)
+    if i.op0_kind == OpKind.MEMORY:
+        machine.store(i, values, 2, vector_lanes(i))
+        return
+    halves = [value & 0xFFFF for value in values]
+    machine.put_lanes(i, [halves[n] | halves[n + 1] << 16 for n in range(0, 16, 2)] + [0] * 8)
 
 
 @step("VPMOVDB")
