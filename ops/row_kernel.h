@@ -1,6 +1,11 @@
 // The row kernel: a fused region of elementwise ops, reductions, norms and softmax over rows of any
 // length.
 //
+// Floating values are f32 in registers whatever their type: bf16 and f16 round where they are
+// stored or converted, not between fused ops. i32 is exact (add, sub, mul, neg, compares, where);
+// where it meets a float it is rounded to f32, as an i64 is. All stores come in the last pass over
+// a row, so an output's row may be an input's row of the same element size.
+//
 // A region is a small straight-line program over rows [rows, columns]. Elementwise results live in
 // registers; a reduction ends a pass over the row, and later passes recompute or reload what they
 // need. Columns run in full vectors with a masked tail, so any length works and no byte outside an
