@@ -36,9 +36,9 @@ struct Keys {
 // How a mask is drawn.
 enum class Masking { some, all, none };
 
-Rows guarded(std::int64_t rows, std::int64_t columns, DataType type, GuardedRows::Side side) {
+Rows guarded(std::int64_t rows, std::int64_t columns, DataType type, GuardedRows::Flush flush) {
   return std::make_unique<GuardedRows>(rows, columns * size_in_bytes(type), 3 * size_in_bytes(type),
-                                       side);
+                                       flush);
 }
 
 double value_at(const GuardedRows& rows, DataType type, std::int64_t row, std::int64_t column) {
@@ -47,15 +47,15 @@ double value_at(const GuardedRows& rows, DataType type, std::int64_t row, std::i
 
 class Problem {
  public:
-  Problem(AttentionKernel kernel, const Keys& key_range, unsigned seed, GuardedRows::Side side,
+  Problem(AttentionKernel kernel, const Keys& key_range, unsigned seed, GuardedRows::Flush flush,
           Masking masking = Masking::some)
-      : spec(kernel), keys(key_range), random_(seed), side_(side) {
+      : spec(kernel), keys(key_range), random_(seed), flush_(flush) {
     q = rows_of(spec.group, spec.input);
-    output = guarded(spec.group, spec.head_dim, spec.input, side);
+    output = guarded(spec.group, spec.head_dim, spec.input, flush);
     draw_cache();
     draw_mask(masking);
     const std::int64_t bytes = scratch_bytes(spec, keys.first + keys.count);
-    scratch = std::make_unique<GuardedRows>(1, bytes, 0, GuardedRows::Side::after);
+    scratch = std::make_unique<GuardedRows>(1, bytes, 0, GuardedRows::Flush::end);
     scale = 1.0f / std::sqrt(static_cast<float>(spec.head_dim));
   }
 
@@ -111,7 +111,7 @@ class Problem {
   double draw() { return std::normal_distribution<double>()(random_); }
 
   Rows rows_of(std::int64_t count, DataType type) {
-    Rows rows = guarded(count, spec.head_dim, type, side_);
+    Rows rows = guarded(count, spec.head_dim, type, flush_);
     for (std::int64_t r = 0; r < count; ++r) fill(*rows, type, r);
     return rows;
   }
@@ -129,7 +129,7 @@ class Problem {
         // Poisoned; a block without keys that take part is not even there. The last block may be
         // short: tokens behind the end need not exist.
         const std::int64_t tokens = std::min(keys.block_tokens, end - token);
-        Rows block = guarded(tokens, spec.head_dim, spec.cache, side_);
+        Rows block = guarded(tokens, spec.head_dim, spec.cache, flush_);
         token_stride_ = block->stride();
         for (std::int64_t t = std::max<std::int64_t>(keys.first - token, 0); t < tokens; ++t) {
           fill(*block, spec.cache, t);
@@ -144,7 +144,7 @@ class Problem {
   void draw_mask(Masking masking) {
     const std::int64_t end = keys.first + keys.count;
     const bool additive = spec.mask == MaskKind::additive;
-    mask = std::make_unique<GuardedRows>(1, end * (additive ? 4 : 1), 0, side_);
+    mask = std::make_unique<GuardedRows>(1, end * (additive ? 4 : 1), 0, flush_);
     for (std::int64_t key = 0; key < end; ++key) {
       const bool out = masking == Masking::all || (masking == Masking::some && random_() % 3 == 0);
       if (additive) {
@@ -156,7 +156,7 @@ class Problem {
   }
 
   Random random_;
-  GuardedRows::Side side_;
+  GuardedRows::Flush flush_;
   std::int64_t token_stride_ = 0;
   std::vector<Rows> blocks_[2];
   std::vector<void*> tables_[2];
@@ -245,12 +245,12 @@ void expect_within_bounds(const Problem& p, std::string_view by) {
 void check(const AttentionKernel& spec, const Keys& keys, unsigned seed,
            Masking masking = Masking::some) {
   ASSERT_TRUE(supported(spec).ok()) << print(spec) << ": " << supported(spec).error().message;
-  for (GuardedRows::Side side : {GuardedRows::Side::after, GuardedRows::Side::before}) {
-    Problem problem(spec, keys, seed, side, masking);
+  for (GuardedRows::Flush flush : {GuardedRows::Flush::end, GuardedRows::Flush::start}) {
+    Problem problem(spec, keys, seed, flush, masking);
     for (Engine engine : engines(spec.lanes)) {
       problem.run(engine);
       expect_within_bounds(problem, name(engine));
-      if (testing::Test::HasFatalFailure()) return;
+      if (::testing::Test::HasFatalFailure()) return;
     }
   }
 }
@@ -260,7 +260,7 @@ void check(const AttentionKernel& spec, const Keys& keys, unsigned seed,
 constexpr std::array kFloats{DataType::f32, DataType::bf16, DataType::f16};
 constexpr std::array kMasks{MaskKind::none, MaskKind::boolean, MaskKind::additive};
 
-class Attention : public testing::TestWithParam<int> {
+class Attention : public ::testing::TestWithParam<int> {
  protected:
   AttentionKernel kernel(int group, int head_dim) const {
     AttentionKernel spec;
@@ -311,7 +311,7 @@ TEST_P(Attention, AllKeysMaskedWritesZeros) {
     AttentionKernel spec = kernel(2, 24);
     spec.mask = mask;
     if (spec.head_dim % spec.lanes != 0) spec.head_dim = 32;
-    Problem problem(spec, {2, 21, 4}, 1, GuardedRows::Side::after, Masking::all);
+    Problem problem(spec, {2, 21, 4}, 1, GuardedRows::Flush::end, Masking::all);
     for (Engine engine : engines(spec.lanes)) {
       problem.run(engine);
       for (double value : problem.results()) EXPECT_EQ(value, 0) << name(engine);
@@ -325,7 +325,7 @@ TEST_P(Attention, ReferenceAgrees) {
     AttentionKernel spec = kernel(3, 20);
     spec.mask = mask;
     for (std::int64_t count : {0, 1, 30}) {
-      Problem problem(spec, {3, count, 8}, 2, GuardedRows::Side::after);
+      Problem problem(spec, {3, count, 8}, 2, GuardedRows::Flush::end);
       reference(spec, problem.args().data());
       expect_within_bounds(problem, "reference");
     }
@@ -338,7 +338,7 @@ TEST_P(Attention, BitsDoNotDependOnBlocks) {
   spec.mask = MaskKind::additive;
   std::vector<double> wanted;
   for (std::int64_t block_tokens : {100, 1, 3, 8, 16, 17}) {
-    Problem problem(spec, {4, 61, block_tokens}, 6, GuardedRows::Side::after);
+    Problem problem(spec, {4, 61, block_tokens}, 6, GuardedRows::Flush::end);
     for (Engine engine : engines(spec.lanes)) {
       problem.run(engine);
       if (wanted.empty()) wanted = problem.results();
@@ -349,7 +349,7 @@ TEST_P(Attention, BitsDoNotDependOnBlocks) {
 
 TEST_P(Attention, LargeScoresDoNotOverflow) {
   const AttentionKernel spec = kernel(1, 16);
-  Problem problem(spec, {0, 20, 8}, 8, GuardedRows::Side::after);
+  Problem problem(spec, {0, 20, 8}, 8, GuardedRows::Flush::end);
   problem.scale = 1e4f;
   for (Engine engine : engines(spec.lanes)) {
     problem.run(engine);
@@ -375,7 +375,7 @@ TEST_P(Attention, InnerLoopsDoNotSpill) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Lanes, Attention, testing::Values(8, 16),
+INSTANTIATE_TEST_SUITE_P(Lanes, Attention, ::testing::Values(8, 16),
                          [](const auto& test) { return std::to_string(test.param); });
 
 TEST(AttentionSupported, SaysWhyNot) {

@@ -13,6 +13,7 @@
 #include "jit/code_memory.h"
 #include "jit/emit.h"
 #include "jit/vir/vir.h"
+#include "kernel_harness.h"
 
 namespace tilewright {
 
@@ -56,7 +57,7 @@ inline std::string machine_name(const ::testing::TestParamInfo<Machine>& info) {
   return (machine ? "Machine" : "Interpreter") + std::to_string(info.param.lanes);
 }
 
-// Verifies, then runs; emission's failure is the test's.
+// Verifies, then runs, machine code with the checks of the ABI; a failure is the test's.
 inline void run_kernel(Engine engine, const jit::vir::Function& function,
                        std::span<const std::int64_t> args) {
   const Status valid = jit::vir::verify(function);
@@ -69,7 +70,8 @@ inline void run_kernel(Engine engine, const jit::vir::Function& function,
   const std::array<std::span<const std::byte>, 1> bytes{code->bytes};
   const auto entries = memory.publish(bytes);
   ASSERT_TRUE(entries.ok()) << entries.error().message;
-  entries->front()(args.data());
+  const std::string broken = testing::call_checked(entries->front(), args.data());
+  ASSERT_EQ(broken, "") << function.name;
 }
 
 }  // namespace tilewright

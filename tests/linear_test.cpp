@@ -38,9 +38,9 @@ double draw(Fill fill, Random& random) {
   return std::normal_distribution<double>()(random);
 }
 
-Rows guarded(std::int64_t rows, std::int64_t columns, DataType type, GuardedRows::Side side) {
+Rows guarded(std::int64_t rows, std::int64_t columns, DataType type, GuardedRows::Flush flush) {
   return std::make_unique<GuardedRows>(rows, columns * size_in_bytes(type), 3 * bytes_of(type),
-                                       side);
+                                       flush);
 }
 
 double value_at(const GuardedRows& rows, DataType type, std::int64_t row, std::int64_t column) {
@@ -59,20 +59,20 @@ void fill_rows(const GuardedRows& rows, DataType type, std::int64_t count, std::
 // One problem: operands of M = blocks * rows rows in guarded memory.
 struct Problem {
   Problem(LinearKernel kernel, std::int64_t block_count, Fill fill, unsigned seed,
-          GuardedRows::Side side)
+          GuardedRows::Flush flush)
       : spec(std::move(kernel)), blocks(block_count), m(block_count * spec.rows) {
     Random random(seed);
-    w = guarded(spec.n, spec.k, spec.weight, side);
-    x = guarded(m, spec.k, spec.input, side);
-    y = guarded(m, outputs(), spec.output, side);
+    w = guarded(spec.n, spec.k, spec.weight, flush);
+    x = guarded(m, spec.k, spec.input, flush);
+    y = guarded(m, outputs(), spec.output, flush);
     fill_rows(*w, spec.weight, spec.n, spec.k, fill, random);
     fill_rows(*x, spec.input, m, spec.k, fill, random);
-    bias = guarded(1, spec.n, spec.output, side);
-    residual = guarded(m, outputs(), spec.output, side);
+    bias = guarded(1, spec.n, spec.output, flush);
+    residual = guarded(m, outputs(), spec.output, flush);
     fill_rows(*bias, spec.output, 1, spec.n, fill, random);
     fill_rows(*residual, spec.output, m, outputs(), fill, random);
     packed = guarded(1, ops::packed_bytes(spec.n, spec.k, spec.weight) / size_in_bytes(spec.weight),
-                     spec.weight, side);
+                     spec.weight, flush);
     std::vector<ops::WeightBlock> stacked{{w->row(0), spec.n, w->stride()}};
     if (spec.epilogue.gated) {
       stacked = {{w->row(0), spec.n / 2, w->stride()},
@@ -221,7 +221,7 @@ struct Case {
   DataType weight;
 };
 
-class Linear : public testing::TestWithParam<Case> {
+class Linear : public ::testing::TestWithParam<Case> {
  protected:
   LinearKernel kernel(int rows, std::int64_t n, std::int64_t k) const {
     LinearKernel spec;
@@ -236,12 +236,12 @@ class Linear : public testing::TestWithParam<Case> {
 
 void check(const LinearKernel& spec, std::int64_t blocks, unsigned seed) {
   ASSERT_TRUE(supported(spec).ok()) << print(spec) << ": " << supported(spec).error().message;
-  for (GuardedRows::Side side : {GuardedRows::Side::after, GuardedRows::Side::before}) {
-    const Problem problem(spec, blocks, Fill::normal, seed, side);
+  for (GuardedRows::Flush flush : {GuardedRows::Flush::end, GuardedRows::Flush::start}) {
+    const Problem problem(spec, blocks, Fill::normal, seed, flush);
     for (Engine engine : engines(spec.lanes)) {
       problem.run(engine);
       expect_within_bounds(problem, name(engine));
-      if (testing::Test::HasFatalFailure()) return;
+      if (::testing::Test::HasFatalFailure()) return;
     }
   }
 }
@@ -291,7 +291,7 @@ TEST_P(Linear, IsExactOnSmallIntegers) {
   for (int rows : {1, 2, ops::max_rows(GetParam().lanes)}) {
     LinearKernel spec = kernel(rows, 64, 100);
     spec.epilogue = epilogue(true, "relu", false, true);
-    const Problem problem(spec, 2, Fill::integers, 5, GuardedRows::Side::after);
+    const Problem problem(spec, 2, Fill::integers, 5, GuardedRows::Flush::end);
     reference(spec, problem.args().data());
     const std::vector<double> wanted = problem.results();
     for (Engine engine : engines(spec.lanes)) {
@@ -305,7 +305,7 @@ TEST_P(Linear, ReferenceAgreesWithUnpackedWeights) {
   for (const ops::Epilogue& each : epilogues()) {
     LinearKernel spec = kernel(2, each.gated ? 42 : 45, 33);
     spec.epilogue = each;
-    const Problem problem(spec, 2, Fill::normal, 9, GuardedRows::Side::after);
+    const Problem problem(spec, 2, Fill::normal, 9, GuardedRows::Flush::end);
     reference(spec, problem.args().data());
     expect_within_bounds(problem, "reference");
   }
@@ -315,14 +315,14 @@ TEST_P(Linear, ReferenceAgreesWithUnpackedWeights) {
 TEST_P(Linear, BitsDoNotDependOnHowWorkIsCut) {
   LinearKernel whole = kernel(1, 100, 131);
   whole.epilogue = epilogue(true, "", false, true);
-  const Problem rows_one(whole, 12, Fill::normal, 11, GuardedRows::Side::after);
+  const Problem rows_one(whole, 12, Fill::normal, 11, GuardedRows::Flush::end);
   rows_one.run(Engine::interpreter);
   const std::vector<double> wanted = rows_one.results();
   for (int rows : {1, 2, 3, 4, 6, 12}) {
     if (rows > ops::max_rows(whole.lanes)) continue;
     LinearKernel spec = whole;
     spec.rows = rows;
-    const Problem problem(spec, 12 / rows, Fill::normal, 11, GuardedRows::Side::after);
+    const Problem problem(spec, 12 / rows, Fill::normal, 11, GuardedRows::Flush::end);
     for (Engine engine : engines(spec.lanes)) {
       for (std::int64_t panel = ops::panel_count(spec.n) - 1; panel >= 0; --panel) {
         std::vector<std::int64_t> args = problem.args();
@@ -337,7 +337,7 @@ TEST_P(Linear, BitsDoNotDependOnHowWorkIsCut) {
 
 TEST_P(Linear, NoPanelsOrBlocksWriteNothing) {
   const LinearKernel spec = kernel(2, 64, 8);
-  const Problem problem(spec, 1, Fill::normal, 1, GuardedRows::Side::after);
+  const Problem problem(spec, 1, Fill::normal, 1, GuardedRows::Flush::end);
   const double before = value_at(*problem.y, spec.output, 0, 0);
   for (Engine engine : engines(spec.lanes)) {
     for (int slot : {LinearArgs::panel_count, LinearArgs::block_count}) {
@@ -352,7 +352,7 @@ TEST_P(Linear, NoPanelsOrBlocksWriteNothing) {
 TEST_P(Linear, NaNAndInfinityReachTheirOutputsOnly) {
   for (int rows : {1, ops::max_rows(GetParam().lanes)}) {
     const LinearKernel spec = kernel(rows, 64, 33);
-    const Problem problem(spec, 1, Fill::integers, 2, GuardedRows::Side::after);
+    const Problem problem(spec, 1, Fill::integers, 2, GuardedRows::Flush::end);
     const double nan = std::numeric_limits<double>::quiet_NaN();
     ops::write_scalar(spec.input, problem.x->row(0) + 32 * size_in_bytes(spec.input), nan);
     for (Engine engine : engines(spec.lanes)) {
@@ -388,43 +388,43 @@ TEST_P(Linear, InnerLoopsDoNotSpill) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Linear,
-                         testing::Values(Case{8, DataType::f32}, Case{8, DataType::bf16},
-                                         Case{8, DataType::f16}, Case{16, DataType::f32},
-                                         Case{16, DataType::bf16}, Case{16, DataType::f16}),
+                         ::testing::Values(Case{8, DataType::f32}, Case{8, DataType::bf16},
+                                           Case{8, DataType::f16}, Case{16, DataType::f32},
+                                           Case{16, DataType::bf16}, Case{16, DataType::f16}),
                          [](const auto& test) {
                            return std::string(graph::name(test.param.weight)) + "_lanes" +
                                   std::to_string(test.param.lanes);
                          });
 
-// A weight kept exactly in fewer bits, and other lanes, give the same bits.
+// A weight kept exactly in 16 bits, and other lanes, give the same bits.
 TEST(LinearBits, AreThoseOfEveryLanesAndWeightType) {
-  std::vector<double> wanted;
-  for (int lanes : {8, 16}) {
-    for (DataType weight : {DataType::bf16, DataType::f32}) {
+  for (DataType narrow : {DataType::bf16, DataType::f16}) {
+    std::vector<double> wanted;
+    for (int lanes : {8, 16}) {
       LinearKernel spec;
       spec.lanes = lanes;
       spec.n = 50;
       spec.k = 77;
-      spec.weight = DataType::bf16;
-      Problem problem(spec, 3, Fill::normal, 4, GuardedRows::Side::after);
-      if (weight == DataType::f32) {
-        const Problem narrow = std::move(problem);
-        spec.weight = weight;
-        problem = Problem(spec, 3, Fill::normal, 4, GuardedRows::Side::after);
-        std::vector<float> wide(static_cast<std::size_t>(spec.n * spec.k));
-        for (std::int64_t row = 0; row < spec.n; ++row) {
-          for (std::int64_t k = 0; k < spec.k; ++k) {
-            wide[static_cast<std::size_t>(row * spec.k + k)] =
-                static_cast<float>(value_at(*narrow.w, DataType::bf16, row, k));
-          }
-        }
-        const ops::WeightBlock block{wide.data(), spec.n, spec.k * 4};
-        ops::pack_panels({&block, 1}, spec.k, weight, false, 0, ops::panel_count(spec.n),
-                         problem.packed->row(0));
-      }
+      spec.weight = narrow;
+      const Problem problem(spec, 3, Fill::normal, 4, GuardedRows::Flush::end);
       problem.run(Engine::interpreter);
       if (wanted.empty()) wanted = problem.results();
       EXPECT_EQ(problem.results(), wanted) << print(spec);
+
+      std::vector<float> wide;
+      for (std::int64_t i = 0; i < spec.n * spec.k; ++i) {
+        wide.push_back(static_cast<float>(value_at(*problem.w, narrow, i / spec.k, i % spec.k)));
+      }
+      const ops::WeightBlock block{wide.data(), spec.n, spec.k * 4};
+      spec.weight = DataType::f32;
+      std::vector<float> packed(
+          static_cast<std::size_t>(ops::packed_bytes(spec.n, spec.k, spec.weight)) / 4);
+      ops::pack_panels({&block, 1}, spec.k, spec.weight, false, 0, ops::panel_count(spec.n),
+                       packed.data());
+      std::vector<std::int64_t> args = problem.args();
+      args[LinearArgs::weight] = reinterpret_cast<std::int64_t>(packed.data());
+      run_kernel(Engine::interpreter, build(spec), args);
+      EXPECT_EQ(problem.results(), wanted) << print(spec) << " from " << graph::name(narrow);
     }
   }
 }
