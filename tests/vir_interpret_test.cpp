@@ -297,6 +297,7 @@ TEST(Interpret, DotBf16TakesTheOddElementFirstAndFlushesDenormals) {
   EXPECT_EQ(dot(0, pair(0x1p-130f, 0), pair(0x1p126f, 0)), 0.0f);
   EXPECT_EQ(dot(0, pair(0x1p-70f, 0), pair(0x1p-70f, 0)), 0.0f);
   EXPECT_EQ(dot(0x1p-140f, 0, 0), 0.0f);
+  EXPECT_EQ(dot(0x1p-127f, pair(0x1p-63f, 0), pair(0x1p-63f, 0)), 0x1p-126f);
   EXPECT_EQ(bits(dot(-0x1p-140f, pair(-0.0f, -0.0f), pair(1, 1))), bits(-0.0f));
   EXPECT_TRUE(std::isnan(dot(0, pair(kInfinity, 0), pair(0, 0))));
 }
