@@ -5,9 +5,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
-#include "jit/base/log.h"
+#include "graph/tensor.h"
 #include "ops/lowering.h"
 
 namespace tilewright::ops {
@@ -348,9 +349,10 @@ std::vector<std::string> Lowering::constant_sources(ValueId value) const {
 Result<Layout> Lowering::constant_layout(const graph::Node& node) {
   const graph::Type& constant_type = type(node.results[0]);
   if (node.op == Op::scalar) {
-    auto value = std::make_shared<float>(static_cast<float>(node.attribute<double>("value")));
-    state_->keep_alive.push_back(value);
-    return Layout{constant_buffer(value.get(), graph::DataType::f32), Dim(0), {}, {}};
+    auto element = std::make_shared<graph::Tensor>(
+        graph::Tensor::of(constant_type.dtype, {}, std::array{node.attribute<double>("value")}));
+    state_->keep_alive.push_back(element);
+    return Layout{constant_buffer(element->bytes.data(), constant_type.dtype), Dim(0), {}, {}};
   }
   std::vector<const TensorView*> parts;
   std::size_t bytes = 0;

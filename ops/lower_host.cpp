@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <nlohmann/json.hpp>
+#include <type_traits>
 
 #include "ops/lowering.h"
 #include "ops/onednn_fallback.h"
@@ -19,18 +20,16 @@ namespace {
 
 std::string attributes_text(const graph::Node& node) {
   if (node.op == Op::external) return node.attribute_or<std::string>("arguments", "");
+  return graph::print(node.attributes);
+}
+
+// What oneDNN's plans read: flags, numbers and names.
+std::string attributes_json(const graph::Node& node) {
   nlohmann::json json = nlohmann::json::object();
   for (const auto& [key, attribute] : node.attributes) {
     std::visit(
         [&json, &key = key](const auto& value) {
-          using Value = std::decay_t<decltype(value)>;
-          if constexpr (std::is_same_v<Value, graph::Shape>) {
-            json[key] = graph::print(value);
-          } else if constexpr (std::is_same_v<Value, DataType>) {
-            json[key] = std::string(graph::name(value));
-          } else {
-            json[key] = value;
-          }
+          if constexpr (std::is_constructible_v<nlohmann::json, decltype(value)>) json[key] = value;
         },
         attribute);
   }
@@ -54,28 +53,24 @@ Status Lowering::lower_host(const graph::Node& node, const std::string& reason) 
     types.push_back(type(node.results[0]));
   } else {
     for (ValueId value : node.results) {
-      forwarded_.erase(
-          value);  // its consumer copies instead: a host call writes contiguous results
+      forwarded_.erase(value);  // a host call's results are contiguous: the consumer copies
       Layout y = destination(value);
       set_layout(value, y);
       outputs.push_back(y);
       types.push_back(type(value));
     }
   }
-  const std::string function = node.op == Op::external ? node.attribute<std::string>("function")
-                                                       : std::string(graph::name(node.op));
-  return host_call(function, attributes_text(node), node.operands, outputs, types,
-                   work_of(graph_, node), reason);
+  return host_call(node, outputs, types, reason);
 }
 
-Status Lowering::host_call(const std::string& function, const std::string& attributes,
-                           std::span<const ValueId> inputs, std::span<const Layout> outputs,
-                           std::span<const graph::Type> types, const Dim& work,
-                           const std::string& reason) {
-  HostTask task{function, attributes, false, {}, {}};
+Status Lowering::host_call(const graph::Node& node, std::span<const Layout> outputs,
+                           std::span<const graph::Type> types, const std::string& reason) {
+  const std::string function = node.op == Op::external ? node.attribute<std::string>("function")
+                                                       : std::string(graph::name(node.op));
+  HostTask task{function, attributes_text(node), false, {}, {}};
   std::vector<int> reads, writes;
   bool one_type = true;
-  for (ValueId value : inputs) {
+  for (ValueId value : node.operands) {
     const Layout source = contiguous(layout(value), type(value).dtype);
     one_type = one_type && type(value).dtype == types[0].dtype;
     HostTensor& tensor = task.inputs.emplace_back(
@@ -89,10 +84,13 @@ Status Lowering::host_call(const std::string& function, const std::string& attri
     for (const Dim& size : types[i].shape) tensor.shape.push_back(dim(size));
     writes.push_back(outputs[i].buffer);
   }
-  task.onednn =
-      options_.fallback_onednn && one_type && onednn_supports(function, attributes, types[0].dtype);
+  if (options_.fallback_onednn && one_type &&
+      onednn_supports(function, attributes_json(node), types[0].dtype)) {
+    task.onednn = true;
+    task.attributes = attributes_json(node);
+  }
   const std::string name = task.onednn ? "onednn" : "host";
-  add_task(std::move(task), reads, writes, work, name + " " + function);
+  add_task(std::move(task), reads, writes, work_of(graph_, node), name + " " + function);
   RegionReport& report = state_->regions.back();
   report.fallback = true;
   report.reason = reason;
@@ -109,8 +107,7 @@ Dim work_of(const graph::Graph& graph, const graph::Node& node) {
       return Dim(2) * elements * graph.type(node.operands[0]).shape.back();
     case Op::gated_mlp_up:
       return Dim(4) * elements * graph.type(node.operands[1]).shape[1];
-    case Op::attention: {  // of a host call only; the kernel's is counted from the keys of each
-                           // query
+    case Op::attention: {  // of a host call; the kernel's is counted from the keys of each query
       const graph::Type& keys = graph.type(node.operands[1]);
       return keys.is_cache ? Dim(0) : Dim(4) * elements * keys.shape[2];
     }

@@ -61,10 +61,8 @@ class Lowering {
   Status lower_arange(const graph::Node& node);
   // --- lower_host.cpp
   Status lower_host(const graph::Node& node, const std::string& reason);
-  Status host_call(const std::string& function, const std::string& attributes,
-                   std::span<const graph::ValueId> inputs, std::span<const Layout> outputs,
-                   std::span<const graph::Type> types, const graph::Dim& work,
-                   const std::string& reason);
+  Status host_call(const graph::Node& node, std::span<const Layout> outputs,
+                   std::span<const graph::Type> types, const std::string& reason);
 
   // --- values and memory
   const graph::Type& type(graph::ValueId value) const { return graph_.type(value); }

