@@ -1,4 +1,4 @@
-"""Generation with a real model, side by side: eager, Inductor and Tilewright in one process, interleaved.
+"""Generation with a real model: eager, Inductor and Tilewright in one process, interleaved.
 
 Timings move by 2x within minutes on shared machines, so only ratios of neighbouring runs count:
 each round times every system once, in an order that alternates (A B C, C B A, ...), and the figure
@@ -31,8 +31,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def commit() -> str:
     """The commit, with + when the tree differs from it."""
-    run = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    command = ["git", "describe", "--always", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def cpu() -> str:
@@ -88,7 +88,6 @@ def main() -> None:
             min_new_tokens=count,
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
-            # One static cache size for both lengths: Inductor compiles once, as a careful user would.
         )
 
     def timed(call: Callable[[], Any]) -> float:

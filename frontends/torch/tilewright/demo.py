@@ -64,7 +64,7 @@ def prepare_model(directory: Path) -> None:
     print(f"converting {file} (once) ...", file=sys.stderr, flush=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
-    # A model read from GGUF counts as quantized and refuses to be saved; its weights are plain fp32.
+    # A model read from GGUF counts as quantized and refuses to be saved; its weights are fp32.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
