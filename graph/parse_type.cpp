@@ -73,7 +73,7 @@ Result<Dim> read_term(Lexer& lexer, int depth) {
     if (magnitude(*product) * magnitude(*factor) > max_magnitude) {
       return Error{"number in a dimension is out of range"};
     }
-    product = *product * *factor;
+    *product = *product * *factor;
     if (Status status = within_limits(*product); !status) return status.error();
   }
   return product;
@@ -89,7 +89,7 @@ Result<Dim> read_sum(Lexer& lexer, int depth) {
     if (magnitude(*sum) + magnitude(*term) > max_magnitude) {
       return Error{"number in a dimension is out of range"};
     }
-    sum = plus ? *sum + *term : *sum - *term;
+    *sum = plus ? *sum + *term : *sum - *term;
     if (Status status = within_limits(*sum); !status) return status.error();
   }
   return sum;

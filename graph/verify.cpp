@@ -1,7 +1,7 @@
 // verify: everything that a Graph can express and must not. In this order:
 //
 //   ids         every operand, result, parameter and output names a value of the graph
-//   names       unique, not empty, [A-Za-z0-9_.]+
+//   names       of values, unique, and of the graph: not empty, [A-Za-z0-9_.]+
 //   producers   a value is a parameter, or a result of the one node that it names as its producer
 //   order       an operand is a parameter or the result of an earlier node
 //   signature   operand count; attributes known, present unless optional, of the kind of the table
@@ -79,14 +79,17 @@ class Verifier {
     return exist(graph_.outputs) || fail("an output is not a value of the graph");
   }
 
-  bool check_values() {
+  static bool is_name(std::string_view text) {
     constexpr std::string_view legal =
         "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.";
+    return !text.empty() && text.find_first_not_of(legal) == std::string_view::npos;
+  }
+
+  bool check_values() {
+    if (!is_name(graph_.name)) return fail("'{}' is not a name", graph_.name);
     std::set<std::string_view> names;
     for (const Value& value : graph_.values) {
-      if (value.name.empty() || value.name.find_first_not_of(legal) != std::string::npos) {
-        return fail("'{}' is not a name", value.name);
-      }
+      if (!is_name(value.name)) return fail("'{}' is not a name", value.name);
       if (!names.insert(value.name).second) return fail("%{} is defined twice", value.name);
     }
     defined_.assign(graph_.values.size(), false);
@@ -196,6 +199,9 @@ class Verifier {
   bool check_effects(const Node& node) {
     if (op_class(node.op) == OpClass::view) {
       roots_[index(node.results[0])] = roots_[index(node.operands[0])];
+    }
+    if (node.op == Op::contiguous || node.op == Op::external) {  // fresh memory, nobody else's
+      for (ValueId result : node.results) writable_[index(result)] = true;
     }
     if (node.op == Op::index_copy || node.op == Op::kv_append) {
       std::size_t target = index(node.operands[0]);

@@ -229,6 +229,9 @@ TEST(Verify, graphs_that_no_text_makes) {
   graph.value(ValueId(1)).name = "a b";
   expect(graph, "line 1: 'a b' is not a name");
   graph = good();
+  graph.name = "";
+  expect(graph, "line 1: '' is not a name");
+  graph = good();
   graph.value(ValueId(1)).producer = NodeId::none;
   expect(graph, "line 2: %y names another producer");
   graph = good();

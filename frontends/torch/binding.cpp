@@ -310,6 +310,7 @@ nb::dict cache_state(const Engine& engine) {
   nb::dict result;
   result["directory"] = engine.store().directory();
   result["problem"] = engine.store().problem();
+  result["writable"] = engine.store().mode() == cache::Mode::read_write;
   result["hits"] = counted.hits;
   result["misses"] = counted.misses;
   result["writes"] = counted.writes;

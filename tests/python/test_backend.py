@@ -147,9 +147,9 @@ def test_writes_to_inputs() -> None:
 
 @torch.no_grad()
 def test_unknown_ops_run_in_torch_and_are_counted() -> None:
-    compiled = torch.compile(lambda x, w: F.linear(x, w).cumsum(-1) * 2, backend=backend)
-    x, w = torch.randn(3, 64), torch.randn(32, 64)
-    close(compiled(x, w), F.linear(x, w).cumsum(-1) * 2)
+    compiled = torch.compile(lambda x: (x * 3).cumsum(-1) * 2, backend=backend)
+    x = torch.randn(3, 64)
+    close(compiled(x), (x * 3).cumsum(-1) * 2)
     (graph,) = graphs()
     report = graph.executable.program.report()
     assert report["prefill"]["fallback_calls"] == 1

@@ -84,7 +84,8 @@ def cpp_violations(path: str, text: str) -> Iterator[str]:
         yield f"{path}: virtual in {layer}"
 
 
-def test_every_file_follows_the_rules(source_directory: Path) -> None:
+def files_of_the_project(source_directory: Path) -> dict[str, str]:
+    """Path -> text of every source file under git, or about to be."""
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=source_directory,
@@ -94,12 +95,50 @@ def test_every_file_follows_the_rules(source_directory: Path) -> None:
     )
     if listing.returncode != 0:
         pytest.skip("not a git checkout")
-    found = []
-    for path in filter(None, listing.stdout.split("\0")):
-        file = source_directory / path
-        if path.endswith((*CPP, ".py", ".cmake", "CMakeLists.txt", "dev")) and file.exists():
-            found += violations(path, file.read_text(encoding="utf-8"))
+    endings = (*CPP, ".py", ".cmake", "CMakeLists.txt", "dev")
+    paths = [path for path in listing.stdout.split("\0") if path.endswith(endings)]
+    files = {path: source_directory / path for path in paths}
+    return {path: file.read_text("utf-8") for path, file in files.items() if file.exists()}
+
+
+def test_every_file_follows_the_rules(source_directory: Path) -> None:
+    files = files_of_the_project(source_directory)
+    found = [sentence for path in files for sentence in violations(path, files[path])]
     assert not found, "\n".join(found)
+
+
+def test_every_test_that_a_file_names_exists(source_directory: Path) -> None:
+    files = files_of_the_project(source_directory)
+    tests = {Path(path).stem for path in files if path.startswith("tests/")}
+    missing = []
+    for path, text in files.items():
+        if path.startswith("tests/"):
+            continue
+        _, _, named = opening_comment(path, text).partition("Tested by")
+        names = re.findall(r"\b(?:\w+_test|test_\w+)\b", named)
+        missing += [f"{path}: there is no {name}" for name in names if name not in tests]
+    assert not missing, "\n".join(missing)
+
+
+def test_every_source_is_built(source_directory: Path) -> None:
+    """A file that no CMakeLists.txt names would rot, and a test that none names would not run."""
+    files = files_of_the_project(source_directory)
+    unbuilt = []
+    for path in files:
+        if not path.endswith(".cpp"):
+            continue
+        # The nearest CMakeLists.txt above the file names it relative to itself.
+        folder = Path(path).parent
+        while f"{folder}/CMakeLists.txt" not in files:
+            folder = folder.parent
+        name = str(Path(path).relative_to(folder))
+        lists = files[f"{folder}/CMakeLists.txt"]
+        registered = rf"tilewright_test\({re.escape(name.removesuffix('.cpp'))}\s"
+        if not re.search(rf"(^|\s|\(){re.escape(name)}\b", lists) and not re.search(
+            registered, lists
+        ):
+            unbuilt.append(f"{path}: not named in {folder}/CMakeLists.txt")
+    assert not unbuilt, "\n".join(unbuilt)
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def env(as_json: Json = False) -> None:
         target, cache = {"problem": str(error)}, {}
     table = Table(box=None, header_style="bold")
     for column in ("variable", "value", "values", "meaning"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "variable")
     for row in rows:
         value = row["value"] if row["value"] is not None else f"({row['default']})"
         table.add_row(row["name"], value, row["values"], row["documentation"])

@@ -66,7 +66,7 @@ class Decoder(InstalledForward):
         super().__init__(model)
         self._lock = threading.RLock()
         self._programs: dict[int, tuple[CapturedModel, Executable]] = {}
-        self._modules: list[weakref.ref[nn.Module]] = []
+        self._parts: list[weakref.ref[Any]] = []
         self.unsupported = ""  # why no program can be made of this model
         self.calls = 0  # of the program
         self.fallbacks: collections.Counter[str] = collections.Counter()
@@ -204,7 +204,7 @@ class Decoder(InstalledForward):
         except (UnsupportedError, core.CoreError) as error:
             self.unsupported = str(error).splitlines()[0]
             raise NotRunnableError(self.unsupported) from None
-        self._modules = [weakref.ref(module) for module in self.model.modules()]
+        self._parts = [weakref.ref(part) for part in self._parts_now()]
         return captured, executable
 
     def _drop_stale(self, is_prefill: bool) -> None:
@@ -217,14 +217,19 @@ class Decoder(InstalledForward):
         weights = [executable.weights for _, executable in self._programs.values()]
         stale = not all(weight.all_same() for weight in weights)
         if not stale and is_prefill:
-            modules = list(self.model.modules())
+            parts = self._parts_now()
             stale = (
-                len(modules) != len(self._modules)
-                or any(a is not b() for a, b in zip(modules, self._modules, strict=True))
+                len(parts) != len(self._parts)
+                or any(a is not b() for a, b in zip(parts, self._parts, strict=True))
                 or any(weight.contents_changed() for weight in weights)
             )
         if stale:
             self.refresh()
+
+    def _parts_now(self) -> list[Any]:
+        """The modules, parameters and buffers that the model is made of."""
+        model = self.model
+        return [*model.modules(), *model.parameters(), *model.buffers()]
 
     def refresh(self) -> None:
         """Captures and packs again at the next call."""

@@ -33,6 +33,8 @@ def prewarm(
     engine = core.engine_for(isa) if isa else core.engine()
     if problem := engine.cache_state()["problem"]:
         raise NotPrewarmedError(f"the kernel cache cannot be filled: {problem}")
+    if not engine.cache_state()["writable"]:
+        raise NotPrewarmedError("the kernel cache cannot be filled: TILEWRIGHT_CACHE is not rw")
     keeps = (1, 0)
     for done, keep in enumerate(keeps):
         progress(done, len(keeps))

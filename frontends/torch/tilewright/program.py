@@ -10,6 +10,7 @@ Thread-safe: calls take turns. Tested by tests/python/test_backend.py.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -117,7 +118,9 @@ class Executable:
 
     def __init__(self, lowered: Lowered, tensors: Mapping[str, torch.Tensor]) -> None:
         """`tensors`: the constants by name. CoreError when the core refuses the graph."""
-        self.lowered = lowered
+        # Without the tensors: what runs must not keep a model alive that its user dropped.
+        self.lowered = dataclasses.replace(lowered, constants={})
+        self._constants = tuple(lowered.constants)
         self.lock = threading.RLock()
         self._results = [Sizes(type_) for type_ in lowered.results]
         self._symbols: dict[str, int] = {}
@@ -126,7 +129,7 @@ class Executable:
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Compiles for these constants: at first, and after they changed."""
-        constants = {name: tensors[name] for name in self.lowered.constants}
+        constants = {name: tensors[name] for name in self._constants}
         # The core reads row-major memory; a transposed weight is copied once and kept here.
         self._copies = {
             name: tensor.detach().contiguous()
