@@ -18,7 +18,6 @@
 #include "graph/match.h"
 #include "graph/passes.h"
 #include "graph/rewrite.h"
-#include "graph/tensor.h"
 
 namespace tilewright::graph {
 
@@ -54,12 +53,6 @@ bool widens(DataType from, DataType to) {
 }
 
 bool simplify_convert(const Subject& s) {
-  if (const auto value = match::literal(s.built(), s.operands[0])) {
-    const DataType from = s.built().type(s.operands[0]).dtype, to = s.type().dtype;
-    if (is_float(from) && is_float(to)) {
-      return s.becomes(Op::scalar, {}, {{"value", round_to(from, *value)}, {"dtype", to}});
-    }
-  }
   if (!s.may_share_storage()) return false;
   if (s.becomes(s.operands[0])) return true;
   // Narrowing what was just widened gives the same bits back.

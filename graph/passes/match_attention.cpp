@@ -6,14 +6,10 @@
 // head h of the repeated tensor is head h / n of the original, which is what attention's native
 // grouped heads read. One pass over the keys replaces four kernels and a score matrix in memory.
 //
-// A conversion of the scores to fp32 and back is taken in: the fused op is in fp32 throughout. So
-// is its mask, which is widened once for all layers.
+// A conversion of the scores to fp32 and back is taken in: the fused op is in fp32 throughout.
 //
 // Tested by passes_test, filetests/passes/match_attention.graph.
 #include <cstdint>
-#include <map>
-#include <optional>
-#include <span>
 #include <utility>
 #include <vector>
 
@@ -95,9 +91,9 @@ Repeated unrepeated(Rewriter& rewriter, ValueId value, NodeId reader) {
   return source ? Repeated{*source, times} : itself;
 }
 
-// q, k, v are values of the old graph, the mask of the new one.
-bool emit(Rewriter& rewriter, const Node& node, std::span<const ValueId> values,
-          std::optional<ValueId> mask, const Attributes& attributes) {
+// q, k, v [, mask] are values of the old graph.
+bool emit(Rewriter& rewriter, const Node& node, const std::vector<ValueId>& values,
+          const Attributes& attributes) {
   const NodeId self = rewriter.source().value(node.results[0]).producer;
   const Repeated k = unrepeated(rewriter, values[1], self);
   const Repeated v = unrepeated(rewriter, values[2], self);
@@ -106,37 +102,11 @@ bool emit(Rewriter& rewriter, const Node& node, std::span<const ValueId> values,
     operands[1] = k.source;
     operands[2] = v.source;
   }
-  if (mask) operands.push_back(*mask);
   if (node.op == Op::attention && operands == rewriter.mapped(node.operands)) return false;
   return rewriter.replace(node.results[0], Op::attention, std::move(operands), attributes);
 }
 
-bool fold_repeats(Rewriter& rewriter, const Node& node) {
-  if (node.operands.size() < 3) return false;
-  std::optional<ValueId> mask;
-  if (node.operands.size() == 4) mask = rewriter.mapped(node.operands[3]);
-  return emit(rewriter, node, std::span(node.operands).first(3), mask, node.attributes);
-}
-
-// Masks of the old graph that were widened, and to what in the new one.
-using Widened = std::map<ValueId, ValueId>;
-
-std::optional<ValueId> mask_in_f32(Rewriter& rewriter, ValueId mask, Widened& widened) {
-  const DataType type = rewriter.source().type(mask).dtype;
-  if (type == DataType::f32) return rewriter.mapped(mask);
-  const bool widens = type == DataType::bf16 || type == DataType::f16;
-  if (!widens || rewriter.aliases().written(mask)) return std::nullopt;
-  auto [known, inserted] = widened.emplace(mask, ValueId::none);
-  if (inserted) {
-    auto wide = rewriter.append(Op::convert, {rewriter.mapped(mask)}, {{"dtype", DataType::f32}});
-    if (!wide) return std::nullopt;
-    known->second = *wide;
-  }
-  return known->second;
-}
-
-bool match_spelled_out(Rewriter& rewriter, const Node& node, const Pattern& pattern,
-                       Widened& widened) {
+bool match_spelled_out(Rewriter& rewriter, const Node& node, const Pattern& pattern) {
   auto found = find(pattern, rewriter, node.results[0]);
   if (!found) return false;
   const Type &q = found->type("q"), &k = found->type("k"), &v = found->type("v");
@@ -144,23 +114,23 @@ bool match_spelled_out(Rewriter& rewriter, const Node& node, const Pattern& patt
                      k.shape.size() == 4 && v.shape.size() == 4 && q.shape[1] == k.shape[1] &&
                      k.shape[2] == v.shape[2] && v.shape[1] == k.shape[1];
   if (!plain) return false;
-  const std::vector<ValueId> values = {found->value("q"), found->value("k"), found->value("v")};
-  std::optional<ValueId> mask;
+  std::vector<ValueId> values = {found->value("q"), found->value("k"), found->value("v")};
   if (found->has("mask")) {
-    mask = mask_in_f32(rewriter, found->value("mask"), widened);
-    if (!mask) return false;
+    if (!is_float(found->type("mask").dtype)) return false;
+    values.push_back(found->value("mask"));
   }
-  return emit(rewriter, node, values, mask, {{"scale", scale(*found)}, {"causal", false}});
+  return emit(rewriter, node, values, {{"scale", scale(*found)}, {"causal", false}});
 }
 
 }  // namespace
 
 Graph match_attention(Graph graph, const Target&) {
   const Pattern pattern = spelled_out();
-  Widened widened;
   return rewrite(graph, [&](Rewriter& rewriter, const Node& node) {
-    if (node.op == Op::attention) return fold_repeats(rewriter, node);
-    return node.op == Op::matmul && match_spelled_out(rewriter, node, pattern, widened);
+    if (node.op == Op::attention) {
+      return node.operands.size() > 2 && emit(rewriter, node, node.operands, node.attributes);
+    }
+    return node.op == Op::matmul && match_spelled_out(rewriter, node, pattern);
   });
 }
 
