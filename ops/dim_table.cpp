@@ -1,4 +1,4 @@
-// DimTable: see dim_table.h. Tested by dim_table_test.
+// DimTable: see dim_table.h. Tested by layout_test.
 #include "ops/dim_table.h"
 
 namespace tilewright::ops {

@@ -4,7 +4,7 @@
 // and evaluates the table in one pass over flat terms, without maps or allocation. A decode step
 // whose cache length is symbolic costs microseconds here.
 //
-// Tested by dim_table_test.
+// Tested by layout_test.
 #pragma once
 
 #include <cstdint>

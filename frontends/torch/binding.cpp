@@ -5,7 +5,7 @@
 // of the core becomes tilewright._core.CoreError. Objects are as thread-safe as what they wrap: the
 // Python side holds one lock per program.
 //
-// Tested by tests/python/test_binding.py.
+// Tested by tests/python/test_backend.py.
 #include <fmt/format.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>

@@ -77,7 +77,8 @@ def parse(text: str) -> Graph:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     header = lines[0]
     inside = header[header.index("(") + 1 : header.index(") -> (")]
-    graph = Graph([tuple(part[1:].split(": ", 1)) for part in split_top_level(inside)])  # type: ignore[misc]
+    named = (part[1:].partition(": ") for part in split_top_level(inside))
+    graph = Graph([(name, type_text) for name, _, type_text in named])
     for line in lines[1:]:
         if line == "}":
             continue

@@ -3,7 +3,7 @@
 One engine (target, cache on disk, kernels) per process, made at first use, so that `import
 tilewright` reads no file and starts no thread.
 
-Tested by tests/python/test_binding.py.
+Tested by tests/python/test_backend.py.
 """
 
 from __future__ import annotations
