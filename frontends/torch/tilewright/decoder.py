@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from tilewright import core
 from tilewright.cache import BlockLayer, adopt
