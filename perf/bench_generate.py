@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tilewright import demo
 
 RESULTS = Path(__file__).parent / "results"

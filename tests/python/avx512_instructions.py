@@ -12,6 +12,8 @@ from fractions import Fraction
 
 import iced_x86
 import numpy as np
+from iced_x86 import Instruction, OpKind
+
 from avx512_floats import (
     bits_to_half,
     flush,
@@ -35,7 +37,6 @@ from avx512_machine import (
     register_size,
     vector_lanes,
 )
-from iced_x86 import Instruction, OpKind
 
 STEPS: dict[str, Step] = {}
 

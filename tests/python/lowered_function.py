@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import graph_evaluator
 import torch
-from tilewright import capture, lower
 from torch.utils import _pytree as pytree
+
+import graph_evaluator
+from tilewright import capture, lower
 
 
 class LoweredFunction:

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from avx512_floats import fused, round_to_f32
 from avx512_instructions import STEPS
 from avx512_machine import FaultError, Machine

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import prompt, tiny_llama
 from torch import nn
+
+from tiny_models import prompt, tiny_llama
 
 pytest.importorskip("tilewright._core")
 

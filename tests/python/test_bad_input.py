@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import prompt, tiny_llama
 from torch import nn
+
+from tiny_models import prompt, tiny_llama
 
 pytest.importorskip("tilewright._core")
 

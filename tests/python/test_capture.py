@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import graph_evaluator
 import pytest
 import torch
+
+import graph_evaluator
 from graph_evaluator import Cache, parse
 from lowered_function import LoweredFunction
 from tilewright import capture, model_capture, stamp

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tiny_models import tiny_llama
 
 pytest.importorskip("tilewright._core")

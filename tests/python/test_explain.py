@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from tiny_models import prompt, tiny_llama
 
 pytest.importorskip("tilewright._core")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tiny_models import padded, prompt, tiny_llama
 
 pytest.importorskip("tilewright._core")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import iced_x86
 import pytest
+
 from emitted_code import SOURCE, EmittedCode, emit_dump
 
 # A step of the ladder -> the CPUID features that it stands for (jit/base/target.h).

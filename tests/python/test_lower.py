@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from graph_evaluator import parse
 from lowered_function import LoweredFunction, check
 from tilewright import aten

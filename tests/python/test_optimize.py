@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import padded, prompt, tiny_llama
 from torch import nn
+
+from tiny_models import padded, prompt, tiny_llama
 
 pytest.importorskip("tilewright._core")
 
@@ -262,8 +263,9 @@ def test_any_module() -> None:
 
 @torch.no_grad()
 def test_models_that_cannot_be_captured_say_why() -> None:
-    from tiny_models import build
     from transformers import BloomConfig
+
+    from tiny_models import build
 
     config = BloomConfig(
         vocab_size=64, hidden_size=32, n_layer=2, n_head=2, pad_token_id=0, eos_token_id=None

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from tilewright.dims import Dim
 from tilewright.graph_text import Type, UnsupportedError, Value
 

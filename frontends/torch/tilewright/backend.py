@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.fx import GraphModule, Node
+
 from tilewright import capture, core, routing
 from tilewright.graph_text import UnsupportedError
 from tilewright.lower import lower
 from tilewright.program import Executable
-from torch.fx import GraphModule, Node
 
 # Every graph that Dynamo gave us and that is still alive, for explain().
 graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tilewright.graph_text import UnsupportedError
 from torch.fx import GraphModule
+
+from tilewright.graph_text import UnsupportedError
 
 
 def trace(function: Callable[..., Any], fakes: Sequence[Any], fake_mode: Any) -> GraphModule:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from tilewright.dims import Dim
 
 DTYPE_NAMES: dict[torch.dtype, str] = {

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from tilewright.dims import Dim
 from tilewright.graph_text import DTYPE_NAMES, DTYPES, UnsupportedError, Value
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx import Node
+
 from tilewright.dims import Dim, NotPolynomialError
 from tilewright.graph_text import GraphBuilder, Type, UnsupportedError, Value, tensor_type
-from torch.fx import Node
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tilewright import capture_ops
-from tilewright.graph_text import UnsupportedError
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from tilewright import capture_ops
+from tilewright.graph_text import UnsupportedError
 
 _PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _MODULE_DICTIONARIES = frozenset(nn.Module().__dict__)
