@@ -1,5 +1,6 @@
-// Tests of jit/math: each function, run by the VIR interpreter at 8 and 16 lanes, against libm in
-// double over dense samples of the whole range and special values.
+// Tests of jit/math: each function, run by the VIR interpreter at 8 and 16 lanes and as machine
+// code where the host can, against libm in double over dense samples of the whole range and special
+// values.
 #include "jit/math.h"
 
 #include <gtest/gtest.h>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "jit/vir/vir.h"
+#include "kernel_run.h"
 
 namespace tilewright::jit::math {
 namespace {
@@ -38,23 +40,24 @@ vir::Function make_kernel(const VectorFunction& f, int lanes) {
   return std::move(b).finish();
 }
 
-std::vector<float> run(const VectorFunction& f, int lanes, std::vector<float> x) {
+std::vector<float> run(const VectorFunction& f, Machine machine, std::vector<float> x) {
   const std::size_t count = x.size();
-  const auto width = static_cast<std::size_t>(lanes);
+  const auto width = static_cast<std::size_t>(machine.lanes);
   x.resize((count + width - 1) / width * width, 1.0f);
   std::vector<float> y(x.size(), kNan);
-  const vir::Function kernel = make_kernel(f, lanes);
-  const Status status = vir::verify(kernel);
-  EXPECT_TRUE(status.ok()) << status.error().message;
   const std::int64_t args[] = {std::bit_cast<std::int64_t>(x.data()),
                                std::bit_cast<std::int64_t>(y.data()),
                                static_cast<std::int64_t>(x.size() / width)};
-  vir::interpret(kernel, args);
+  run_kernel(machine.engine, make_kernel(f, machine.lanes), args);
   y.resize(count);
   return y;
 }
 
-float run_one(const VectorFunction& f, int lanes, float x) { return run(f, lanes, {x})[0]; }
+float run_one(const VectorFunction& f, Machine machine, float x) { return run(f, machine, {x})[0]; }
+
+std::string describe(Machine machine) {
+  return std::to_string(machine.lanes) + " lanes, " + std::string(name(machine.engine));
+}
 
 // The spacing of floats at |exact|; the smallest subnormal below the normal range.
 double ulp_at(double exact) {
@@ -145,7 +148,7 @@ const std::vector<Case>& cases() {
   return table;
 }
 
-class MathAccuracy : public testing::TestWithParam<std::size_t> {};
+class MathAccuracy : public ::testing::TestWithParam<std::size_t> {};
 
 TEST_P(MathAccuracy, StaysWithinItsBound) {
   const Case& c = cases()[GetParam()];
@@ -153,8 +156,8 @@ TEST_P(MathAccuracy, StaysWithinItsBound) {
   for (float v : all_binades(20'011)) {
     if (v >= c.domain_low && v <= c.domain_high) x.push_back(v);
   }
-  for (int lanes : {8, 16}) {
-    const std::vector<float> y = run(c.function, lanes, x);
+  for (Machine machine : machines()) {
+    const std::vector<float> y = run(c.function, machine, x);
     double worst = 0;
     std::size_t where = 0;
     for (std::size_t i = 0; i < x.size(); ++i) {
@@ -163,14 +166,14 @@ TEST_P(MathAccuracy, StaysWithinItsBound) {
       const double error = ulp_error(y[i], exact);
       if (error > worst) worst = error, where = i;
     }
-    RecordProperty("max_ulp_" + std::to_string(lanes), std::to_string(worst));
-    EXPECT_LE(worst, c.max_ulp) << c.name << " with " << lanes << " lanes: f(" << x[where]
+    RecordProperty("max_ulp_" + std::to_string(machine.lanes), std::to_string(worst));
+    EXPECT_LE(worst, c.max_ulp) << c.name << " with " << describe(machine) << ": f(" << x[where]
                                 << ") = " << y[where] << ", exact "
                                 << c.exact(static_cast<double>(x[where]));
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Functions, MathAccuracy, testing::Range<std::size_t>(0, cases().size()));
+INSTANTIATE_TEST_SUITE_P(Functions, MathAccuracy, ::testing::Range<std::size_t>(0, cases().size()));
 
 struct Special {
   const char* name;
@@ -249,15 +252,15 @@ TEST(MathSpecials, LimitsZerosAndNan) {
       {"rsqrt", rsqrt, -1, kNan},
   };
   for (const Special& special : specials) {
-    for (int lanes : {8, 16}) {
-      const float got = run_one(special.function, lanes, special.x);
+    for (Machine machine : machines()) {
+      const float got = run_one(special.function, machine, special.x);
       if (std::isnan(special.expected)) {
         EXPECT_TRUE(std::isnan(got)) << special.name << "(" << special.x << ") = " << got;
         continue;
       }
       EXPECT_TRUE(got == special.expected && std::signbit(got) == std::signbit(special.expected))
           << special.name << "(" << special.x << ") = " << got << ", expected " << special.expected
-          << ", " << lanes << " lanes";
+          << ", " << describe(machine);
     }
   }
 }
@@ -265,9 +268,9 @@ TEST(MathSpecials, LimitsZerosAndNan) {
 TEST(MathSpecials, NanPropagatesWithAnyPayload) {
   for (const Case& c : cases()) {
     for (std::uint32_t bits : {0x7fc00000u, 0xffc00000u, 0x7fffffffu, 0x7f800001u, 0xffffffffu}) {
-      for (int lanes : {8, 16}) {
-        EXPECT_TRUE(std::isnan(run_one(c.function, lanes, std::bit_cast<float>(bits))))
-            << c.name << " of NaN " << bits << " with " << lanes << " lanes";
+      for (Machine machine : machines()) {
+        EXPECT_TRUE(std::isnan(run_one(c.function, machine, std::bit_cast<float>(bits))))
+            << c.name << " of NaN " << bits << " with " << describe(machine);
       }
     }
   }
@@ -275,11 +278,11 @@ TEST(MathSpecials, NanPropagatesWithAnyPayload) {
 
 // sigmoid and silu must not go flat where e^-x overflows, nor exp lose its subnormals.
 TEST(MathSpecials, UnderflowIsGradual) {
-  for (int lanes : {8, 16}) {
-    EXPECT_GT(run_one(sigmoid, lanes, -100.0f), 0.0f);
-    EXPECT_LT(run_one(silu, lanes, -89.0f), -std::numeric_limits<float>::min());
-    EXPECT_GT(run_one(exp, lanes, -103.0f), 0.0f);
-    EXPECT_LT(run_one(gelu, lanes, -13.5f), 0.0f);
+  for (Machine machine : machines()) {
+    EXPECT_GT(run_one(sigmoid, machine, -100.0f), 0.0f);
+    EXPECT_LT(run_one(silu, machine, -89.0f), -std::numeric_limits<float>::min());
+    EXPECT_GT(run_one(exp, machine, -103.0f), 0.0f);
+    EXPECT_LT(run_one(gelu, machine, -13.5f), 0.0f);
   }
 }
 
@@ -288,9 +291,9 @@ TEST(MathSpecials, SineAndCosineStayBoundedBeyondTheirRange) {
   for (float v : all_binades(9'973)) {
     if (std::abs(v) > 1e6f) x.push_back(v);
   }
-  for (int lanes : {8, 16}) {
+  for (Machine machine : machines()) {
     for (const VectorFunction& f : {VectorFunction(sin), VectorFunction(cos)}) {
-      for (float y : run(f, lanes, x)) ASSERT_TRUE(y >= -1.0f && y <= 1.0f) << y;
+      for (float y : run(f, machine, x)) ASSERT_TRUE(y >= -1.0f && y <= 1.0f) << y;
     }
   }
 }
@@ -301,8 +304,9 @@ TEST(Math, TheArgumentIsNotChanged) {
       c.function(b, x);
       return x;
     };
-    EXPECT_EQ(run_one(argument_afterwards, 8, -0.75f), -0.75f) << c.name;
-    EXPECT_EQ(run_one(argument_afterwards, 16, 2.5f), 2.5f) << c.name;
+    for (Machine machine : machines()) {
+      EXPECT_EQ(run_one(argument_afterwards, machine, -0.75f), -0.75f) << c.name;
+    }
   }
 }
 

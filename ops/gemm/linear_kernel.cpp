@@ -33,10 +33,9 @@ constexpr int kLineBytes = 64;
 // Rows that one address register reaches with an index of one stride, scaled by 1 or 2.
 constexpr int kRowsPerPointer = 3;
 
-// Up to so many rows the weights come from memory faster than they can be used, and the loop asks
-// for them this far ahead; with more rows they are in cache after the first block.
-constexpr int kStreamedRows = 3;
-constexpr int kPrefetchBytes = 2048;
+// Up to so many rows a vector of weights is loaded once per step and meets all rows' x in
+// registers; with more rows the x come one at a time.
+constexpr int kFewRows = 3;
 
 Element input_element(DataType type) {
   return type == DataType::bf16  ? Element::bf16
@@ -114,7 +113,7 @@ class LinearBuilder {
       b_.add_to(row.residual, output_offset_);
     }
     b_.loop(b_.mul(b_.arg(LinearArgs::block_count), spec_.rows / rows_), [&] {
-      emit_products(columns);
+      emit_products(part);
       emit_epilogues(columns, row);
       Reg advance = b_.mul(b_.arg(LinearArgs::x_row_stride), rows_);
       for (Reg pointer : x_) b_.add_to(pointer, advance);
@@ -123,10 +122,10 @@ class LinearBuilder {
 
   // --- the sum over k
 
-  void emit_products(const std::vector<int>& columns) {
+  void emit_products(int part) {
     accumulators_.assign(static_cast<std::size_t>(rows_), {});
     for (auto& row : accumulators_) {
-      for (std::size_t j = 0; j < columns.size(); ++j) row.push_back(b_.zero());
+      for (int j = 0; j < vectors_; ++j) row.push_back(b_.zero());
     }
     if (rows_ > 1) x_stride_ = b_.arg(LinearArgs::x_row_stride);
     if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
@@ -134,19 +133,19 @@ class LinearBuilder {
     // A step is one line run of the panel: one k, or a pair.
     const int step_k = is_f32() ? 1 : 2;
     const std::int64_t steps = spec_.k / step_k;
-    const int unroll = is_f32() || rows_ <= kStreamedRows ? 4 : 2;
+    const int unroll = is_f32() || rows_ <= kFewRows ? 4 : 2;
     const std::int64_t turns = steps / unroll;
     if (turns > 0) {
       b_.loop(b_.constant(turns), [&] {
-        for (int u = 0; u < unroll; ++u) emit_step(columns, u, step_k);
+        for (int u = 0; u < unroll; ++u) emit_step(part, u, step_k);
         b_.add_to(weight_, unroll * kStepBytes);
         for (Reg pointer : x_) b_.add_to(pointer, unroll * step_k * input_bytes());
       });
     }
     const int rest = static_cast<int>(steps % unroll);
-    for (int u = 0; u < rest; ++u) emit_step(columns, u, step_k);
+    for (int u = 0; u < rest; ++u) emit_step(part, u, step_k);
     // The last k of an odd number: its pair is padding in the weight but not there in x.
-    if (spec_.k % step_k != 0) emit_step(columns, rest, 1);
+    if (spec_.k % step_k != 0) emit_step(part, rest, 1);
     if (turns > 0) {
       b_.add_to(weight_, -turns * unroll * kStepBytes);
       for (Reg pointer : x_) b_.add_to(pointer, -turns * unroll * step_k * input_bytes());
@@ -154,50 +153,59 @@ class LinearBuilder {
   }
 
   // Step `step` from the pointers: `count` values of k.
-  void emit_step(const std::vector<int>& columns, int step, int count) {
-    if (rows_ <= kStreamedRows) prefetch_step(columns, step);
+  void emit_step(int part, int step, int count) {
+    const std::vector<int> columns = part_vectors(part);
+    prefetch_step(part, step);
     const int first_k = is_f32() ? step : 2 * step;
-    for (int odd = 0; odd < count; ++odd) {
-      const auto weight = [&](int vector) { return load_weight(vector, step, odd != 0); };
-      if (rows_ == 1 && is_f32()) {
-        Reg x = broadcast(0, first_k);
-        for (std::size_t j = 0; j < columns.size(); ++j) {
-          b_.fma_load(accumulators_[0][j], x, weight_address(columns[j], step));
-        }
-      } else if (vectors_ > 2) {
-        emit_few_rows(columns, first_k + odd, weight);
-      } else {
-        emit_many_rows(columns, first_k + odd, weight);
+    if (rows_ > kFewRows) {
+      for (int i = 0; i < count; ++i) emit_many_rows(columns, step, first_k + i, i != 0);
+      return;
+    }
+    std::vector<std::vector<Reg>> x(static_cast<std::size_t>(count));
+    for (int i = 0; i < count; ++i) {
+      for (int row = 0; row < rows_; ++row) {
+        x[static_cast<std::size_t>(i)].push_back(broadcast(row, first_k + i));
+      }
+    }
+    for (std::size_t j = 0; j < columns.size(); ++j) emit_few_rows(x, columns[j], j, step);
+  }
+
+  // How far ahead of the loads the weights are asked for. Measured on Zen 3 with weights in memory:
+  // a loop that only loads and multiplies f32 keeps the hardware's prefetcher at the memory's limit
+  // and any hint slows it down; the longer a step computes, the earlier it must ask.
+  std::int64_t prefetch_distance() const {
+    if (is_f32() && rows_ == 1) return 0;
+    return spec_.weight == DataType::f16 ? 4096 : 1024;
+  }
+
+  // The first part asks for the whole line run: two parts with every other line each would both
+  // miss the stream that the hardware looks for.
+  void prefetch_step(int part, int step) {
+    const std::int64_t distance = prefetch_distance();
+    if (part != 0 || distance == 0) return;
+    for (int line = 0; line < kStepBytes; line += kLineBytes) {
+      b_.prefetch(b_.at(weight_, step * kStepBytes + distance + line));
+    }
+  }
+
+  // The part's vector j, which is the panel's `vector`, times all rows' x[k][row].
+  void emit_few_rows(const std::vector<std::vector<Reg>>& x, int vector, std::size_t j, int step) {
+    if (rows_ == 1 && is_f32()) {
+      return b_.fma_load(accumulators_[0][j], x[0][0], weight_address(vector, step));
+    }
+    Reg loaded = load_weight(vector, step);
+    for (std::size_t k = 0; k < x.size(); ++k) {
+      Reg w = widened(loaded, k != 0);
+      for (std::size_t row = 0; row < x[k].size(); ++row) {
+        b_.fma(accumulators_[row][j], x[k][row], w);
       }
     }
   }
 
-  void prefetch_step(const std::vector<int>& columns, int step) {
-    int previous = -1;
-    for (int vector : columns) {
-      const int line = vector * b_.vector_bytes() / kLineBytes;
-      if (line == previous) continue;
-      b_.prefetch(b_.at(weight_, step * kStepBytes + kPrefetchBytes + line * kLineBytes));
-      previous = line;
-    }
-  }
-
-  // One weight vector at a time, all rows' x in registers.
-  template <class Weight>
-  void emit_few_rows(const std::vector<int>& columns, int k, const Weight& weight) {
-    std::vector<Reg> x;
-    for (int row = 0; row < rows_; ++row) x.push_back(broadcast(row, k));
-    for (std::size_t j = 0; j < columns.size(); ++j) {
-      Reg w = weight(columns[j]);
-      for (std::size_t row = 0; row < x.size(); ++row) b_.fma(accumulators_[row][j], x[row], w);
-    }
-  }
-
   // One x at a time, the part's weights in registers.
-  template <class Weight>
-  void emit_many_rows(const std::vector<int>& columns, int k, const Weight& weight) {
+  void emit_many_rows(const std::vector<int>& columns, int step, int k, bool odd) {
     std::vector<Reg> w;
-    for (int vector : columns) w.push_back(weight(vector));
+    for (int vector : columns) w.push_back(widened(load_weight(vector, step), odd));
     for (int row = 0; row < rows_; ++row) {
       Reg x = broadcast(row, k);
       for (std::size_t j = 0; j < w.size(); ++j) {
@@ -210,15 +218,18 @@ class LinearBuilder {
     return b_.at(weight_, step * kStepBytes + vector * b_.vector_bytes());
   }
 
-  Reg load_weight(int vector, int step, bool odd) {
-    const Address address = weight_address(vector, step);
-    if (is_f32()) return b_.load(Element::f32, address);
-    // A lane is a pair of one column: the even k in its low half, the odd one in its high half.
-    Reg pair = b_.load(Element::i32, address);
+  Reg load_weight(int vector, int step) {
+    return b_.load(is_f32() ? Element::f32 : Element::i32, weight_address(vector, step));
+  }
+
+  // What load_weight gave as f32. A lane of a 16-bit type is a pair of one column: the even k in
+  // its low half, the odd one in its high half.
+  Reg widened(Reg loaded, bool odd) {
+    if (is_f32()) return loaded;
     if (spec_.weight == DataType::f16) {
-      return b_.low_f16_to_f32(odd ? b_.vshift_right(pair, 16) : pair);
+      return b_.low_f16_to_f32(odd ? b_.vshift_right(loaded, 16) : loaded);
     }
-    return odd ? b_.vand(pair, odd_mask_) : b_.vshift_left(pair, 16);
+    return odd ? b_.vand(loaded, odd_mask_) : b_.vshift_left(loaded, 16);
   }
 
   Reg broadcast(int row, int k) {

@@ -8,7 +8,7 @@ import torch
 import graph_evaluator
 from graph_evaluator import Cache, parse
 from lowered_function import LoweredFunction
-from tilewright import capture, model_capture, stamp
+from tilewright import capture, model_capture, stamp, unify
 from tilewright.dims import Dim
 from tilewright.graph_text import UnsupportedError
 from tiny_models import build, llama_config, prompt, tiny_llama
@@ -67,11 +67,24 @@ def test_stamped_layers_equal_captured_ones(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(stamp, "find_groups", lambda model: [])
     whole = model_capture.capture_model(model, model.forward, 1).lowered
     assert stamped.constants.keys() == whole.constants.keys()
+    # Weights stand in another order; everything else must be the same, name by name.
     lines = [
-        [(line.op, len(line.operands), line.types) for line in parse(graph.text).lines]
+        [
+            (line.op, line.attributes, line.types)
+            for line in parse(graph.text).lines
+            if line.operands
+        ]
         for graph in (stamped, whole)
     ]
     assert lines[0] == lines[1]
+    weights = [
+        [
+            [name for name in line.operands if name.startswith("w.")]
+            for line in parse(graph.text).lines
+        ]
+        for graph in (stamped, whole)
+    ]
+    assert [w for w in weights[0] if w] == [w for w in weights[1] if w]
 
 
 def test_layers_that_differ_are_all_captured() -> None:
@@ -135,9 +148,9 @@ def test_sizes_become_symbols() -> None:
         (66, 96, 0): s - 1,
     }
     for sizes, expected in values.items():
-        assert model_capture.solve(sizes) == expected
+        assert unify.solve(sizes) == expected
     with pytest.raises(UnsupportedError, match="not understood"):
-        model_capture.solve((67, 98, 1))
+        unify.solve((67, 98, 1))
 
 
 def test_a_branch_on_the_number_of_tokens_is_refused() -> None:

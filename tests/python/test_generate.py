@@ -179,6 +179,20 @@ def test_both_lines(form: str) -> None:
     assert decoder is not None and decoder.calls == NEW and not decoder.fallbacks
 
 
+def test_both_lines_as_one_graph_and_undone() -> None:
+    model = tiny_llama(3)
+    expected = generate(model)
+    optimized = tilewright.llm.optimize(model, inplace=True)
+    compiled = torch.compile(optimized, backend="tilewright", fullgraph=True)
+    assert generate(compiled) == expected
+    assert decoder_of(model).calls == NEW and compiled_steps(model) == 0
+    with torch.no_grad():
+        assert compiled(prompt()).logits.shape == (1, 9, 160)
+    tilewright.llm.restore(model)
+    assert generate(compiled) == expected
+    assert compiled_steps(model) == NEW
+
+
 def test_threads_take_turns() -> None:
     import threading
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.uint8: "u8",
     torch.bool: "bool",
 }
+_NAME = re.compile(r"[A-Za-z0-9_.]+")
 DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -87,8 +89,15 @@ class Node:
     source: torch.Tensor | None = None  # of a constant: the tensor that its name is bound to
 
     @property
-    def mutates(self) -> bool:
-        return self.op in ("index_copy", "kv_append") or bool(self.attributes.get("mutates"))
+    def stays(self) -> bool:
+        """Needed even if nobody uses its results: it writes, or it marks a place (expand.py)."""
+        if self.op in ("index_copy", "kv_append", "layer_input", "layer_output"):
+            return True
+        return bool(self.attributes.get("mutates"))
+
+
+def is_source(node: Node) -> bool:
+    return node.op in ("constant", "scalar")
 
 
 class GraphBuilder:
@@ -107,7 +116,8 @@ class GraphBuilder:
 
     def unique(self, name: str) -> str:
         """`name`, or `name.1`, `name.2` ... when it is taken."""
-        name = "".join(c if c.isalnum() or c in "._" else "_" for c in name) or "v"
+        if not _NAME.fullmatch(name):
+            name = re.sub(r"[^A-Za-z0-9_.]", "_", name) or "v"
         count = self._names.get(name)
         self._names[name] = 0 if count is None else count + 1
         return name if count is None else self.unique(f"{name}.{count + 1}")
@@ -136,6 +146,12 @@ class GraphBuilder:
             )
         return self._scalars[key]
 
+    def adopt(self, node: Node) -> None:
+        """Appends a node that was made elsewhere, its values' names being unique here."""
+        self.nodes.append(node)
+        if node.op == "constant":
+            self._constants[node.attributes["source"]] = node.results[0]
+
     def append(
         self, op: str, operands: Sequence[Value], type_: Type, name: str = "v", **attributes: Any
     ) -> Value:
@@ -160,7 +176,7 @@ class GraphBuilder:
         live = {id(value) for value in self.outputs}
         kept: list[Node] = []
         for node in reversed(self.nodes):
-            if node.mutates or any(id(result) in live for result in node.results):
+            if node.stays or any(id(result) in live for result in node.results):
                 live.update(id(operand) for operand in node.operands)
                 kept.append(node)
         self.nodes = kept[::-1]

@@ -1,9 +1,14 @@
-"""Makes `torch.compile(model, backend="tilewright").generate(...)` run compiled code.
+"""Makes `torch.compile(model, backend="tilewright")` do what it says.
 
-Plain PyTorch forwards `generate` to the original module, whose steps are then eager: nothing would
-be compiled, silently. For modules compiled with our backend, and only for those, attribute access
-to `generate` returns a function that routes the original module's calls through the compiled one
-while it runs. Nothing else of torch is changed.
+1. Plain PyTorch forwards `generate` to the original module, whose steps are then eager: nothing
+   would be compiled, silently. For modules compiled with our backend, attribute access to
+   `generate` returns a function that routes the original module's calls through the compiled one
+   while it runs.
+2. An optimised model (llm.optimize) is one program per step already. Dynamo has nothing to add to
+   it but guards at each call, so the compiled module calls it directly; this also holds for
+   fullgraph=True.
+
+Modules compiled with other backends are left alone.
 
 This is the only file that touches torch's internals; it checks that they are what it expects.
 Tested by tests/python/test_generate.py, which counts compiled steps.
@@ -18,6 +23,7 @@ from typing import Any
 import torch
 
 from tilewright import core
+from tilewright.installed import installed_in
 
 _ROUTED = ("generate",)
 _installed = False
@@ -39,7 +45,15 @@ def install() -> None:
             return routed(self, value)
         return value
 
+    initialize = OptimizedModule._initialize
+
+    def _initialize(self: Any) -> None:
+        initialize(self)
+        if is_ours(self):
+            self.forward = direct(self._orig_mod, self.forward)
+
     OptimizedModule.__getattr__ = __getattr__
+    OptimizedModule._initialize = _initialize
 
 
 def is_ours(module: Any) -> bool:
@@ -56,12 +70,25 @@ def is_ours(module: Any) -> bool:
     return getattr(compiler, "__module__", "") == "tilewright.backend"
 
 
+def direct(original: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, or the module itself while it is optimised."""
+
+    @functools.wraps(compiled)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        target = compiled if installed_in(original) is None else original
+        return target(*args, **kwargs)
+
+    return forward
+
+
 def routed(module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of the original module, with the module's own calls compiled meanwhile."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         original = module._orig_mod
+        if installed_in(original) is not None:
+            return function(*args, **kwargs)
         if not hasattr(torch.nn.Module, "_compiled_call_impl"):
             core.say_once("this torch has no compiled call: generate() runs without torch.compile")
             return function(*args, **kwargs)

@@ -11,6 +11,7 @@ Tested by tests/python/test_optimize.py.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from tilewright import capture_ops
@@ -34,12 +36,18 @@ class NotAlikeError(UnsupportedError):
 
 @dataclass
 class Group:
+    """A list of layers that are alike, and what their calls looked like while being recorded."""
+
     prefix: str  # of the ModuleList, "model.layers"
     layers: list[nn.Module]
-    _template: dict[str, Any] = field(default_factory=dict)
+    # How layers after the first get their tensors: ("out", i) of the layer before, ("in", i) of the
+    # first layer. Found by chain().
+    wiring: list[tuple[str, int]] = field(default_factory=list)
+    seen: dict[str, Any] = field(default_factory=dict)  # the first layer's call
 
-    def traced(self, index: int, both: bool) -> bool:
-        return index == 0 or (both and index == len(self.layers) - 1)
+    @property
+    def last(self) -> int:
+        return len(self.layers) - 1
 
 
 def find_groups(model: nn.Module) -> list[Group]:
@@ -114,18 +122,20 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def recording_layers(groups: list[Group], both: bool) -> Iterator[None]:
-    """While it lasts, the groups' layers record markers; only the traced ones compute.
+def recording_layers(group: Group | None, markers: bool) -> Iterator[None]:
+    """While it lasts, only the first layer of the group computes.
 
-    `both`: the last layer computes too, to be compared with the first.
+    `markers`: each other layer leaves a marker in the graph, so that chain() can see how layers are
+    connected, and the last one computes too, to be compared with the first. Without, layers after
+    the first return the first one's results; that is cheaper, and right once `wiring` is known.
     """
     replaced: list[tuple[nn.Module, Any]] = []
+    layers = group.layers if group is not None else []
     try:
-        for group in groups:
-            group._template.clear()
-            for index, layer in enumerate(group.layers):
-                replaced.append((layer, layer.__dict__.get("forward")))
-                layer.__dict__["forward"] = _recorder(group, index, layer.forward, both)
+        for index, layer in enumerate(layers):
+            assert group is not None
+            replaced.append((layer, layer.__dict__.get("forward")))
+            layer.__dict__["forward"] = _recorder(group, index, layer.forward, markers)
         yield
     finally:
         for layer, before in replaced:
@@ -136,36 +146,53 @@ def recording_layers(groups: list[Group], both: bool) -> Iterator[None]:
 
 
 def _recorder(
-    group: Group, index: int, original: Callable[..., Any], both: bool
+    group: Group, index: int, original: Callable[..., Any], markers: bool
 ) -> Callable[..., Any]:
-    """The layer's forward between markers, or one marker instead of it."""
+    """What stands for the layer's forward."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         ops = capture_ops.ops()
         leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=capture_ops.is_opaque)
         tensors = capture_ops.tensors_of(leaves)
         others = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
-        template = group._template
+        seen = group.seen
         if index == 0:
-            template.update(tree=tree, others=others)
-        elif tree != template["tree"] or not _equal(others, template["others"]):
+            seen.clear()
+            seen.update(tree=tree, others=others, inputs=tensors)
+        elif tree != seen["tree"] or not _equal(others, seen["others"]):
             raise NotAlikeError(f"{group.prefix}: layer {index} is called with other arguments")
-        if not group.traced(index, both):
-            results = ops.layer(tensors, template["outputs"], index)
-            return _rebuild(template["output_leaves"], template["output_tree"], results)
-        begun = ops.layer_begin(tensors, index)
-        arguments, keywords = _rebuild(leaves, tree, begun)
+        elif [_shape(x) for x in tensors] != [_shape(x) for x in seen["inputs"]]:
+            raise NotAlikeError(f"{group.prefix}: layer {index} is called with other shapes")
+        if index != 0 and not (markers and index == group.last):
+            if markers:
+                results = ops.layer(tensors, seen["outputs"], index)
+            else:
+                _check_wiring(group, index, tensors)
+                results = seen["outputs"]
+            return _rebuild(seen["output_leaves"], seen["output_tree"], results)
+        arguments, keywords = _rebuild(leaves, tree, ops.layer_begin(tensors, index))
         outputs, output_tree = pytree.tree_flatten(
             original(*arguments, **keywords), is_leaf=capture_ops.is_opaque
         )
         results = ops.layer_end(capture_ops.tensors_of(outputs), index)
         if index == 0:
-            template.update(outputs=results, output_leaves=outputs, output_tree=output_tree)
-        elif output_tree != template["output_tree"]:
+            seen.update(outputs=results, output_leaves=outputs, output_tree=output_tree)
+        elif output_tree != seen["output_tree"]:
             raise NotAlikeError(f"{group.prefix}: layer {index} returns something else")
         return _rebuild(outputs, output_tree, results)
 
     return forward
+
+
+def _shape(tensor: torch.Tensor) -> Any:
+    return tensor.shape, tensor.dtype
+
+
+def _check_wiring(group: Group, index: int, tensors: list[torch.Tensor]) -> None:
+    sources = {"out": group.seen["outputs"], "in": group.seen["inputs"]}
+    for tensor, (kind, position) in zip(tensors, group.wiring, strict=True):
+        if sources[kind][position] is not tensor:
+            raise NotAlikeError(f"{group.prefix}: layer {index} is connected differently")
 
 
 def _rebuild(leaves: list[Any], tree: Any, tensors: list[torch.Tensor]) -> Any:
@@ -173,3 +200,46 @@ def _rebuild(leaves: list[Any], tree: Any, tensors: list[torch.Tensor]) -> Any:
     given = iter(tensors)
     filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     return pytree.tree_unflatten(filled, tree)
+
+
+def chain(gm: GraphModule, group: Group) -> list[tuple[str, int]]:
+    """How the layers are connected, from a graph with markers.
+
+    Raises NotAlikeError unless each layer gets its tensors from the layer before it or from what
+    the first layer got, all in the same way, and nobody but the next layer reads its results.
+    """
+    ops = capture_ops.ops()
+    calls: dict[int, Node] = {}  # what gets the layer's inputs
+    results: dict[Node, tuple[int, int]] = {}  # getitem node -> layer, position
+    for node in gm.graph.nodes:
+        if node.target in (ops.layer.default, ops.layer_begin.default):
+            calls[node.args[-1]] = node
+        elif node.target is operator.getitem:
+            made = node.args[0]
+            if made.target in (ops.layer.default, ops.layer_end.default):
+                results[node] = (made.args[-1], node.args[1])
+    first = {node: i for i, node in reversed(list(enumerate(calls[0].args[0])))}
+    wirings = set()
+    for index in range(1, len(group.layers)):
+        wiring = []
+        for node in calls[index].args[0]:
+            if results.get(node, (None, 0))[0] == index - 1:
+                wiring.append(("out", results[node][1]))
+            elif node in first:
+                wiring.append(("in", first[node]))
+            else:
+                raise NotAlikeError(f"{group.prefix}: layer {index} reads %{node.name}")
+        wirings.add(tuple(wiring))
+    if len(wirings) != 1:
+        raise NotAlikeError(f"{group.prefix}: layers are connected differently")
+    for node, (layer, _) in results.items():
+        readers = {user for user in node.users if user is not calls.get(layer + 1)}
+        # Markers name the first layer's results to know their shapes.
+        readers = {user for user in readers if not (layer == 0 and _names_shape(user, node, ops))}
+        if layer != group.last and readers:
+            raise NotAlikeError(f"{group.prefix}: the result of layer {layer} is read elsewhere")
+    return list(wirings.pop())
+
+
+def _names_shape(user: Node, node: Node, ops: Any) -> bool:
+    return user.target is ops.layer.default and node not in user.args[0]
