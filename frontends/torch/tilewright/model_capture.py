@@ -57,12 +57,13 @@ def capture_model(
     Not thread-safe: while it runs, the model's attention and layers record instead of computing.
     """
     groups = stamp.find_groups(model)
-    if len(groups) == 1:
-        try:
-            return _capture(model, forward, logits_to_keep, groups[0])
-        except stamp.NotAlikeError:
-            pass  # then every layer is captured
-    return _capture(model, forward, logits_to_keep, None)
+    with capture.no_collection():
+        if len(groups) == 1:
+            try:
+                return _capture(model, forward, logits_to_keep, groups[0])
+            except stamp.NotAlikeError:
+                pass  # then every layer is captured
+        return _capture(model, forward, logits_to_keep, None)
 
 
 def _capture(
