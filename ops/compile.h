@@ -26,6 +26,7 @@ namespace tilewright::ops {
 struct CompileOptions {
   std::set<std::string>
       disabled;  // names of ops that must not run in our kernels ("linear", "norm" ...)
+  bool exact_weights = true;     // fp32 weights whose values fit 16 bits are stored in 16 bits
   bool fallback_onednn = false;  // try oneDNN before the front end's fallback
 };
 

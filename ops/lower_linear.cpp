@@ -86,9 +86,10 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
     return lower_contraction(node, epilogue, weights, bias, residual);
   }
   Result<std::shared_ptr<const PackedWeight>> packed =
-      weights_->pack(blocks, task.spec.k, task.spec.weight, epilogue.gated);
+      weights_->pack(blocks, task.spec.k, task.spec.weight, epilogue.gated, options_.exact_weights);
   if (!packed) return packed.error();
   task.weight = *packed;
+  task.spec.weight = task.weight->dtype;
   task.rows = dim(x->rows);
   task.x = x->operand;
   task.x_stride = dim(x->stride);

@@ -78,8 +78,8 @@ struct Problem {
       stacked = {{w->row(0), spec.n / 2, w->stride()},
                  {w->row(spec.n / 2), spec.n / 2, w->stride()}};
     }
-    ops::pack_panels(stacked, spec.k, spec.weight, spec.epilogue.gated, 0, ops::panel_count(spec.n),
-                     packed->row(0));
+    ops::pack_panels(stacked, spec.k, spec.weight, spec.weight, spec.epilogue.gated, 0,
+                     ops::panel_count(spec.n), packed->row(0));
   }
 
   std::int64_t outputs() const { return spec.epilogue.gated ? spec.n / 2 : spec.n; }
@@ -419,8 +419,8 @@ TEST(LinearBits, AreThoseOfEveryLanesAndWeightType) {
       spec.weight = DataType::f32;
       std::vector<float> packed(
           static_cast<std::size_t>(ops::packed_bytes(spec.n, spec.k, spec.weight)) / 4);
-      ops::pack_panels({&block, 1}, spec.k, spec.weight, false, 0, ops::panel_count(spec.n),
-                       packed.data());
+      ops::pack_panels({&block, 1}, spec.k, spec.weight, spec.weight, false, 0,
+                       ops::panel_count(spec.n), packed.data());
       std::vector<std::int64_t> args = problem.args();
       args[LinearArgs::weight] = reinterpret_cast<std::int64_t>(packed.data());
       run_kernel(Engine::interpreter, build(spec), args);

@@ -7,6 +7,8 @@
 #include <random>
 #include <vector>
 
+#include "ops/scalar_type.h"
+
 namespace tilewright::ops {
 namespace {
 
@@ -72,13 +74,13 @@ void check(const Shape& shape, DataType dtype) {
   // Canaries behind the panels; and panels one by one, in another order, as threads would.
   std::vector<Bits> packed(size + 8, static_cast<Bits>(0x7ff1));
   for (std::int64_t panel = panels - 1; panel >= 0; --panel) {
-    pack_panels(blocks, shape.k, dtype, shape.gated, panel, panel + 1, packed.data());
+    pack_panels(blocks, shape.k, dtype, dtype, shape.gated, panel, panel + 1, packed.data());
   }
   for (std::size_t i = size; i < packed.size(); ++i) EXPECT_EQ(packed[i], 0x7ff1);
   packed.resize(size);
   EXPECT_TRUE(packed == expected);
   std::vector<Bits> at_once(size);
-  pack_panels(blocks, shape.k, dtype, shape.gated, 0, panels, at_once.data());
+  pack_panels(blocks, shape.k, dtype, dtype, shape.gated, 0, panels, at_once.data());
   EXPECT_TRUE(at_once == expected);
 }
 
@@ -109,6 +111,28 @@ TEST(Pack, StackedBlocksMeetInsideAPanel) {
 TEST(Pack, Gated) {
   for (std::int64_t rows : {1, 15, 16, 17, 40}) {
     for (std::int64_t k : {1, 31, 32, 50}) check_all_types({{rows, rows}, k, 0, true});
+  }
+}
+
+// fp32 that fits 16 bits packs to what its narrowed rows pack to.
+TEST(Pack, NarrowsWhatFits) {
+  for (DataType type : {DataType::bf16, DataType::f16}) {
+    for (std::int64_t k : {1, 40, 64}) {
+      constexpr std::int64_t rows = 45;
+      std::vector<std::uint16_t> narrow(static_cast<std::size_t>(rows * k));
+      std::vector<float> wide;
+      for (std::size_t i = 0; i < narrow.size(); ++i) {
+        narrow[i] = static_cast<std::uint16_t>(0x2000 + 7 * i);
+        wide.push_back(static_cast<float>(read_scalar(type, &narrow[i])));
+      }
+      const auto size = static_cast<std::size_t>(packed_bytes(rows, k, type));
+      std::vector<char> expected(size, 1), packed(size, 2);
+      const std::vector<WeightBlock> narrow_block = {{narrow.data(), rows, k * 2}};
+      const std::vector<WeightBlock> wide_block = {{wide.data(), rows, k * 4}};
+      pack_panels(narrow_block, k, type, type, false, 0, 2, expected.data());
+      pack_panels(wide_block, k, DataType::f32, type, false, 0, 2, packed.data());
+      EXPECT_TRUE(packed == expected);
+    }
   }
 }
 

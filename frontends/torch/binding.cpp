@@ -1,5 +1,6 @@
 // tilewright._core: the core for Python. No torch header here: tensors cross as addresses and
-// shapes, so that one build serves every torch.
+// shapes, so that one build serves every torch. Programs run through torch's operators
+// (operators.cpp), which reach step() below.
 //
 // Calls that compile or run release the interpreter lock; a host callback takes it again. An error
 // of the core becomes tilewright._core.CoreError. Objects are as thread-safe as what they wrap: the
@@ -22,11 +23,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "cache/store.h"
+#include "frontends/torch/step_call.h"
 #include "graph/graph.h"
 #include "graph/pipeline.h"
 #include "jit/base/env.h"
@@ -47,7 +50,6 @@ namespace {
 
 using Address = std::uintptr_t;
 using Shape = std::vector<std::int64_t>;
-using ShapedAddress = std::pair<Address, Shape>;
 using TypedAddress = std::tuple<Address, std::string, Shape>;
 
 struct CoreError : std::runtime_error {
@@ -102,6 +104,57 @@ class Fingerprint {
   std::vector<std::pair<Address, std::int64_t>> ranges_;
 };
 
+// Numbers for objects that torch's operators can pass on. A number whose object is gone finds
+// nothing.
+template <class T>
+class Handles {
+ public:
+  std::int64_t add(const std::shared_ptr<T>& object) {
+    std::lock_guard lock(mutex_);
+    objects_.emplace(++last_, object);
+    return last_;
+  }
+  void remove(std::int64_t handle) {
+    std::lock_guard lock(mutex_);
+    objects_.erase(handle);
+  }
+  std::shared_ptr<T> find(std::int64_t handle) const {
+    std::lock_guard lock(mutex_);
+    auto found = objects_.find(handle);
+    return found == objects_.end() ? nullptr : found->second.lock();
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::int64_t last_ = 0;
+  std::map<std::int64_t, std::weak_ptr<T>> objects_;
+};
+
+// An object of the core with its number.
+template <class T>
+struct Handled {
+  explicit Handled(T made) : object(std::move(made)) {}
+  ~Handled() { handles.remove(handle); }
+  Handled(const Handled&) = delete;
+  Handled& operator=(const Handled&) = delete;
+
+  template <class... Arguments>
+  static std::shared_ptr<Handled> make(Arguments&&... arguments) {
+    auto made = std::make_shared<Handled>(T(std::forward<Arguments>(arguments)...));
+    made->handle = handles.add(made);
+    return made;
+  }
+
+  T object;
+  std::int64_t handle = 0;
+  std::mutex running;      // one step at a time uses it
+  ops::HostFunction host;  // of a program
+
+  static inline Handles<Handled> handles;
+};
+using Program = Handled<ops::Program>;
+using Cache = Handled<ops::KvCache>;
+
 // What one process shares: the target, the cache on disk and the kernels.
 class Engine {
  public:
@@ -132,21 +185,22 @@ class Engine {
   // Text to text: parse, check, run the passes.
   std::string optimize(const std::string& text) const { return graph::print(optimized(text)); }
 
-  std::unique_ptr<ops::Program> compile(const std::string& text,
-                                        const std::map<std::string, TypedAddress>& constants,
-                                        std::shared_ptr<ops::WeightStore> weights) const {
+  std::shared_ptr<Program> compile(const std::string& text,
+                                   const std::map<std::string, TypedAddress>& constants,
+                                   std::shared_ptr<ops::WeightStore> weights) const {
     nb::gil_scoped_release unlocked;
     if (!target_.has(Isa::avx2)) throw CoreError("this CPU has no AVX2 and FMA");
     const Environment& settings = environment();
     ops::CompileOptions options;
     options.disabled.insert(settings.disable.names.begin(), settings.disable.names.end());
+    options.exact_weights = settings.weights != WeightMode::plain;
     options.fallback_onednn = settings.fallback == Fallback::onednn;
     std::map<std::string, ops::TensorView> views;
     for (const auto& [name, constant] : constants) {
       const auto& [address, dtype, shape] = constant;
       views[name] = {pointer(address), data_type(dtype), shape};
     }
-    return std::make_unique<ops::Program>(value_or_throw(
+    return Program::make(value_or_throw(
         ops::compile(optimized(text), views, target_, options, kernels_, std::move(weights))));
   }
 
@@ -162,32 +216,12 @@ class Engine {
   std::shared_ptr<ops::KernelLibrary> kernels_;
 };
 
-// Inputs and outputs carry no element types: the program knows them.
-std::vector<ops::TensorView> views(const std::vector<ShapedAddress>& tensors,
-                                   const std::vector<graph::DataType>& dtypes) {
-  if (tensors.size() != dtypes.size()) {
-    throw CoreError(fmt::format("{} tensors given, {} expected", tensors.size(), dtypes.size()));
-  }
-  std::vector<ops::TensorView> result;
-  result.reserve(tensors.size());
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    result.push_back({pointer(tensors[i].first), dtypes[i], tensors[i].second});
-  }
-  return result;
-}
-
 std::vector<graph::DataType> input_types(const ops::Program& program) {
   std::vector<graph::DataType> types;
   const graph::Graph& graph = program.graph();
   for (graph::ValueId id : graph.parameters) {
     if (!graph.type(id).is_cache) types.push_back(graph.type(id).dtype);
   }
-  return types;
-}
-
-std::vector<graph::DataType> output_types(const ops::Program& program) {
-  std::vector<graph::DataType> types;
-  for (graph::ValueId id : program.graph().outputs) types.push_back(program.graph().type(id).dtype);
   return types;
 }
 
@@ -208,26 +242,50 @@ ops::HostFunction host_function(const nb::object& host) {
   };
 }
 
-void run(ops::Program& program, const std::vector<ShapedAddress>& inputs,
-         const std::vector<ops::KvCache*>& caches, const std::vector<ShapedAddress>& outputs,
-         const nb::object& host, bool decode, int threads) {
-  std::vector<ops::TensorView> input_views = views(inputs, input_types(program));
-  std::vector<ops::TensorView> output_views = views(outputs, output_types(program));
-  ops::HostFunction function;
-  if (!host.is_none()) function = host_function(host);
-  ops::RunArguments arguments;
-  arguments.inputs = input_views;
-  arguments.caches = caches;
-  arguments.outputs = output_views;
-  arguments.host = function ? &function : nullptr;
-  arguments.phase = decode ? ops::Phase::decode : ops::Phase::prefill;
-  arguments.threads = threads;
-  Status status;
-  {
-    nb::gil_scoped_release unlocked;
-    status = program.run(arguments);
+Status run(Program& program, const StepCall& call) {
+  const std::vector<graph::DataType> types = input_types(program.object);
+  if (types.size() != static_cast<std::size_t>(call.input_count)) {
+    return Error{fmt::format("{} tensors given, {} expected", call.input_count, types.size())};
   }
-  check(status);
+  std::vector<ops::TensorView> inputs, outputs;
+  for (std::size_t i = 0; i < types.size(); ++i) {
+    const StepTensor& tensor = call.inputs[i];
+    inputs.push_back({tensor.data, types[i], Shape(tensor.sizes, tensor.sizes + tensor.rank)});
+  }
+  std::vector<std::shared_ptr<Cache>> holders;
+  std::vector<ops::KvCache*> caches;
+  for (std::int64_t i = 0; i < call.cache_count; ++i) {
+    holders.push_back(Cache::handles.find(call.caches[i]));
+    if (!holders.back()) return Error{"a cache of this step is gone"};
+    caches.push_back(&holders.back()->object);
+  }
+  const Result<std::vector<Shape>> shapes = program.object.output_shapes(inputs);
+  if (!shapes) return shapes.error();
+  const graph::Graph& graph = program.object.graph();
+  for (std::size_t i = 0; i < shapes->size(); ++i) {
+    const graph::DataType type = graph.type(graph.outputs[i]).dtype;
+    const Shape& shape = (*shapes)[i];
+    void* data = call.allocate(call.context, static_cast<std::int64_t>(i), static_cast<int>(type),
+                               shape.data(), static_cast<std::int64_t>(shape.size()));
+    outputs.push_back({data, type, shape});
+  }
+  ops::RunArguments arguments;
+  arguments.inputs = inputs;
+  arguments.caches = caches;
+  arguments.outputs = outputs;
+  arguments.host = program.host ? &program.host : nullptr;
+  arguments.phase = call.decode ? ops::Phase::decode : ops::Phase::prefill;
+  arguments.threads = static_cast<int>(call.threads);
+  std::lock_guard lock(program.running);
+  return program.object.run(arguments);
+}
+
+// What operators.cpp calls: see step_call.h.
+bool step(const StepCall* call, char* error, std::size_t error_bytes) {
+  const std::shared_ptr<Program> program = Program::handles.find(call->program);
+  const Status status = program ? run(*program, *call) : Status(Error{"this program is gone"});
+  if (!status) fmt::format_to_n(error, error_bytes - 1, "{}", status.error().message);
+  return status.ok();
 }
 
 nb::dict counters(const ops::PhaseCounters& phase) {
@@ -245,7 +303,8 @@ nb::dict counters(const ops::PhaseCounters& phase) {
   return result;
 }
 
-nb::dict report(const ops::Program& program) {
+nb::dict report(const Program& self) {
+  const ops::Program& program = self.object;
   nb::list regions;
   for (const ops::RegionReport& region : program.regions()) {
     nb::dict row;
@@ -267,9 +326,9 @@ nb::dict report(const ops::Program& program) {
   return result;
 }
 
-std::vector<std::pair<std::string, std::string>> parameters(const ops::Program& program) {
+std::vector<std::pair<std::string, std::string>> parameters(const Program& program) {
   std::vector<std::pair<std::string, std::string>> result;
-  const graph::Graph& graph = program.graph();
+  const graph::Graph& graph = program.object.graph();
   for (graph::ValueId id : graph.parameters) {
     result.emplace_back(graph.value(id).name, graph::print(graph.type(id)));
   }
@@ -380,31 +439,30 @@ void forward_log(nb::object sink) {
 }
 
 void bind_cache(nb::module_& module) {
-  using ops::KvCache;
-  nb::class_<KvCache>(module, "KvCache", "Keys and values of one layer, in blocks.")
-      .def("__init__",
-           [](KvCache* self, std::int64_t batch, std::int64_t kv_heads, std::int64_t head_dim,
-              const std::string& dtype) {
-             new (self) KvCache(batch, kv_heads, head_dim, data_type(dtype));
-           })
-      .def_prop_ro("batch", &KvCache::batch)
-      .def_prop_ro("kv_heads", &KvCache::kv_heads)
-      .def_prop_ro("head_dim", &KvCache::head_dim)
-      .def_prop_ro("length", &KvCache::length)
-      .def_prop_ro("bytes", &KvCache::bytes)
+  nb::class_<Cache>(module, "KvCache", "Keys and values of one layer, in blocks.")
+      .def(nb::new_([](std::int64_t batch, std::int64_t kv_heads, std::int64_t head_dim,
+                       const std::string& dtype) {
+        return Cache::make(batch, kv_heads, head_dim, data_type(dtype));
+      }))
+      .def_ro("handle", &Cache::handle)
+      .def_prop_ro("batch", [](const Cache& self) { return self.object.batch(); })
+      .def_prop_ro("kv_heads", [](const Cache& self) { return self.object.kv_heads(); })
+      .def_prop_ro("head_dim", [](const Cache& self) { return self.object.head_dim(); })
+      .def_prop_ro("length", [](const Cache& self) { return self.object.length(); })
+      .def_prop_ro("bytes", [](const Cache& self) { return self.object.bytes(); })
       .def("set_first_keys",
-           [](KvCache& self, const std::vector<std::int64_t>& keys) {
-             check(self.set_first_keys(keys));
+           [](Cache& self, const std::vector<std::int64_t>& keys) {
+             check(self.object.set_first_keys(keys));
            })
-      .def("truncate", &KvCache::truncate)
-      .def("read", [](const KvCache& self, Address keys,
-                      Address values) { self.read(pointer(keys), pointer(values)); })
+      .def("truncate", [](Cache& self, std::int64_t length) { self.object.truncate(length); })
+      .def("read", [](const Cache& self, Address keys,
+                      Address values) { self.object.read(pointer(keys), pointer(values)); })
       .def("write",
-           [](KvCache& self, Address keys, Address values, std::int64_t length) {
-             check(self.write(pointer(keys), pointer(values), length));
+           [](Cache& self, Address keys, Address values, std::int64_t length) {
+             check(self.object.write(pointer(keys), pointer(values), length));
            })
-      .def("reorder", [](KvCache& self, const std::vector<std::int64_t>& indices) {
-        check(self.reorder(indices));
+      .def("reorder", [](Cache& self, const std::vector<std::int64_t>& indices) {
+        check(self.object.reorder(indices));
       });
 }
 
@@ -415,23 +473,22 @@ void bind_program(nb::module_& module) {
   nb::class_<ops::WeightStore>(module, "WeightStore", "Packed weights that programs share.")
       .def(nb::init<>())
       .def("forget", [](ops::WeightStore& self, Address source) { self.forget(pointer(source)); })
+      .def("reserve", &ops::WeightStore::reserve)
+      .def("settle", &ops::WeightStore::settle, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("bytes", &ops::WeightStore::bytes);
-  nb::class_<ops::Program>(module, "Program", "What runs: steps of kernels and host calls.")
+  nb::class_<Program>(module, "Program", "What runs: steps of kernels and host calls.")
+      .def_ro("handle", &Program::handle)
       .def_prop_ro("parameters", &parameters)
-      .def_prop_ro("text", [](const ops::Program& self) { return graph::print(self.graph()); })
-      .def("output_shapes",
-           [](const ops::Program& self, const std::vector<ShapedAddress>& inputs) {
-             return value_or_throw(self.output_shapes(views(inputs, input_types(self))));
-           })
-      .def("run", &run, "inputs"_a, "caches"_a, "outputs"_a, "host"_a.none(), "decode"_a,
-           "threads"_a)
-      .def("prepare", [](ops::Program& self) { check(self.prepare()); })
+      .def_prop_ro("text", [](const Program& self) { return graph::print(self.object.graph()); })
+      .def("set_host",
+           [](Program& self, const nb::object& host) { self.host = host_function(host); })
       .def("prepare",
-           [](ops::Program& self) {
+           [](Program& self) {
              nb::gil_scoped_release unlocked;
-             check(self.prepare());
+             check(self.object.prepare());
            })
       .def("report", &report);
+  module.def("step_function", [] { return reinterpret_cast<Address>(&step); });
   nb::class_<Engine>(module, "Engine", "Target, cache on disk and kernels of one process.")
       .def(nb::init<const std::string&>(), "rung"_a = "")
       .def("optimize", &Engine::optimize, "text"_a)

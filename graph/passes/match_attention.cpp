@@ -6,10 +6,12 @@
 // head h of the repeated tensor is head h / n of the original, which is what attention's native
 // grouped heads read. One pass over the keys replaces four kernels and a score matrix in memory.
 //
-// A conversion of the scores to fp32 and back is taken in: the fused op is in fp32 throughout.
+// A conversion of the scores to fp32 and back is taken in: the fused op is in fp32 throughout. So
+// are additive masks: one of 16 bits is widened, once for all the attentions that read it.
 //
 // Tested by passes_test, filetests/passes/match_attention.graph.
 #include <cstdint>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -91,9 +93,20 @@ Repeated unrepeated(Rewriter& rewriter, ValueId value, NodeId reader) {
   return source ? Repeated{*source, times} : itself;
 }
 
+// Masks of 16 bits by their values in fp32, both of the new graph.
+using WideMasks = std::map<ValueId, ValueId>;
+
+ValueId widened(Rewriter& rewriter, ValueId mask, WideMasks& known) {
+  const DataType dtype = rewriter.built().type(mask).dtype;
+  if (!is_float(dtype) || dtype == DataType::f32) return mask;
+  if (auto found = known.find(mask); found != known.end()) return found->second;
+  const auto wide = rewriter.append(Op::convert, {mask}, {{"dtype", DataType::f32}});
+  return wide ? known[mask] = *wide : mask;
+}
+
 // q, k, v [, mask] are values of the old graph.
 bool emit(Rewriter& rewriter, const Node& node, const std::vector<ValueId>& values,
-          const Attributes& attributes) {
+          const Attributes& attributes, WideMasks& masks) {
   const NodeId self = rewriter.source().value(node.results[0]).producer;
   const Repeated k = unrepeated(rewriter, values[1], self);
   const Repeated v = unrepeated(rewriter, values[2], self);
@@ -102,11 +115,13 @@ bool emit(Rewriter& rewriter, const Node& node, const std::vector<ValueId>& valu
     operands[1] = k.source;
     operands[2] = v.source;
   }
+  if (operands.size() > 3) operands[3] = widened(rewriter, operands[3], masks);
   if (node.op == Op::attention && operands == rewriter.mapped(node.operands)) return false;
   return rewriter.replace(node.results[0], Op::attention, std::move(operands), attributes);
 }
 
-bool match_spelled_out(Rewriter& rewriter, const Node& node, const Pattern& pattern) {
+bool match_spelled_out(Rewriter& rewriter, const Node& node, const Pattern& pattern,
+                       WideMasks& masks) {
   auto found = find(pattern, rewriter, node.results[0]);
   if (!found) return false;
   const Type &q = found->type("q"), &k = found->type("k"), &v = found->type("v");
@@ -119,18 +134,20 @@ bool match_spelled_out(Rewriter& rewriter, const Node& node, const Pattern& patt
     if (!is_float(found->type("mask").dtype)) return false;
     values.push_back(found->value("mask"));
   }
-  return emit(rewriter, node, values, {{"scale", scale(*found)}, {"causal", false}});
+  return emit(rewriter, node, values, {{"scale", scale(*found)}, {"causal", false}}, masks);
 }
 
 }  // namespace
 
 Graph match_attention(Graph graph, const Target&) {
   const Pattern pattern = spelled_out();
+  WideMasks masks;
   return rewrite(graph, [&](Rewriter& rewriter, const Node& node) {
     if (node.op == Op::attention) {
-      return node.operands.size() > 2 && emit(rewriter, node, node.operands, node.attributes);
+      return node.operands.size() > 2 &&
+             emit(rewriter, node, node.operands, node.attributes, masks);
     }
-    return node.op == Op::matmul && match_spelled_out(rewriter, node, pattern);
+    return node.op == Op::matmul && match_spelled_out(rewriter, node, pattern, masks);
   });
 }
 

@@ -16,6 +16,9 @@
 #include <cstddef>
 #include <cstring>
 #include <memory>
+#include <vector>
+
+#include "ops/gemm/exact.h"
 
 namespace tilewright::ops {
 namespace {
@@ -119,20 +122,36 @@ void pack_panel(PanelRows rows, std::int64_t row_bytes, std::int64_t units, floa
   }
 }
 
+// Replaces rows of f32 by their narrowed copies in `to`.
+void narrow_rows(PanelRows& rows, std::int64_t k, graph::DataType dtype, std::uint16_t* to) {
+  for (const std::byte*& row : rows) {
+    if (row == nullptr) continue;
+    narrow(dtype, {reinterpret_cast<const std::uint32_t*>(row), static_cast<std::size_t>(k)}, to);
+    row = reinterpret_cast<const std::byte*>(to);
+    to += k;
+  }
+}
+
 }  // namespace
 
 std::int64_t packed_bytes(std::int64_t n, std::int64_t k, graph::DataType dtype) {
   return round_up(n, kPanelColumns) * panel_units(k, dtype) * kUnitBytes;
 }
 
-void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::DataType dtype,
-                 bool gated, std::int64_t panel_begin, std::int64_t panel_end, void* packed) {
+void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::DataType source,
+                 graph::DataType dtype, bool gated, std::int64_t panel_begin,
+                 std::int64_t panel_end, void* packed) {
   assert(!gated || (blocks.size() == 2 && blocks[0].rows == blocks[1].rows));
   const std::int64_t units = panel_units(k, dtype);
   const std::int64_t row_bytes = k * graph::size_in_bytes(dtype);
+  // The rows of one panel in the packed type: 64 KiB at k = 1024, so they stay in cache.
+  std::vector<std::uint16_t> narrowed;
+  if (source != dtype) narrowed.resize(static_cast<std::size_t>(kPanelColumns * k));
   for (std::int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    PanelRows rows = panel_rows(blocks, gated, panel);
+    if (source != dtype) narrow_rows(rows, k, dtype, narrowed.data());
     float* out = static_cast<float*>(packed) + panel * units * kPanelColumns;
-    pack_panel(panel_rows(blocks, gated, panel), row_bytes, units, out);
+    pack_panel(rows, row_bytes, units, out);
   }
 }
 

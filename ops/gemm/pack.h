@@ -28,9 +28,11 @@ struct WeightBlock {
 std::int64_t packed_bytes(std::int64_t n, std::int64_t k, graph::DataType dtype);
 
 // Packs panels [panel_begin, panel_end) of the stacked blocks (gated: exactly two blocks of equal
-// rows, gate and up) into `packed`, which has packed_bytes. Callable from several threads for
-// disjoint panels.
-void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::DataType dtype,
-                 bool gated, std::int64_t panel_begin, std::int64_t panel_end, void* packed);
+// rows, gate and up) into `packed`, which has packed_bytes. The blocks hold values of `source`:
+// that is `dtype`, or f32 whose values all fit a 16-bit `dtype` (exact.h). Callable from several
+// threads for disjoint panels.
+void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::DataType source,
+                 graph::DataType dtype, bool gated, std::int64_t panel_begin,
+                 std::int64_t panel_end, void* packed);
 
 }  // namespace tilewright::ops

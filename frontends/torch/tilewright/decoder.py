@@ -26,7 +26,7 @@ from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
 from tilewright.model_capture import CapturedModel, capture_model
-from tilewright.program import Executable
+from tilewright.program import Executable, store_for
 
 # What a program computes with; any other argument must be None or false.
 _KNOWN = frozenset(
@@ -196,13 +196,18 @@ class Decoder(InstalledForward):
 
     def _make(self, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
         """Captures and compiles. A model that cannot be captured is not tried again."""
+        store = store_for(self.model.parameters())
         try:
             core.engine()
+            if not self._programs:
+                store.reserve(_packed_bytes(self.model))
             captured = capture_model(self.model, self.original, logits_to_keep)
             executable = Executable(captured.lowered, captured.lowered.constants)
         except (UnsupportedError, core.CoreError) as error:
             self.unsupported = str(error).splitlines()[0]
             raise NotRunnableError(self.unsupported) from None
+        finally:
+            store.settle()
         self._parts = [weakref.ref(part) for part in self._parts_now()]
         return captured, executable
 
@@ -245,6 +250,18 @@ def decoder_of(model: Any) -> Decoder | None:
     """The decoder installed in a model, if there is one."""
     installed = installed_in(model)
     return installed if isinstance(installed, Decoder) else None
+
+
+def _packed_bytes(model: Any) -> int:
+    """About what its packed weights will take: matrices, but for tables that are only looked up."""
+    matrices = {
+        id(parameter): parameter
+        for module in model.modules()
+        if not isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 2
+    }
+    return sum(p.numel() * p.element_size() for p in matrices.values())
 
 
 def _flat(arguments: dict[str, Any]) -> dict[str, Any]:

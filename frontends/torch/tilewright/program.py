@@ -20,7 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tilewright import _core, core, host
+from tilewright import _core, core, host, operators
 from tilewright.graph_text import DTYPE_NAMES, DTYPES, Type
 from tilewright.lower import Lowered
 
@@ -146,6 +146,9 @@ class Executable:
             },
             self.store,
         )
+        compute = weakref.WeakMethod(self._host)
+        self.program.set_host(lambda *call: compute()(*call))  # type: ignore[misc]
+        operators.register(self.program.handle, self)
 
     def forget_weights(self) -> None:
         for address in self.weights.addresses():
@@ -168,19 +171,31 @@ class Executable:
         caches: Sequence[Any] = (),
     ) -> list[torch.Tensor]:
         """The program's outputs. Tensors are row-major, in the program's order."""
-        inputs = [(tensor.data_ptr(), tuple(tensor.shape)) for tensor in tensors]
-        inputs += [(0, (symbols[name], 0)) for name in self.lowered.shape_inputs]
-        results = [torch.empty(size(symbols), dtype=size.dtype) for size in self._results]
         self._symbols = dict(symbols)
-        self.program.run(
-            inputs,
-            list(caches),
-            [(result.data_ptr(), tuple(result.shape)) for result in results],
-            self._host,
-            self.is_decode(symbols),
-            core.threads(),
-        )
-        return results
+        try:
+            return operators.step(
+                self.program.handle,
+                tensors,
+                [symbols[name] for name in self.lowered.shape_inputs],
+                [cache.handle for cache in caches],
+                self.is_decode(symbols),
+                core.threads(),
+            )
+        except RuntimeError as error:
+            raise core.CoreError(str(error)) from None
+
+    def empty_results(
+        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """What `run` returns, uninitialised; also for fake tensors."""
+        symbols: dict[str, Any] = dict(zip(self.lowered.shape_inputs, sizes, strict=True))
+        types = [text for _, text in self.program.parameters if not text.startswith("cache")]
+        for tensor, text in zip(tensors, types, strict=False):
+            dims = text[text.index("[") + 1 : -1].split(", ")
+            symbols.update(
+                {d: n for d, n in zip(dims, tensor.shape, strict=False) if d.isidentifier()}
+            )
+        return [torch.empty(size(symbols), dtype=size.dtype) for size in self._results]
 
     def _host(self, function: str, attributes: str, inputs: Any, outputs: Any) -> None:
         host.run(
