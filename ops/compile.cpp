@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <iterator>
 
 #include "graph/tensor.h"
 #include "ops/lowering.h"
@@ -78,6 +79,13 @@ Result<Program> Lowering::run() {
     begin = end;
   }
   if (Status finished = finish_outputs(); !finished) return finished.error();
+  for (const std::string& name : read_in_place_) {
+    if (WeightStore::is_token(constants_.at(name).data)) {
+      return Error{fmt::format("the memory of constant \"{}\" is needed", name)};
+    }
+  }
+  std::set_difference(packed_.begin(), packed_.end(), read_in_place_.begin(), read_in_place_.end(),
+                      std::back_inserter(state_->packed_sources));
   if (Status made = kernels_->flush(); !made) return made.error();
   return Program(std::move(state_));
 }
@@ -358,6 +366,8 @@ Result<Layout> Lowering::constant_layout(const graph::Node& node) {
   std::size_t bytes = 0;
   for (const std::string& name : constant_sources(node.results[0])) {
     const TensorView& part = constants_.at(name);
+    read_in_place_.insert(name);
+    if (WeightStore::is_token(part.data)) return Error{fmt::format("\"{}\" is packed", name)};
     parts.push_back(&part);
     bytes += static_cast<std::size_t>(element_count(part) * graph::size_in_bytes(part.dtype));
   }

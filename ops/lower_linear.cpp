@@ -88,6 +88,9 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   Result<std::shared_ptr<const PackedWeight>> packed =
       weights_->pack(blocks, task.spec.k, task.spec.weight, epilogue.gated, options_.exact_weights);
   if (!packed) return packed.error();
+  for (ValueId weight : weights) {
+    for (const std::string& name : constant_sources(weight)) packed_.insert(name);
+  }
   task.weight = *packed;
   task.spec.weight = task.weight->dtype;
   task.rows = dim(x->rows);

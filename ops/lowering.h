@@ -110,6 +110,7 @@ class Lowering {
   std::vector<std::optional<Layout>> layouts_;   // by ValueId
   std::map<graph::ValueId, int> cache_indices_;  // cache values: which cache parameter
   std::map<const void*, int> constant_buffers_;
+  std::set<std::string> packed_, read_in_place_;  // sources of constants
   struct Forward {
     graph::NodeId consumer;  // a cat or a kv_append
     int operand;

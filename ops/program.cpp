@@ -415,6 +415,8 @@ const PhaseCounters& Program::counters(Phase phase) const {
 
 std::vector<RegionReport> Program::regions() const { return state_->regions; }
 
+const std::vector<std::string>& Program::packed_sources() const { return state_->packed_sources; }
+
 int Program::layer_count() const {
   int count = 0;
   for (const Step& step : state_->steps) count += step.attention ? 1 : 0;

@@ -87,6 +87,8 @@ class Program {
 
   const PhaseCounters& counters(Phase phase) const;
   std::vector<RegionReport> regions() const;
+  // Constants that were packed and whose own memory no step reads: it may be given back.
+  const std::vector<std::string>& packed_sources() const;
   int layer_count() const;            // attention steps
   std::uint64_t arena_bytes() const;  // of the last run
 

@@ -65,6 +65,8 @@ struct Program::State {
   std::vector<RegionReport> regions;
   std::vector<std::shared_ptr<const void>> keep_alive;  // constants that compile() made
 
+  std::vector<std::string> packed_sources;  // constants whose own memory no step reads
+
   // Of the last run.
   std::vector<std::int64_t> dim_values;
   std::vector<std::int64_t> arena_sizes, arena_offsets;

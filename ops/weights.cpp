@@ -9,18 +9,29 @@
 
 namespace tilewright::ops {
 
+std::string WeightStore::identify(const Item& item) {
+  std::string text = fmt::format("{} {} {} {}", graph::name(item.source), item.k,
+                                 item.gated ? "gated" : "separate", item.exact ? "exact" : "plain");
+  for (const WeightBlock& block : item.blocks) {
+    text += fmt::format(" {}:{}:{}", block.data, block.rows, block.row_stride);
+  }
+  return text;
+}
+
 Result<std::shared_ptr<const PackedWeight>> WeightStore::pack(
     const std::vector<WeightBlock>& blocks, std::int64_t k, graph::DataType source, bool gated,
     bool exact) {
+  Item item{{}, blocks, k, source, gated, exact, nullptr};
+  item.identity = identify(item);
   std::int64_t n = 0;
-  std::string identity = fmt::format("{} {} {} {}", graph::name(source), k,
-                                     gated ? "gated" : "separate", exact ? "exact" : "plain");
-  for (const WeightBlock& block : blocks) {
-    n += block.rows;
-    identity += fmt::format(" {}:{}:{}", block.data, block.rows, block.row_stride);
-  }
+  for (const WeightBlock& block : blocks) n += block.rows;
   std::lock_guard lock(mutex_);
-  if (auto found = items_.find(identity); found != items_.end()) return found->second.weight;
+  for (const Item& known : items_) {
+    if (known.identity == item.identity) return known.weight;
+  }
+  for (const WeightBlock& block : blocks) {
+    if (is_token(block.data)) return Error{"its weight is packed in another form already"};
+  }
 
   const bool narrows = exact && source == graph::DataType::f32;
   const graph::DataType dtype = narrows ? exact_type(blocks, k) : source;
@@ -38,26 +49,67 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::pack(
     const WorkRange panels = share(panel_count(n), thread, threads);
     pack_panels(blocks, k, source, dtype, gated, panels.begin, panels.end, weight->data.get());
   });
-  Item item{{}, weight};
-  for (const WeightBlock& block : blocks) item.sources.push_back(block.data);
-  items_.emplace(std::move(identity), std::move(item));
+  item.weight = weight;
+  items_.push_back(std::move(item));
   return std::shared_ptr<const PackedWeight>(weight);
 }
 
 void WeightStore::forget(const void* source) {
   std::lock_guard lock(mutex_);
-  std::erase_if(items_, [source](const auto& item) {
-    for (const void* candidate : item.second.sources) {
-      if (candidate == source) return true;
+  std::erase_if(items_, [source](Item& item) {
+    bool mentions = false, needed = false;
+    for (WeightBlock& block : item.blocks) {
+      if (block.data == source) {
+        mentions = true;
+        block.data = nullptr;
+      }
+      needed = needed || is_token(block.data);
     }
-    return false;
+    if (mentions) item.identity.clear();
+    return mentions && !needed;
   });
+}
+
+bool WeightStore::is_token(const void* source) {
+  // The upper half of the address space is the kernel's.
+  return (reinterpret_cast<std::uintptr_t>(source) >> 63) != 0;
+}
+
+const void* WeightStore::release(const void* source) {
+  std::lock_guard lock(mutex_);
+  WeightBlock* only = nullptr;
+  Item* owner = nullptr;
+  for (Item& item : items_) {
+    for (WeightBlock& block : item.blocks) {
+      if (block.data != source) continue;
+      if (only != nullptr) return nullptr;
+      only = &block;
+      owner = &item;
+    }
+  }
+  if (only == nullptr || owner->identity.empty()) return nullptr;
+  only->data = reinterpret_cast<const void*>(std::uintptr_t{1} << 63 | ++last_token_ << 12);
+  owner->identity = identify(*owner);
+  return only->data;
+}
+
+Status WeightStore::unpack(const void* token, void* to) const {
+  std::lock_guard lock(mutex_);
+  for (const Item& item : items_) {
+    for (std::size_t i = 0; i < item.blocks.size(); ++i) {
+      if (item.blocks[i].data != token) continue;
+      unpack_block(item.weight->data.get(), item.blocks, i, item.k, item.weight->dtype, item.source,
+                   item.gated, to);
+      return {};
+    }
+  }
+  return Error{"these weights are gone"};
 }
 
 std::int64_t WeightStore::bytes() const {
   std::lock_guard lock(mutex_);
   std::int64_t sum = 0;
-  for (const auto& [identity, item] : items_) sum += item.weight->bytes;
+  for (const Item& item : items_) sum += item.weight->bytes;
   return sum;
 }
 

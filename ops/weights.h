@@ -4,11 +4,14 @@
 // A packed weight is identified by the source blocks' addresses, its shape, type and packing. The
 // store does not watch the sources: the front end calls forget() when a parameter changed or died.
 //
-// Thread-safe. Tested by program_test.
+// A source that was packed may give its memory back: release() returns a token that stands for its
+// address from then on, and the packed weight is the only copy of its values, which unpack() reads.
+//
+// Thread-safe. Tested by program_test, weights_test.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -35,8 +38,15 @@ class WeightStore {
   Result<std::shared_ptr<const PackedWeight>> pack(const std::vector<WeightBlock>& blocks,
                                                    std::int64_t k, graph::DataType source,
                                                    bool gated, bool exact);
-  // Drops what was packed from a source at this address; programs that use it keep their copy.
+  // Drops what was packed from this source; programs that use it keep their copy. Values that only
+  // the store has stay until the last token for them is forgotten.
   void forget(const void* source);
+  // Whether an address is a token.
+  static bool is_token(const void* source);
+  // Null if the source was not packed, or more than once: then its memory must stay.
+  const void* release(const void* source);
+  // Writes the source's rows, row-major in its own type, bit for bit as they were.
+  Status unpack(const void* token, void* to) const;
   std::int64_t bytes() const;
   // Around capture and packing: fetches memory for so many bytes of packed weights meanwhile
   // (weight_memory.h).
@@ -45,12 +55,19 @@ class WeightStore {
 
  private:
   struct Item {
-    std::vector<const void*> sources;
+    std::string identity;  // empty: a source changed, nothing may find it
+    std::vector<WeightBlock> blocks;
+    std::int64_t k = 0;
+    graph::DataType source = graph::DataType::f32;
+    bool gated = false, exact = false;
     std::shared_ptr<const PackedWeight> weight;
   };
+  static std::string identify(const Item& item);
+
   mutable std::mutex mutex_;
   WeightMemory memory_;
-  std::map<std::string, Item, std::less<>> items_;
+  std::vector<Item> items_;
+  std::uintptr_t last_token_ = 0;
 };
 
 }  // namespace tilewright::ops

@@ -473,12 +473,23 @@ void bind_program(nb::module_& module) {
   nb::class_<ops::WeightStore>(module, "WeightStore", "Packed weights that programs share.")
       .def(nb::init<>())
       .def("forget", [](ops::WeightStore& self, Address source) { self.forget(pointer(source)); })
+      .def("release",
+           [](ops::WeightStore& self, Address source) {
+             return reinterpret_cast<Address>(self.release(pointer(source)));
+           })
+      .def("unpack",
+           [](const ops::WeightStore& self, Address token, Address to) {
+             nb::gil_scoped_release unlocked;
+             check(self.unpack(pointer(token), pointer(to)));
+           })
       .def("reserve", &ops::WeightStore::reserve)
       .def("settle", &ops::WeightStore::settle, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("bytes", &ops::WeightStore::bytes);
   nb::class_<Program>(module, "Program", "What runs: steps of kernels and host calls.")
       .def_ro("handle", &Program::handle)
       .def_prop_ro("parameters", &parameters)
+      .def_prop_ro("packed_sources",
+                   [](const Program& self) { return self.object.packed_sources(); })
       .def_prop_ro("text", [](const Program& self) { return graph::print(self.object.graph()); })
       .def("set_host",
            [](Program& self, const nb::object& host) { self.host = host_function(host); })

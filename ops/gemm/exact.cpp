@@ -5,6 +5,7 @@
 #include <atomic>
 #include <bit>
 
+#include "ops/scalar_type.h"
 #include "ops/threads.h"
 
 namespace tilewright::ops {
@@ -80,6 +81,11 @@ void narrow(DataType type, std::span<const std::uint32_t> from, std::uint16_t* t
   } else {
     std::transform(from.begin(), from.end(), to, to_half);
   }
+}
+
+std::uint32_t widen(DataType type, std::uint16_t bits) {
+  if (type == DataType::bf16) return std::uint32_t{bits} << 16;
+  return std::bit_cast<std::uint32_t>(static_cast<float>(read_scalar(type, &bits)));
 }
 
 }  // namespace tilewright::ops

@@ -27,5 +27,7 @@ graph::DataType exact_type(std::span<const WeightBlock> blocks, std::int64_t k);
 
 // Narrows values that fit: `to` gets the patterns of `type`. REQUIRES: fits(type, from).
 void narrow(graph::DataType type, std::span<const std::uint32_t> from, std::uint16_t* to);
+// The inverse, for any value.
+std::uint32_t widen(graph::DataType type, std::uint16_t bits);
 
 }  // namespace tilewright::ops

@@ -10,6 +10,7 @@
 // Tested by pack_test.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -34,5 +35,11 @@ std::int64_t packed_bytes(std::int64_t n, std::int64_t k, graph::DataType dtype)
 void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::DataType source,
                  graph::DataType dtype, bool gated, std::int64_t panel_begin,
                  std::int64_t panel_end, void* packed);
+
+// The inverse: writes the values of blocks[index], as `source` and row-major without padding
+// between rows. The addresses in `blocks` are not looked at.
+void unpack_block(const void* packed, std::span<const WeightBlock> blocks, std::size_t index,
+                  std::int64_t k, graph::DataType dtype, graph::DataType source, bool gated,
+                  void* to);
 
 }  // namespace tilewright::ops

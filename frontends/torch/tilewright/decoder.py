@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from tilewright import core
+from tilewright import _core, core
 from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
 from tilewright.model_capture import CapturedModel, capture_model
-from tilewright.program import Executable, store_for
+from tilewright.packed import stand_ins, unpack_all
+from tilewright.program import Executable
 
 # What a program computes with; any other argument must be None or false.
 _KNOWN = frozenset(
@@ -65,6 +66,8 @@ class Decoder(InstalledForward):
         super().__init__(model)
         self._lock = threading.RLock()
         self._programs: dict[int, tuple[CapturedModel, Executable]] = {}
+        self._store = _core.WeightStore()
+        self.frees = False  # packed parameters may be: the model is the caller's to change
         self._parts: list[weakref.ref[Any]] = []
         self.unsupported = ""  # why no program can be made of this model
         self.calls = 0  # of the program
@@ -196,18 +199,20 @@ class Decoder(InstalledForward):
 
     def _make(self, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
         """Captures and compiles. A model that cannot be captured is not tried again."""
-        store = store_for(self.model.parameters())
         try:
             core.engine()
             if not self._programs:
-                store.reserve(_packed_bytes(self.model))
-            captured = capture_model(self.model, self.original, logits_to_keep)
-            executable = Executable(captured.lowered, captured.lowered.constants)
+                self._store.reserve(_packed_bytes(self.model))
+            with stand_ins(self.model) as packed:
+                captured = capture_model(self.model, self.original, logits_to_keep)
+            tensors = captured.lowered.constants
+            tensors.update({name: packed.get(id(t), t) for name, t in tensors.items()})
+            executable = Executable(captured.lowered, tensors, self._store, self.frees)
         except (UnsupportedError, core.CoreError) as error:
             self.unsupported = str(error).splitlines()[0]
             raise NotRunnableError(self.unsupported) from None
         finally:
-            store.settle()
+            self._store.settle()
         self._parts = [weakref.ref(part) for part in self._parts_now()]
         return captured, executable
 
@@ -239,6 +244,7 @@ class Decoder(InstalledForward):
         """Captures and packs again at the next call."""
         for _, executable in self._programs.values():
             executable.forget_weights()
+        unpack_all(self.model)
         self._programs.clear()
         self.unsupported = ""
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tilewright.installed import CompiledForward, InstalledForward, installed_in
+from tilewright.packed import unpack_all
 
 log = logging.getLogger("tilewright")
 
@@ -44,8 +45,9 @@ def optimize(
     """Returns a model that computes through our programs; `restore` undoes it.
 
     dtype: float32, bfloat16 or float16 for the parameters; None keeps them. inplace: change `model`
-    itself, else a copy (which shares the parameters that keep their type). The model must be in
-    eval mode and on the CPU.
+    itself, else a copy (which shares the parameters that keep their type). In place, the memory of
+    weights is given back once they are packed; they return to it when something reads them
+    (packed.py). The model must be in eval mode and on the CPU.
 
     A causal language model of transformers runs as one program per step; any other module goes
     through torch.compile with our backend. Nothing is captured or packed before the first call.
@@ -70,6 +72,7 @@ def optimize(
         from tilewright.decoder import Decoder
 
         installed = Decoder(model)
+        installed.frees = inplace
     else:
         installed = CompiledForward(model)
     installed.parameter_types = before
@@ -87,6 +90,7 @@ def restore(model: nn.Module) -> nn.Module:
     if installed is None:
         return model
     installed.uninstall()
+    unpack_all(original)
     types = installed.parameter_types
     for name, parameter in original.named_parameters():
         if name in types and parameter.dtype != types[name]:

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tilewright import _core, core, host, operators
 from tilewright.graph_text import DTYPE_NAMES, DTYPES, Type
 from tilewright.lower import Lowered
+from tilewright.packed import PackedParameter, address, release
 
 _stores: Any = WeakIdKeyDictionary()
 
@@ -50,7 +51,11 @@ def tensor_at(address: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.T
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """Tensors made in inference mode keep no count of their writes."""
+    """Tensors made in inference mode keep no count of their writes; packed ones have none."""
+    if isinstance(tensor, PackedParameter):
+        if tensor.token is not None:
+            return 0
+        tensor = tensor.values()
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -64,29 +69,29 @@ class Weights:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._marks: dict[str, tuple[Any, int, int]] = {
-            name: (weakref.ref(tensor), tensor.data_ptr(), version_of(tensor))
+            name: (weakref.ref(tensor), address(tensor), version_of(tensor))
             for name, tensor in tensors.items()
         }
         self._fingerprint = _core.Fingerprint(
             [
                 (tensor.data_ptr(), tensor.numel() * tensor.element_size())
                 for tensor in tensors.values()
-                if tensor.is_contiguous()
+                if tensor.is_contiguous() and not isinstance(tensor, PackedParameter)
             ]
         )
         self._value = self._fingerprint.value()
 
     def same(self, name: str, tensor: torch.Tensor) -> bool:
-        reference, address, version = self._marks[name]
+        reference, place, version = self._marks[name]
         return bool(
-            reference() is tensor and tensor.data_ptr() == address and version_of(tensor) == version
+            reference() is tensor and address(tensor) == place and version_of(tensor) == version
         )
 
     def all_same(self) -> bool:
         """Nobody replaced the memory of a tensor or wrote it in a way that torch counts."""
-        for reference, address, version in self._marks.values():
+        for reference, place, version in self._marks.values():
             tensor: Any = reference()
-            if tensor is None or tensor.data_ptr() != address or version_of(tensor) != version:
+            if tensor is None or address(tensor) != place or version_of(tensor) != version:
                 return False
         return True
 
@@ -94,8 +99,9 @@ class Weights:
         """REQUIRES: the tensors live."""
         return bool(self._fingerprint.value() != self._value)
 
-    def addresses(self) -> list[int]:
-        return [address for _, address, _ in self._marks.values()]
+    def places(self) -> list[int]:
+        """Addresses; not tokens, which end with their parameters."""
+        return [place for _, place, _ in self._marks.values() if place >> 63 == 0]
 
 
 class Sizes:
@@ -116,14 +122,24 @@ class Sizes:
 class Executable:
     """See the module's description."""
 
-    def __init__(self, lowered: Lowered, tensors: Mapping[str, torch.Tensor]) -> None:
-        """`tensors`: the constants by name. CoreError when the core refuses the graph."""
+    def __init__(
+        self,
+        lowered: Lowered,
+        tensors: Mapping[str, torch.Tensor],
+        store: Any = None,
+        frees: bool = False,
+    ) -> None:
+        """`tensors`: the constants by name. `store`: where to pack them, by default the one of the
+        parameters' model. `frees`: give back the memory of parameters that are packed
+        (packed.py). CoreError when the core refuses the graph."""
         # Without the tensors: what runs must not keep a model alive that its user dropped.
         self.lowered = dataclasses.replace(lowered, constants={})
         self._constants = tuple(lowered.constants)
         self.lock = threading.RLock()
         self._results = [Sizes(type_) for type_ in lowered.results]
         self._symbols: dict[str, int] = {}
+        self.store = store
+        self._frees = frees
         executables.add(self)
         self.bind(tensors)
 
@@ -136,23 +152,27 @@ class Executable:
             for name, tensor in constants.items()
             if not tensor.is_contiguous()
         }
-        self.weights = Weights(constants)
-        self.store = store_for(constants.values())
+        if self.store is None:
+            self.store = store_for(constants.values())
         self.program = core.engine().compile(
             self.lowered.text,
             {
-                name: (tensor.data_ptr(), DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+                name: (address(tensor), DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
                 for name, tensor in (constants | self._copies).items()
             },
             self.store,
         )
+        if self._frees:
+            for name in self.program.packed_sources:
+                release(constants[name], self.store)
+        self.weights = Weights(constants)
         compute = weakref.WeakMethod(self._host)
         self.program.set_host(lambda *call: compute()(*call))  # type: ignore[misc]
         operators.register(self.program.handle, self)
 
     def forget_weights(self) -> None:
-        for address in self.weights.addresses():
-            self.store.forget(address)
+        for place in self.weights.places():
+            self.store.forget(place)
 
     def symbols(self, arguments: Sequence[Any]) -> dict[str, int]:
         return {

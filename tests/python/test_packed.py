@@ -1,0 +1,234 @@
+"""Packed parameters: memory is given back, and whatever a user does to a weight still works."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("tilewright._core")
+
+import tilewright
+from tilewright import _core
+from tilewright.decoder import decoder_of
+from tilewright.packed import PackedParameter, Source, release
+from tiny_models import prompt, tiny_llama
+
+
+def packed_parameter(dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, torch.Tensor]:
+    """A layer whose weight is packed, and what the weight was."""
+    layer = nn.Linear(45, 37, dtype=dtype)
+    expected = layer.weight.detach().clone()
+    compile_and_release(layer)
+    assert type(layer.weight) is PackedParameter and layer.weight.token is not None
+    return layer, expected
+
+
+def compile_and_release(layer: nn.Linear) -> None:
+    from tilewright import core
+    from tilewright.graph_text import DTYPE_NAMES
+
+    dtype = DTYPE_NAMES[layer.weight.dtype]
+    store = _core.WeightStore()
+    text = f"""graph f(%x: {dtype}[s, 45]) -> ({dtype}[s, 37]) {{
+  %w = constant {{source = "w"}} : {dtype}[37, 45]
+  %y = linear(%x, %w)
+  return %y
+}}
+"""
+    constants = {"w": (layer.weight.data_ptr(), dtype, tuple(layer.weight.shape))}
+    program = core.engine().compile(text, constants, store)
+    assert program.packed_sources == ["w"]
+    assert release(layer.weight, store)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_come_back_bit_for_bit(dtype: torch.dtype) -> None:
+    layer, expected = packed_parameter(dtype)
+    parameter = layer.weight
+    assert isinstance(parameter, nn.Parameter) and parameter.requires_grad
+    assert parameter.shape == (37, 45) and parameter.dtype == dtype and parameter.numel() == 37 * 45
+    assert parameter.token is not None  # questions do not unpack
+    assert torch.equal(parameter, expected) and parameter.token is None
+
+
+READS: dict[str, Callable[[nn.Linear], Any]] = {
+    "forward": lambda layer: layer(torch.eye(45)) - layer.bias,
+    "state_dict": lambda layer: layer.state_dict()["weight"].T,
+    "data": lambda layer: layer.weight.data.T,
+    "view": lambda layer: layer.weight.view(-1).view(37, 45).T,
+    "clone": lambda layer: layer.weight.clone().T,
+    "deepcopy": lambda layer: copy.deepcopy(layer).weight.T,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)).weight.T,
+    "to": lambda layer: layer.weight.to(torch.float64).float().T,
+    "numpy": lambda layer: torch.from_numpy(layer.weight.detach().numpy()).T,
+    "tolist": lambda layer: torch.tensor(layer.weight.tolist()).T,
+    "index": lambda layer: torch.stack([layer.weight[i] for i in range(37)]).T,
+    "storage": lambda layer: (
+        torch.tensor(layer.weight.untyped_storage(), dtype=torch.uint8)
+        .view(torch.float32)
+        .view(37, 45)
+        .T
+    ),
+    "data_ptr": lambda layer: (layer.weight.data_ptr(), layer.weight)[1].T,
+    "module.double": lambda layer: copy.deepcopy(layer).double().weight.float().T,
+}
+
+
+@pytest.mark.parametrize("name", READS)
+@torch.no_grad()
+def test_whatever_reads_gets_the_values(name: str) -> None:
+    layer, expected = packed_parameter()
+    torch.testing.assert_close(READS[name](layer), expected.T, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_saving_and_loading() -> None:
+    layer, expected = packed_parameter()
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    assert torch.equal(torch.load(file)["weight"], expected)
+    layer, expected = packed_parameter()
+    layer.load_state_dict({"weight": expected + 1, "bias": layer.bias})
+    assert torch.equal(layer.weight, expected + 1)
+
+
+def write_data(w: torch.Tensor) -> None:
+    w.data += 1
+
+
+def assign_data(w: torch.Tensor) -> None:
+    w.data = w.data + 1
+
+
+def write_row(w: torch.Tensor) -> None:
+    for i in range(37):
+        w[i] += 1
+
+
+def write_view(w: torch.Tensor) -> None:
+    w.view(-1).add_(1)
+
+
+WRITES = [
+    write_data,
+    assign_data,
+    write_row,
+    write_view,
+    lambda w: w.add_(1),
+    lambda w: w.mul_(1).add_(1),
+]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@torch.no_grad()
+def test_whatever_writes_is_seen(write: Callable[[torch.Tensor], None]) -> None:
+    layer, expected = packed_parameter()
+    write(layer.weight)
+    assert torch.equal(layer.weight, expected + 1)
+
+
+def test_what_must_not_be_freed_is_not() -> None:
+    layer = nn.Linear(45, 37)
+    store = _core.WeightStore()
+    assert not release(layer.weight, store)  # not packed
+    view = layer.weight.detach()
+    with pytest.raises(AssertionError):
+        compile_and_release(layer)  # an alias may be written
+    del view
+    compile_and_release(layer)
+    assert type(layer.weight) is PackedParameter
+
+
+def test_the_store_forgets_what_nobody_stands_for() -> None:
+    layer = nn.Linear(45, 37)
+    compile_and_release(layer)
+    source = layer.weight._source
+    assert isinstance(source, Source)
+    store = source.store
+    assert store.bytes > 0
+    del source, layer
+    gc.collect()
+    assert store.bytes == 0
+
+
+def optimized() -> tuple[Any, Any, torch.Tensor]:
+    """An optimised model that ran, the same model untouched, and tokens."""
+    model, reference = tiny_llama(3), tiny_llama(3)
+    reference.load_state_dict(model.state_dict())
+    model = tilewright.llm.optimize(model, inplace=True)
+    ids = prompt()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-4)
+    return model, reference, ids
+
+
+def packed_count(model: nn.Module) -> int:
+    return sum(getattr(p, "token", None) is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_optimized_weights_are_packed_and_generate() -> None:
+    model, reference, ids = optimized()
+    assert packed_count(model) == 3 * 7  # the projections; the tied head is also the embedding
+    kept = dict(max_new_tokens=12, do_sample=False)
+    assert torch.equal(model.generate(ids, **kept), reference.generate(ids, **kept))
+    assert packed_count(model) == 3 * 7  # also through the program for the last row only
+    decoder = decoder_of(model)
+    assert decoder is not None and not decoder.fallbacks
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "data", "replace", "merge", "half"])
+@torch.no_grad()
+def test_changed_weights_are_honoured(how: str) -> None:
+    model, reference, ids = optimized()
+    for m in (model, reference):
+        projection = m.model.layers[1].mlp.down_proj
+        if how == "load_state_dict":
+            m.load_state_dict({k: v * 1.5 for k, v in m.state_dict().items()})
+        elif how == "data":
+            projection.weight.data *= -2
+        elif how == "replace":
+            projection.weight = nn.Parameter(torch.ones_like(projection.weight) * 0.01)
+        elif how == "merge":
+            delta = torch.linspace(-1, 1, projection.weight.numel()).view(projection.weight.shape)
+            projection.weight.data += delta
+        else:
+            projection.weight.data = projection.weight.data.half().float()
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-4)
+    assert torch.equal(
+        model.model.layers[1].mlp.down_proj.weight.data,
+        reference.model.layers[1].mlp.down_proj.weight.data,
+    )
+
+
+@torch.no_grad()
+def test_copies_restoring_and_fallbacks() -> None:
+    model, reference, ids = optimized()
+    twin = copy.deepcopy(model)
+    twin.model.layers[0].mlp.up_proj.weight.data.zero_()
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(twin(ids).logits, reference(ids).logits)
+    hidden = model(ids, output_hidden_states=True).hidden_states
+    expected = reference(ids, output_hidden_states=True).hidden_states
+    for ours, theirs in zip(hidden, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    restored = tilewright.llm.restore(model)
+    assert not any(isinstance(p, PackedParameter) for p in restored.parameters())
+    assert torch.equal(restored(ids).logits, reference(ids).logits)
+
+
+def test_a_copy_is_not_freed() -> None:
+    model = tiny_llama(3)
+    copied = tilewright.llm.optimize(model)
+    with torch.no_grad():
+        copied(prompt())
+    assert packed_count(copied) == 0 and packed_count(model) == 0

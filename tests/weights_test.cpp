@@ -1,0 +1,115 @@
+// Tests of ops/weights: what is packed is found again; a released source's values come back bit for
+// bit from every form of packing, and stay while a token stands for them.
+#include "ops/weights.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <random>
+#include <vector>
+
+namespace tilewright::ops {
+namespace {
+
+using graph::DataType;
+
+struct Case {
+  DataType source;
+  bool gated, fits;  // fits: fp32 values that 16 bits hold
+};
+
+class Weights : public ::testing::TestWithParam<Case> {
+ protected:
+  static constexpr std::int64_t kDepth = 45, kRows = 37;
+
+  void SetUp() override {
+    std::mt19937 engine(7);
+    const auto bytes =
+        static_cast<std::size_t>(kRows * kDepth * graph::size_in_bytes(GetParam().source));
+    for (std::vector<char>& block : values_) {
+      block.resize(bytes);
+      for (char& byte : block) byte = static_cast<char>(engine());
+      if (!GetParam().fits) continue;
+      for (std::size_t i = 0; i < bytes; i += 4) block[i] = block[i + 1] = 0;
+    }
+  }
+
+  std::vector<WeightBlock> blocks() const {
+    std::vector<WeightBlock> result;
+    for (const std::vector<char>& block : values_) {
+      result.push_back({block.data(), kRows, kDepth * graph::size_in_bytes(GetParam().source)});
+    }
+    return result;
+  }
+
+  auto pack(const std::vector<WeightBlock>& sources) {
+    return store_.pack(sources, kDepth, GetParam().source, GetParam().gated, true);
+  }
+
+  bool unpacks_to(const void* token, const std::vector<char>& expected) const {
+    std::vector<char> result(expected.size());
+    return store_.unpack(token, result.data()).ok() && result == expected;
+  }
+
+  std::vector<char> values_[2];
+  WeightStore store_;
+};
+
+TEST_P(Weights, ReleasedValuesComeBack) {
+  const std::vector<WeightBlock> sources = blocks();
+  const auto packed = pack(sources);
+  ASSERT_TRUE(packed.ok());
+  EXPECT_EQ((*packed)->dtype, GetParam().fits ? DataType::bf16 : GetParam().source);
+  std::vector<WeightBlock> tokens = sources;
+  for (std::size_t i = 0; i < 2; ++i) {
+    tokens[i].data = store_.release(sources[i].data);
+    ASSERT_TRUE(WeightStore::is_token(tokens[i].data));
+    EXPECT_TRUE(unpacks_to(tokens[i].data, values_[i]));
+  }
+  // The token takes the address's place; the address, which anybody may get next, is forgotten.
+  EXPECT_EQ(pack(tokens)->get(), packed->get());
+  EXPECT_NE(pack(sources)->get(), packed->get());
+  EXPECT_FALSE(store_.pack({tokens[0]}, kDepth, GetParam().source, false, true).ok());
+}
+
+TEST_P(Weights, ValuesStayWhileATokenStandsForThem) {
+  const std::vector<WeightBlock> sources = blocks();
+  ASSERT_TRUE(pack(sources).ok());
+  const void* first = store_.release(sources[0].data);
+  const void* second = store_.release(sources[1].data);
+  store_.forget(first);
+  EXPECT_TRUE(unpacks_to(second, values_[1]));
+  EXPECT_FALSE(unpacks_to(first, values_[0]));
+  store_.forget(second);
+  EXPECT_EQ(store_.bytes(), 0);
+}
+
+TEST_P(Weights, AForgottenSourceDoesNotTakeOthersAlong) {
+  const std::vector<WeightBlock> sources = blocks();
+  ASSERT_TRUE(pack(sources).ok());
+  const void* first = store_.release(sources[0].data);
+  store_.forget(sources[1].data);  // it changed
+  EXPECT_TRUE(unpacks_to(first, values_[0]));
+  std::vector<WeightBlock> mixed = sources;
+  mixed[0].data = first;
+  EXPECT_FALSE(pack(mixed).ok());  // must not find what the changed source was part of
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Forms, Weights,
+    ::testing::Values(Case{DataType::f32, false, false}, Case{DataType::f32, true, false},
+                      Case{DataType::f32, false, true}, Case{DataType::f32, true, true},
+                      Case{DataType::bf16, false, false}, Case{DataType::f16, true, false}));
+
+TEST(WeightStore, OnlyWhatIsPackedOnceIsReleased) {
+  const std::vector<float> values(64 * 8, 1.1f);
+  const std::vector<WeightBlock> block = {{values.data(), 64, 32}};
+  WeightStore store;
+  EXPECT_EQ(store.release(values.data()), nullptr);
+  ASSERT_TRUE(store.pack(block, 8, DataType::f32, false, true).ok());
+  ASSERT_TRUE(store.pack({{values.data(), 32, 32}}, 8, DataType::f32, false, true).ok());
+  EXPECT_EQ(store.release(values.data()), nullptr);
+}
+
+}  // namespace
+}  // namespace tilewright::ops
