@@ -212,7 +212,9 @@ print(explanation["notes"], file=sys.stderr)
 @pytest.fixture
 def step(run_python: Any) -> Any:
     code = STEP.format(tests=str(Path(__file__).parent))
-    return lambda environment, **options: run_python(code, environment, **options)
+    return lambda environment, **options: run_python(
+        code, {"TILEWRIGHT_CACHE": "rw", **environment}, **options
+    )
 
 
 def test_nonsense_as_instruction_set(step: Any) -> None:

@@ -40,7 +40,12 @@ def command(fresh_cache: Path) -> Iterator:
     def run(*arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, "-m", "tilewright.cli", *arguments],
-            env={**os.environ, "TILEWRIGHT_CACHE_DIR": str(fresh_cache), **environment},
+            env={
+                **os.environ,
+                "TILEWRIGHT_CACHE": "rw",
+                "TILEWRIGHT_CACHE_DIR": str(fresh_cache),
+                **environment,
+            },
             capture_output=True,
             text=True,
             check=False,
