@@ -597,8 +597,8 @@ void serve(const Settings& settings, const Isa& isa) {
   const Work arithmetic = for_about(0.01, isa.avx512 ? fma_avx512 : fma_avx2);
   for (std::string line; std::getline(std::cin, line);) {
     Json answer;
-    answer["read_gb_per_second"] = median_rate(settings.threads, 7, reading) / 1e9;
-    answer["fma_gflops"] = median_rate(settings.threads, 5, arithmetic) / 1e9;
+    answer["read_gb_per_second"] = median_rate(settings.threads, 25, reading) / 1e9;
+    answer["fma_gflops"] = median_rate(settings.threads, 11, arithmetic) / 1e9;
     std::cout << answer.dump() << std::endl;
   }
 }
