@@ -124,6 +124,65 @@ def models(
 
 
 @app.command()
+def compare(
+    old: Annotated[str, typer.Argument(help="a directory with the package, or a git revision")],
+    new: Annotated[str, typer.Argument(help="the same")],
+    margin: Annotated[float, typer.Option(help="how much slower counts")] = 0.05,
+    model: Annotated[str, typer.Option("--models")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",
+    mode: Annotated[str, typer.Option(help="optimize, compile or both")] = "optimize",
+    rounds: Annotated[int, typer.Option(help="rounds to keep")] = 9,
+    threads: Annotated[int, typer.Option()] = 2,
+) -> None:
+    """Is NEW slower than OLD? Exit code 1 if so, 2 if that could not be measured."""
+    from bench_models import compare as comparing
+
+    try:
+        builds = [comparing.build_of(given, _say) for given in (old, new)]
+        wanted = cells.make_cells(_split(model), _split(dtype), [128], 33, [1])
+    except ValueError as error:
+        messages.print(str(error))
+        raise typer.Exit(2) from None
+    probe = gate.Gate(threads)
+    try:
+        verdicts, problems = comparing.run_compare(
+            builds, wanted, probe, rounds, threads, margin, mode, _say
+        )
+    finally:
+        probe.close()
+    for line in (*verdicts, *problems):
+        print(line)
+    if any(verdict.slower for verdict in verdicts):
+        raise typer.Exit(1)
+    raise typer.Exit(2 if problems else 0)
+
+
+@app.command()
+def report(
+    output: Annotated[Path | None, typer.Option(help="the page")] = None,
+    readme: Annotated[bool, typer.Option(help="also rewrite the table in README.md")] = False,
+) -> None:
+    """Make one HTML page of all results, and the table in README."""
+    import os
+    import subprocess
+
+    from bench_models import places
+    from bench_models import readme as readme_table
+
+    if readme:
+        changed = readme_table.rewrite(places.REPOSITORY / "README.md")
+        print("README.md: " + ("rewritten" if changed else "up to date"))
+    page = output or places.REPOSITORY / "build" / "bench-report.html"
+    python = places.python_of("report")
+    if not python.exists():
+        messages.print("not set up: run ./dev bench setup report")
+        raise typer.Exit(2)
+    command = [str(python), "-m", "bench_models.report", str(page)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(places.PERF)}, check=False)
+    raise typer.Exit(done.returncode)
+
+
+@app.command()
 def ops(
     wanted: Annotated[str, typer.Option("--set", help="matmul, attention, rows or all")] = "all",
     dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",

@@ -97,9 +97,7 @@ def peak_for(dtype: str, arithmetic: list[dict[str, Any]], threads: int) -> floa
         "int4": ("fp32", "bf16", "int8"),
     }[dtype]
     rates = [
-        row["gflops"]
-        for row in arithmetic
-        if row["type"] in usable and row["threads"] == threads
+        row["gflops"] for row in arithmetic if row["type"] in usable and row["threads"] == threads
     ]
     return max(rates)
 

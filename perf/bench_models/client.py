@@ -7,6 +7,7 @@ Tested by tests/python/test_bench_models.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -24,12 +25,13 @@ class WorkerError(Exception):
     """The system could not; the message is the reason."""
 
 
-def environment_of(name: str, threads: int, caches: Path) -> dict[str, str]:
-    """The variables of a worker: the same for all, and the system's own."""
+def environment_of(name: str, threads: int, caches: Path, build: Path | None) -> dict[str, str]:
+    """The variables of a worker: the same for all, and the system's own. `build`: a directory that
+    holds the package tilewright to use instead of the installed one."""
     system = SYSTEMS[name]
     keep = ("HOME", "PATH", "LANG", "XDG_CACHE_HOME", "TILEWRIGHT_BENCH_HOME", "LD_LIBRARY_PATH")
     result = {key: os.environ[key] for key in keep if key in os.environ}
-    path = [str(places.PERF)]
+    path = [str(places.PERF), *([str(build)] if build else [])]
     if system.environment == "project":
         path += [part for part in os.environ.get("PYTHONPATH", "").split(":") if part]
         result |= {k: v for k, v in os.environ.items() if k.startswith("TILEWRIGHT_")}
@@ -53,12 +55,12 @@ def environment_of(name: str, threads: int, caches: Path) -> dict[str, str]:
 class Worker:
     """One process of one system."""
 
-    def __init__(self, name: str, threads: int, caches: Path, log: Path) -> None:
+    def __init__(
+        self, name: str, threads: int, caches: Path, log: Path, build: Path | None = None
+    ) -> None:
         python = places.python_of(SYSTEMS[name].environment)
         if not python.exists():
-            raise WorkerError(
-                f"not set up: run ./dev bench setup {SYSTEMS[name].environment}"
-            )
+            raise WorkerError(f"not set up: run ./dev bench setup {SYSTEMS[name].environment}")
         caches.mkdir(parents=True, exist_ok=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         self.name = name
@@ -71,7 +73,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=sink,
-                env=environment_of(name, threads, caches),
+                env=environment_of(name, threads, caches, build),
                 preexec_fn=lambda: os.sched_setaffinity(0, cpus),
                 start_new_session=True,
             )
@@ -114,10 +116,8 @@ class Worker:
 
     def _signal(self, number: signal.Signals) -> None:
         """To the process and what it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def _epitaph(self) -> str:
         """Why a process that ended did."""
@@ -130,11 +130,9 @@ class Worker:
     def close(self) -> None:
         """Ends the process and what it started."""
         self._signal(signal.SIGCONT)
-        try:
-            assert self._process.stdin is not None
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
             self._process.stdin.close()
-        except OSError:
-            pass
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

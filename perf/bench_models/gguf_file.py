@@ -1,6 +1,6 @@
 """Makes GGUF files for llama.cpp from a model's directory: no vocabulary, tokens go in as ids.
 
-fp32 and bf16 keep every weight; int8 is Q8_0 and int4 is Q4_0 (blocks of 32 with an fp16 scale, i.e.
+fp32 and bf16 keep every weight; int8 is Q8_0 and int4 is Q4_0 (blocks of 32 with an fp16 scale:
 8.5 and 4.5 bits a weight). Keys and queries of the llama architecture are permuted, as llama.cpp
 rotates neighbours where transformers rotates halves. Tested by tests/python/test_bench_models.py.
 """

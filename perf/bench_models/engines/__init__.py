@@ -9,6 +9,7 @@ Tested by tests/python/test_bench_models.py.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 from typing import Any
 
 
@@ -29,6 +30,6 @@ def timed_result(start: float, stamps: list[float], tokens: list[list[int]]) -> 
     return {
         "first_seconds": stamps[0] - start,
         "decode_seconds": (stamps[-1] - stamps[0]) / steps if steps else 0.0,
-        "token_seconds": [after - before for before, after in zip(stamps, stamps[1:])],  # noqa: B905
+        "token_seconds": [after - before for before, after in itertools.pairwise(stamps)],
         "tokens": tokens,
     }

@@ -60,9 +60,9 @@ class Engine:
         settings.n_seq_max = sequences
         settings.n_threads = settings.n_threads_batch = self._threads
         settings.type_k = settings.type_v = getattr(
-            lib, f"GGML_TYPE_{CACHE_TYPES[self._dtype]}", {"F32": 0, "F16": 1}[
-                CACHE_TYPES[self._dtype]
-            ]
+            lib,
+            f"GGML_TYPE_{CACHE_TYPES[self._dtype]}",
+            {"F32": 0, "F16": 1}[CACHE_TYPES[self._dtype]],
         )
         self._context = lib.llama_init_from_model(self._model, settings)
         if not self._context:

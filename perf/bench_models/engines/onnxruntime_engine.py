@@ -6,6 +6,7 @@ Tested by tests/python/test_bench_models.py.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -50,9 +51,8 @@ class Engine:
         config = self._genai.Config(request["converted"])
         threads = int(os.environ["BENCH_THREADS"])
         if hasattr(config, "overlay"):
-            config.overlay(
-                '{"model": {"decoder": {"session_options": {"intra_op_num_threads": %d}}}}' % threads
-            )
+            session = {"session_options": {"intra_op_num_threads": threads}}
+            config.overlay(json.dumps({"model": {"decoder": session}}))
         self._model = self._genai.Model(config)
 
     def generate(self, prompts: list[list[int]], new: int) -> dict[str, Any]:

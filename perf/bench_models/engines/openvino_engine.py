@@ -1,7 +1,8 @@
 """OpenVINO: the stateful model that optimum-intel exports, run with OpenVINO's own runtime.
 
-Precision is set, not left to the default, which would pick bf16 arithmetic and 8-bit keys and values
-by itself; what the runtime then says it uses is reported. Tested by tests/python/test_bench_models.py.
+Precision is set, not left to the default, which would pick bf16 arithmetic and 8-bit keys and
+values by itself; what the runtime then says it uses is reported.
+Tested by tests/python/test_bench_models.py.
 """
 
 from __future__ import annotations
