@@ -35,7 +35,7 @@ class Accuracy:
 
 def log_softmax(logits: numpy.ndarray) -> numpy.ndarray:
     """In double."""
-    wide = logits.astype(numpy.float64)
+    wide: numpy.ndarray = logits.astype(numpy.float64)
     wide = wide - wide.max(-1, keepdims=True)
     return wide - numpy.log(numpy.exp(wide).sum(-1, keepdims=True))
 

@@ -69,7 +69,7 @@ class Worker:
         self._spawned = time.time()
         with log.open("ab") as sink:
             self._process = subprocess.Popen(
-                [str(python), "-m", "bench_models.worker", SYSTEMS[name].engine],
+                [str(python), "-m", "bench_models.worker", SYSTEMS[name].module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=sink,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def program() -> Path:
         return built
     built.parent.mkdir(parents=True, exist_ok=True)
     partial = built.with_name(f"roof.{os.getpid()}")
-    subprocess.run(["g++", *FLAGS, str(SOURCE), "-o", str(partial)], check=True)
+    compiler = ["ccache", "g++"] if shutil.which("ccache") else ["g++"]
+    subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(partial)], check=True)
     partial.rename(built)
     return built
 

@@ -43,7 +43,7 @@ def commit() -> str:
 
 def cpu_name() -> str:
     """The CPU's brand, family, model and stepping: a brand alone may be masked."""
-    found = {}
+    found: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
         found.setdefault(key.strip(), value.strip())

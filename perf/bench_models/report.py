@@ -1,6 +1,6 @@
 """All results as one HTML page that needs nothing else: who is ahead, and by how much.
 
-Runs in the environment "report", which has plotly. The page embeds plotly's script, so that it opens
+Runs in the environment "report", which has plotly. The page embeds its script, so that it opens
 anywhere; figures are drawn from the latest measurement of every cell, history from all files.
 Tested by tests/python/test_bench_models.py (everything but plotly's drawing).
 """
@@ -204,9 +204,9 @@ def start_figure(cells: list[dict[str, Any]]) -> Any:
         for row in running(cell):
             for kind in ("warm", "cold"):
                 start = row["start"].get(kind, {})
-                key = (cell["model"], cell["dtype"], row["system"], kind)
-                if "total" in start and key not in seen:
-                    seen.add(key)
+                once = (cell["model"], cell["dtype"], row["system"], kind)
+                if "total" in start and once not in seen:
+                    seen.add(once)
                     title = f"{cell['model']} {cell['dtype']}, {kind}"
                     rows.append((title, row["system"], start_phases(start)))
     rows.sort(key=lambda entry: (entry[0], -sum(entry[2].values())), reverse=False)

@@ -26,6 +26,7 @@ from bench_models.rounds import Probe, Rounds, Sample, run_rounds
 from bench_models.systems import SYSTEMS
 
 ACCURACY_TOKENS = 128
+CONVERTING = ("openvino", "llama_cpp", "onnxruntime")  # engines with a form of their own
 LARGEST_FP64 = 4e8  # parameters; larger models are compared with eager fp32
 
 
@@ -85,7 +86,7 @@ def _load_request(cell: Cell, name: str, directory: Path, prompts: Any) -> dict[
 def _convert(plan: Plan, name: str, request: dict[str, Any]) -> None:
     """Makes the system's own form of the model, once."""
     target = Path(request["converted"])
-    if SYSTEMS[name].engine == "torch" or SYSTEMS[name].engine == "vllm" or target.exists():
+    if SYSTEMS[name].engine not in CONVERTING or target.exists():
         return
     plan.say(f"converting for {name} (once) ...")
     target.parent.mkdir(parents=True, exist_ok=True)

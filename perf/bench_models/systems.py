@@ -26,13 +26,17 @@ class Environment:
 class System:
     """One contender."""
 
-    engine: str  # a module of bench_models.engines
+    engine: str  # of bench_models.engines, or a module's full name
     environment: str
     mode: str = ""
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     settings: Mapping[str, str] = field(default_factory=dict)  # environment variables
     note: str = ""
-    batches: bool = True
+
+    @property
+    def module(self) -> str:
+        """The module that has the class Engine."""
+        return self.engine if "." in self.engine else f"bench_models.engines.{self.engine}_engine"
 
 
 ENVIRONMENTS = {
