@@ -8,6 +8,7 @@ Tested by tests/python/test_bench_models.py.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -52,6 +53,12 @@ def environment_of(name: str, threads: int, caches: Path, build: Path | None) ->
     return result | dict(system.settings)
 
 
+def _prepare_child(cpus: list[int]) -> None:
+    """Pins the process, and lets it die with its parent, even while it is stopped."""
+    os.sched_setaffinity(0, cpus)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
 class Worker:
     """One process of one system."""
 
@@ -74,7 +81,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=sink,
                 env=environment_of(name, threads, caches, build),
-                preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+                preexec_fn=lambda: _prepare_child(cpus),
                 start_new_session=True,
             )
         self._buffer = b""

@@ -8,6 +8,7 @@ Tested by tests/python/test_bench_models.py (everything but plotly's drawing).
 from __future__ import annotations
 
 import html
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ table{border-collapse:collapse;background:#fff;font-size:13px;width:100%;margin:
 th,td{border-bottom:1px solid #e5e7eb;padding:5px 8px;text-align:right;white-space:nowrap}
 th{background:#f1f5f9;font-weight:600}td:first-child,th:first-child{text-align:left}
 tr.ours td{background:#f0fdfa;font-weight:600}tr.failed td{color:#6b7280;white-space:normal}
-tr.wrong td{color:#b91c1c}p.note{color:#4b5563;max-width:860px}details{margin:8px 0}
+tr.wrong td{color:#b91c1c}table.heat td,table.heat th{text-align:center}
+table.heat td:first-child{text-align:left}td.none{color:#9ca3af}p.note{color:#4b5563;max-width:860px}details{margin:8px 0}
 """
 
 
@@ -92,6 +94,44 @@ def summary(cells: list[dict[str, Any]], part: str) -> tuple[str, str, str]:
     )
     kind = "good" if 2 * ahead > len(pairs) else "bad"
     return f"{ahead} of {len(pairs)}", words, kind
+
+
+def heat(ratio: dict[str, float] | None) -> str:
+    """A table cell: the ratio on green, red or grey, stronger the further it is from 1."""
+    if ratio is None:
+        return "<td>-</td>"
+    verdict = verdict_of(ratio)
+    strength = min(1.0, abs(math.log2(ratio["median"]))) * 0.45 + 0.12
+    color = {"ahead": "21,128,61", "behind": "185,28,28", "even": "107,114,128"}[verdict]
+    alpha = 0.08 if verdict == "even" else strength
+    text = f"{ratio['median']:.2f}x"
+    return f'<td style="background:rgba({color},{alpha:.2f})" title="{verdict}">{text}</td>'
+
+
+def overview(cells: list[dict[str, Any]]) -> str:
+    """All ratios at a glance: a line per cell, two columns per peer."""
+    peers = []
+    for cell in cells:
+        for row in cell["systems"]:
+            if not is_ours(row["system"]) and row["system"] not in peers:
+                peers.append(row["system"])
+    lines = ["<table class='heat'><tr><th></th>"]
+    lines += [f"<th colspan='2'>{html.escape(peer)}</th>" for peer in peers]
+    lines += ["</tr><tr><th></th>", "<th>prefill</th><th>decode</th>" * len(peers), "</tr>"]
+    for cell in cells:
+        rows = {row["system"]: row for row in cell["systems"]}
+        lines.append(f"<tr><td>{html.escape(title_of(cell))}</td>")
+        for peer in peers:
+            row = rows.get(peer)
+            if row is None or row["status"] != "ok":
+                why = "not run" if row is None else row["reason"]
+                lines.append(f'<td colspan="2" class="none" title="{html.escape(why)}">none</td>')
+            elif row.get("accuracy", {}).get("wrong"):
+                lines.append('<td colspan="2" class="none">wrong answers</td>')
+            else:
+                lines += [heat(row.get("ratio", {}).get(part)) for part in ("prefill", "decode")]
+        lines.append("</tr>")
+    return "".join(lines) + "</table>"
 
 
 def start_phases(start: dict[str, Any]) -> dict[str, float]:
@@ -449,7 +489,10 @@ def machine_section(
         )
     parts = [
         f"<h2>{html.escape(machine)}</h2><div class='cards'>{''.join(cards)}</div>",
-        "<h2>Who is ahead, and by how much</h2><p class='note'>Right of the line Tilewright is "
+        "<h2>Who is ahead, and by how much</h2><p class='note'>How many times faster Tilewright is "
+        "than each system: green ahead, red behind, grey undecided.</p>",
+        overview(cells),
+        "<p class='note'>Right of the line Tilewright is "
         "faster. Bars are 95 % intervals of the median ratio of interleaved runs; grey means that "
         "the interval holds 1. Ratios are per cell, at the precision in the table below.</p>",
         drawn(ratio_figure(cells, "decode"), first),

@@ -1,6 +1,6 @@
 """One model in one dtype: load every system, measure its cells in rounds, check the answers.
 
-A worker's load is its cold start (its caches are fresh directories); afterwards a second process
+A worker's load is its cold start when its caches are fresh directories; afterwards a second process
 with the same caches is the warm start. A system that fails anywhere becomes a row with the reason.
 Tested by tests/python/test_bench_models.py.
 """
@@ -40,9 +40,16 @@ class Plan:
     retries: int = 3
     starts: bool = True
     accuracy: bool = True
+    # Kept between runs if given; else fresh, so that every first start is a cold one.
+    kept_caches: Path | None = None
     caches: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="bench-caches-")))
     logs: Path = field(default_factory=lambda: places.home() / "logs")
     say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        if self.kept_caches is not None:
+            shutil.rmtree(self.caches, ignore_errors=True)
+            self.caches = self.kept_caches
 
 
 @dataclass
@@ -113,9 +120,10 @@ def _start(plan: Plan, name: str, cell: Cell, directory: Path, prompts: Any) -> 
         _convert(plan, name, request)
         plan.say(f"loading {name} ...")
         caches = plan.caches / f"{places.slug(name)}-{cell.model}-{cell.dtype}"
+        kind = "warm" if caches.exists() else "cold"
         row.worker = Worker(name, plan.threads, caches, plan.logs / f"{places.slug(name)}.log")
         row.loaded = row.worker.ask(request)
-        row.start["cold"] = {**row.loaded["start"], "details": row.loaded["start_details"]}
+        row.start[kind] = {**row.loaded["start"], "details": row.loaded["start_details"]}
     except (WorkerError, OSError, ValueError, KeyError) as error:
         row.fail(error)
     return row
@@ -339,5 +347,6 @@ def run_session(
                     if row.worker is not None and not row.reason:
                         plan.say(f"warm start of {row.name} ...")
                         _warm_start(plan, row, first, directory, text.prompts_of(first, directory))
-    shutil.rmtree(plan.caches, ignore_errors=True)
+    if plan.kept_caches is None:
+        shutil.rmtree(plan.caches, ignore_errors=True)
     return records
