@@ -42,7 +42,8 @@ th,td{border-bottom:1px solid #e5e7eb;padding:5px 8px;text-align:right;white-spa
 th{background:#f1f5f9;font-weight:600}td:first-child,th:first-child{text-align:left}
 tr.ours td{background:#f0fdfa;font-weight:600}tr.failed td{color:#6b7280;white-space:normal}
 tr.wrong td{color:#b91c1c}table.heat td,table.heat th{text-align:center}
-table.heat td:first-child{text-align:left}td.none{color:#9ca3af}p.note{color:#4b5563;max-width:860px}details{margin:8px 0}
+table.heat td:first-child{text-align:left}td.none{color:#9ca3af}
+p.note{color:#4b5563;max-width:860px}details{margin:8px 0}
 """
 
 
