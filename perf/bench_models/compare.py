@@ -9,6 +9,7 @@ state. Wrong answers fail it, too. Tested by tests/python/test_bench_models.py.
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 import tempfile
@@ -87,7 +88,9 @@ def build_of(given: str, say: Callable[[str], None]) -> Path:
         try:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
             options = ["--no-build-isolation", "--target", str(target)]
-            subprocess.run([*pip, *options, tree], check=True)
+            # The environment's own cmake and ninja, as ./dev setup does it.
+            tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            subprocess.run([*pip, *options, tree], check=True, env={**os.environ, "PATH": tools})
         finally:
             subprocess.run([*git, "remove", "--force", tree], cwd=places.REPOSITORY, check=False)
     return target
