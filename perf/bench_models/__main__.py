@@ -1,0 +1,236 @@
+"""The commands behind ./dev bench: setup, roof, models, ops, report, compare.
+
+Tested by tests/python/test_bench_models.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench_models import cells, gate, places, results, session, systems, table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+messages = Console(stderr=True)
+
+
+def _split(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _say(text: str) -> None:
+    messages.print(text, style="dim", highlight=False)
+
+
+@app.command("setup")
+def setup_command(
+    names: Annotated[list[str] | None, typer.Argument(help="environments; all if none")] = None,
+) -> None:
+    """Make the systems' environments (once)."""
+    from bench_models import setup
+
+    failed = setup.make_all(names or list(systems.ENVIRONMENTS), _say)
+    for name, reason in failed.items():
+        messages.print(f"{name}: {reason}")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def roof(
+    full: Annotated[bool, typer.Option(help="more footprints, more samples")] = False,
+    threads: Annotated[int, typer.Option(help="threads")] = 2,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Measure the machine's limits."""
+    found = gate.measure(threads, full)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for row in found["read"]:
+        print(f"{row['bytes'] >> 10:9d} KiB {row['threads']} threads "
+              f"{row['gb_per_second']:8.1f} GB/s  {row['pattern']}")  # fmt: skip
+    for row in found["arithmetic"]:
+        print(f"{row['name']:30} {row['threads']} threads {row['gflops']:8.1f} GFLOPS")
+    print(f"barrier {found['barrier_ns']:.0f} ns, fork and join {found['fork_join_ns']:.0f} ns")
+
+
+@app.command()
+def models(
+    quick: Annotated[bool, typer.Option(help="the set for every commit")] = False,
+    names: Annotated[str, typer.Option("--systems", help="comma-separated, or all")] = "",
+    model: Annotated[str, typer.Option("--models")] = "",
+    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32",
+    prompt: Annotated[str, typer.Option("--prompts")] = "128",
+    batch: Annotated[str, typer.Option("--batches")] = "1",
+    new: Annotated[int, typer.Option(help="new tokens")] = 33,
+    rounds: Annotated[int, typer.Option(help="rounds to keep; 0: 5 if quick, else 7")] = 0,
+    threads: Annotated[int, typer.Option()] = 2,
+    starts: Annotated[bool, typer.Option(help="also warm starts")] = True,
+    accuracy: Annotated[bool, typer.Option(help="also logits")] = True,
+    label: Annotated[str, typer.Option(help="a part of the file's name")] = "",
+    output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
+) -> None:
+    """Measure whole models, side by side."""
+    chosen_names = _split(names) or list(systems.QUICK_SYSTEMS if quick else systems.SYSTEMS)
+    if chosen_names == ["all"]:
+        chosen_names = list(systems.SYSTEMS)
+    try:
+        chosen = systems.chosen(chosen_names)
+        if model or not quick:
+            wanted = cells.make_cells(
+                _split(model) or ["smollm2-135m"],
+                _split(dtype),
+                [int(part) for part in _split(prompt)],
+                new,
+                [int(part) for part in _split(batch)],
+            )
+        else:
+            wanted = list(cells.QUICK)
+    except ValueError as error:
+        messages.print(str(error))
+        raise typer.Exit(2) from None
+    _say("measuring the machine's limits ...")
+    limits = gate.measure(threads)
+    record = results.new_record("models", limits, threads)
+    record["read_gb_per_second"] = gate.best_read(limits, threads)
+    record["cells"] = []
+    path = output or results.default_path(record, label or ("quick" if quick else ""))
+    if quick:  # ours starts cold every time; Inductor's compile is kept
+        for old in (places.home() / "caches").glob("tilewright*"):
+            shutil.rmtree(old)
+    probe = gate.Gate(threads)
+    try:
+        for (_, kind), group in groupby(wanted, key=lambda cell: (cell.model, cell.dtype)):
+            # Inductor's compile would not fit twice into a quick run.
+            slow = ("inductor",) if quick and kind != "fp32" and not names else ()
+            plan = session.Plan(
+                [name for name in chosen if name not in slow],
+                threads,
+                rounds=rounds or (5 if quick else 7),
+                starts=starts and not quick,
+                kept_caches=places.home() / "caches" if quick else None,
+                accuracy=accuracy,
+                say=_say,
+            )
+            peak = cells.peak_for(kind, limits["arithmetic"], threads)
+            record["cells"] += session.run_session(
+                plan, list(group), probe, record["read_gb_per_second"], peak
+            )
+            results.write(record, path)  # what is measured is kept, whatever comes next
+    finally:
+        probe.close()
+    console = Console(width=None if Console().is_terminal else 230)
+    table.print_record(record, console)
+    console.print(f"wrote {path}", highlight=False)
+
+
+@app.command()
+def compare(
+    old: Annotated[str, typer.Argument(help="a directory with the package, or a git revision")],
+    new: Annotated[str, typer.Argument(help="the same")],
+    margin: Annotated[float, typer.Option(help="how much slower counts")] = 0.05,
+    model: Annotated[str, typer.Option("--models")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",
+    mode: Annotated[str, typer.Option(help="optimize, compile or both")] = "optimize",
+    rounds: Annotated[int, typer.Option(help="rounds to keep")] = 9,
+    threads: Annotated[int, typer.Option()] = 2,
+) -> None:
+    """Is NEW slower than OLD? Exit code 1 if so, 2 if that could not be measured."""
+    from bench_models import compare as comparing
+
+    try:
+        builds = [comparing.build_of(given, _say) for given in (old, new)]
+        wanted = cells.make_cells(_split(model), _split(dtype), [128], 33, [1])
+    except ValueError as error:
+        messages.print(str(error))
+        raise typer.Exit(2) from None
+    probe = gate.Gate(threads)
+    try:
+        verdicts, problems = comparing.run_compare(
+            builds, wanted, probe, rounds, threads, margin, mode, _say
+        )
+    finally:
+        probe.close()
+    for line in (*verdicts, *problems):
+        print(line)
+    if any(verdict.slower for verdict in verdicts):
+        raise typer.Exit(1)
+    raise typer.Exit(2 if problems else 0)
+
+
+@app.command()
+def report(
+    output: Annotated[Path | None, typer.Option(help="the page")] = None,
+    readme: Annotated[bool, typer.Option(help="also rewrite the table in README.md")] = False,
+) -> None:
+    """Make one HTML page of all results, and the table in README."""
+    import os
+    import subprocess
+
+    from bench_models import readme as readme_table
+
+    if readme:
+        changed = readme_table.rewrite(places.REPOSITORY / "README.md")
+        print("README.md: " + ("rewritten" if changed else "up to date"))
+    page = output or places.REPOSITORY / "build" / "bench-report.html"
+    python = places.python_of("report")
+    if not python.exists():
+        messages.print("not set up: run ./dev bench setup report")
+        raise typer.Exit(2)
+    command = [str(python), "-m", "bench_models.report", str(page)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(places.PERF)}, check=False)
+    raise typer.Exit(done.returncode)
+
+
+@app.command()
+def ops(
+    wanted: Annotated[str, typer.Option("--set", help="matmul, attention, rows or all")] = "all",
+    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",
+    row: Annotated[str, typer.Option("--rows", help="M of each case; none: 1,4,16,128,512")] = "",
+    match: Annotated[str, typer.Option(help="only cases whose title contains this")] = "",
+    rounds: Annotated[int, typer.Option(help="rounds to keep")] = 5,
+    threads: Annotated[int, typer.Option()] = 2,
+    label: Annotated[str, typer.Option(help="a part of the file's name")] = "",
+    output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
+) -> None:
+    """Measure single ops against ATen and oneDNN, with cold weights."""
+    import torch
+
+    from bench_models import op_cases
+    from bench_models import ops as single
+
+    torch.set_num_threads(threads)
+    try:
+        rows = tuple(int(part) for part in _split(row))
+        cases = op_cases.read_cases(wanted, tuple(_split(dtype)), rows)
+    except ValueError as error:
+        messages.print(str(error))
+        raise typer.Exit(2) from None
+    limits = gate.measure(threads)
+    record = results.new_record("ops", limits, threads)
+    record["read_gb_per_second"] = read = gate.best_read(limits, threads)
+    record["versions"] = {"torch": torch.__version__}
+    record["cases"] = []
+    probe = gate.Gate(threads)
+    try:
+        for case in (case for case in cases if match in case.title):
+            _say(case.title)
+            peak = cells.peak_for(case.dtype, limits["arithmetic"], threads)
+            record["cases"].append(single.run_case(case, probe, rounds, 3, read, peak))
+    finally:
+        probe.close()
+    console = Console(width=None if Console().is_terminal else 170)
+    table.print_ops(record, console)
+    path = output or results.default_path(record, label or wanted)
+    results.write(record, path)
+    console.print(f"wrote {path}", highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,136 @@
+"""What is measured: cells of model x dtype x prompt x new tokens x batch, and the limits of each.
+
+Definitions. Memory limit of decode: the bytes of all weights that a token reads (head included,
+embedding not), plus the keys and values at the middle of the generated part, over the measured read
+bandwidth; or its arithmetic over the measured peak, whichever is slower. Prefill limit: the
+operations of the linear layers and of the attention that the causal mask leaves, plus one row of
+the head per sequence, over the measured peak of the cell's dtype; or one read of the weights.
+Tested by tests/python/test_bench_models.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench_models.models import MODELS, Shape
+
+# Bytes per weight: int4 with a 16-bit scale (and zero) per group of 64.
+WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 64}
+CACHE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 2.0, "int4": 2.0}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement for every system."""
+
+    model: str
+    dtype: str
+    prompt: int
+    new: int
+    batch: int
+
+    @property
+    def shape(self) -> Shape:
+        return MODELS[self.model]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.dtype} p{self.prompt} n{self.new} b{self.batch}"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The least time that the measured machine allows."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    decode_bytes: float
+    prefill_flops: float
+    read_gb_per_second: float
+    peak_gflops: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def attention_flops(shape: Shape, queries: int, keys_before: int) -> float:
+    """Of one sequence in all layers: query i sees keys_before + i + 1 keys, twice (QK and PV)."""
+    seen = queries * keys_before + queries * (queries + 1) / 2
+    return 4.0 * shape.layers * shape.heads * shape.head_size * seen
+
+
+def limit_of(cell: Cell, read_gb_per_second: float, peak_gflops: float) -> Limit:
+    """Both limits of a cell, from what was measured."""
+    shape = cell.shape
+    bandwidth, peak = read_gb_per_second * 1e9, peak_gflops * 1e9
+    weights = shape.read_per_token * WEIGHT_BYTES[cell.dtype]
+    context = cell.prompt + cell.new / 2
+    per_key = 2 * shape.layers * shape.key_value_heads * shape.head_size * CACHE_BYTES[cell.dtype]
+    decode_bytes = weights + cell.batch * context * per_key
+    decode_flops = cell.batch * (
+        2.0 * shape.read_per_token + attention_flops(shape, 1, int(context))
+    )
+    head = shape.vocabulary * shape.hidden
+    prefill_flops = cell.batch * (
+        2.0 * shape.layers * shape.layer_parameters * cell.prompt
+        + attention_flops(shape, cell.prompt, 0)
+        + 2.0 * head
+    )
+    return Limit(
+        prefill_seconds=max(prefill_flops / peak, weights / bandwidth),
+        decode_seconds=max(decode_bytes / bandwidth, decode_flops / peak),
+        decode_bytes=decode_bytes,
+        prefill_flops=prefill_flops,
+        read_gb_per_second=read_gb_per_second,
+        peak_gflops=peak_gflops,
+    )
+
+
+def peak_for(dtype: str, arithmetic: list[dict[str, Any]], threads: int) -> float:
+    """The best measured rate that a dtype may use on this machine. 16-bit and fp32 products may use
+    each other's units (a weight can be widened), integers may use all."""
+    usable = {
+        "fp32": ("fp32",),
+        "bf16": ("fp32", "bf16"),
+        "int8": ("fp32", "bf16", "int8"),
+        "int4": ("fp32", "bf16", "int8"),
+    }[dtype]
+    rates = [
+        row["gflops"] for row in arithmetic if row["type"] in usable and row["threads"] == threads
+    ]
+    return max(rates)
+
+
+QUICK = (
+    Cell("smollm2-135m", "fp32", 128, 17, 1),
+    Cell("smollm2-135m", "bf16", 128, 17, 1),
+)
+FULL = tuple(
+    Cell(model, dtype, prompt, 33, batch)
+    for model, dtypes in (
+        ("smollm2-135m", ("fp32", "bf16", "int8", "int4")),
+        ("llama-1b", ("fp32", "bf16", "int8", "int4")),
+    )
+    for dtype in dtypes
+    for prompt, batch in ((512, 1), (128, 4), (128, 16))
+)
+
+
+def make_cells(
+    models: list[str], dtypes: list[str], prompts: list[int], new: int, batches: list[int]
+) -> list[Cell]:
+    """The product; unknown names are errors that say what there is."""
+    for name in models:
+        if name not in MODELS:
+            raise ValueError(f"no model '{name}'; there are {', '.join(MODELS)}")
+    for dtype in dtypes:
+        if dtype not in WEIGHT_BYTES:
+            raise ValueError(f"no dtype '{dtype}'; there are {', '.join(WEIGHT_BYTES)}")
+    return [
+        Cell(model, dtype, prompt, new, batch)
+        for model in models
+        for dtype in dtypes
+        for prompt in prompts
+        for batch in batches
+    ]

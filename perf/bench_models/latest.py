@@ -1,0 +1,50 @@
+"""Of all result files, what a reader wants to see: each cell's latest measurement on one machine.
+
+Tested by tests/python/test_bench_models.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def machine_of(record: dict[str, Any]) -> str:
+    """Runs on different kinds of machine never mix."""
+    return f"{record['machine']['cpu']}, {record['machine']['isa'][-1]}"
+
+
+def key_of(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two measurements the same cell."""
+    return (cell["model"], cell["dtype"], cell["prompt"], cell["new"], cell["batch"])
+
+
+def latest_cells(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """machine -> its cells, each with the latest row of every system and where it came from.
+
+    Rows of one cell may come from different runs; ratios stay right, as each is paired with the
+    baseline of its own run.
+    """
+    machines: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for record in records:  # oldest first
+        cells = machines.setdefault(machine_of(record), {})
+        for cell in record["cells"]:
+            kept = cells.setdefault(key_of(cell), {**cell, "systems": []})
+            rows = {row["system"]: row for row in kept["systems"]}
+            for row in cell["systems"]:
+                before = rows.get(row["system"])
+                if row["status"] == "ok" or before is None or before["status"] != "ok":
+                    rows[row["system"]] = {
+                        **row,
+                        "commit": record["commit"],
+                        "file": record.get("file", ""),
+                    }
+            kept |= {"systems": list(rows.values()), "limit": cell["limit"]}
+            kept["file"] = record.get("file", "")
+            kept["commit"] = record["commit"]
+    order = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
+    return {
+        machine: sorted(
+            cells.values(), key=lambda c: (c["model"], order[c["dtype"]], c["batch"], c["prompt"])
+        )
+        for machine, cells in machines.items()
+    }

@@ -1,0 +1,135 @@
+"""Results as a table for the terminal. Tested by tests/python/test_bench_models.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def interval(ratio: dict[str, float] | None) -> str:
+    """1.23 [1.20, 1.26]"""
+    if ratio is None:
+        return "-"
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def seconds(value: float | None) -> str:
+    """Of a start, or a dash."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def error_of(system: dict[str, Any]) -> str:
+    """The divergence, marked when it is more than rounding."""
+    found = system.get("accuracy") or {}
+    if "divergence" not in found:
+        return "-"
+    return f"{found['divergence']:.1e}" + (" WRONG" if found.get("wrong") else "")
+
+
+def precision_of(system: dict[str, Any]) -> str:
+    """weights / arithmetic / KV / head"""
+    short = {"float32": "fp32", "f32": "fp32", "bfloat16": "bf16", "float16": "fp16", "f16": "fp16"}
+    parts = []
+    for key in ("weights", "activations", "kv", "head"):
+        value = system["precision"].get(key, "?")
+        parts.append(short.get(value, value))
+    return "/".join(parts)
+
+
+def cell_title(cell: dict[str, Any]) -> str:
+    """What the cell is, and how the rounds went."""
+    rounds = cell["rounds"]
+    kept, dropped = (sum(part[key] for part in rounds) for key in ("kept", "dropped"))
+    return (
+        f"{cell['model']} {cell['dtype']}, prompt {cell['prompt']}, {cell['new']} new, "
+        f"batch {cell['batch']}; {kept} rounds kept, {dropped} dropped"
+    )
+
+
+def print_cell(cell: dict[str, Any], console: Console) -> None:
+    """One table per cell. Ratios are times faster than this system the baseline is."""
+    table = Table(title=cell_title(cell), title_justify="left", title_style="bold")
+    columns = (
+        "system", "first token ms", "ms/token", "tokens/s", "limit % (prefill, decode)",
+        f"{cell['baseline']} ahead: prefill", "decode", "start s cold, warm", "RSS MB peak, now",
+        "tokens", "KL", "weights/act/kv/head",
+    )  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("system", "tokens") else "right")
+    for system in cell["systems"]:
+        if system["status"] != "ok":
+            table.add_row(system["system"], system["reason"][:60], style="dim")
+            continue
+        start = system["start"]
+        cold, warm = (start.get(kind, {}).get("total") for kind in ("cold", "warm"))
+        ratio = system.get("ratio", {})
+        memory = system["memory"]
+        table.add_row(
+            system["system"],
+            f"{1e3 * system['prefill_seconds']['median']:.1f}",
+            f"{1e3 * system['decode_seconds_per_token']['median']:.2f}",
+            f"{system['decode_tokens_per_second']:.1f}",
+            f"{100 * system['share_of_prefill_limit']:.0f}, "
+            f"{100 * system['share_of_decode_limit']:.0f}",
+            interval(ratio.get("prefill")),
+            interval(ratio.get("decode")),
+            f"{seconds(cold)}, {seconds(warm)}",
+            f"{memory.get('peak_mb', 0):.0f}, {memory.get('resident_mb', 0):.0f}",
+            system["tokens"],
+            error_of(system),
+            precision_of(system),
+        )
+    console.print(table)
+
+
+def print_record(record: dict[str, Any], console: Console) -> None:
+    """A whole run."""
+    machine = record["machine"]
+    console.print(
+        f"{machine['cpu']}, {machine['threads']} threads, commit {record['commit']}; "
+        f"{record['read_gb_per_second']:.1f} GB/s"
+    )
+    for cell in record["cells"]:
+        print_cell(cell, console)
+    versions: dict[str, str] = {}
+    for cell in record["cells"]:
+        for system in cell["systems"]:
+            if system["status"] == "ok":
+                found = " ".join(f"{k} {v}" for k, v in system["versions"].items())
+                versions[system["system"]] = found
+    for name, found in versions.items():
+        console.print(f"  {name}: {found}", style="dim")
+
+
+def print_ops(record: dict[str, Any], console: Console) -> None:
+    """Single ops: a line per case, ratios are times faster than the peer we are."""
+    table = Table(title=f"ops, {record['machine']['cpu']}", title_justify="left")
+    columns = (
+        "case", "us", "GB/s", "GFLOPS", "% of limit", "error", "vs aten", "vs onednn", "rounds"
+    )  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for row in record["cases"]:
+        own = row["implementations"]["tilewright"]
+        against = [
+            interval(row["implementations"].get(peer, {}).get("ratio"))
+            for peer in ("aten", "onednn")
+        ]
+        rounds = f"{row['rounds_kept']}+{row['rounds_dropped']}"
+        if "seconds" not in own:
+            reason = own.get("reason", "no round was kept")
+            table.add_row(row["case"], reason[:60], "", "", "", "", *against, rounds, style="dim")
+            continue
+        table.add_row(
+            row["case"],
+            f"{1e6 * own['seconds']['median']:.0f}",
+            f"{own['gb_per_second']:.1f}",
+            f"{own['gflops']:.0f}",
+            f"{100 * own['share_of_limit']:.0f}",
+            f"{own['relative_error']:.0e}",
+            *against,
+            rounds,
+        )
+    console.print(table)

@@ -1,0 +1,304 @@
+"""The benchmark of models, judged by systems with a clock of their own. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+pytest.importorskip("rich")
+from bench_models import (
+    accuracy,
+    cells,
+    compare,
+    gguf_file,
+    intervals,
+    latest,
+    models,
+    places,
+    readme,
+    report,
+    results,
+    rounds,
+    session,
+    setup,
+    systems,
+    text,
+)
+from bench_models.client import Worker, WorkerError
+
+HERE = Path(__file__).parent
+
+
+class StillMachine:
+    """A probe that never moves."""
+
+    def read(self) -> Mapping[str, float]:
+        return {"read_gb_per_second": 25.0, "fma_gflops": 200.0}
+
+
+class MovingMachine:
+    """A probe that gives what a list says."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    def read(self) -> Mapping[str, float]:
+        return {"read_gb_per_second": self.values.pop(0)}
+
+
+def fake(mode: str = "right", environment: str = "project") -> systems.System:
+    return systems.System("tests.bench_fake_engine", environment, mode)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Systems that are fakes, a home that is empty."""
+    package = tmp_path / "path" / "tests"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "bench_fake_engine.py").write_text((HERE / "bench_fake_engine.py").read_text())
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("TILEWRIGHT_BENCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(models, "directory_of", lambda name: tmp_path)
+    for name, system in {
+        "tilewright": fake(),
+        "eager": fake(),
+        "ipex": fake("erroneous"),
+        "vllm": fake("broken"),
+        "zentorch": fake("right", "zentorch"),
+    }.items():
+        monkeypatch.setitem(systems.SYSTEMS, name, system)
+    return tmp_path
+
+
+def test_a_against_a_is_one_within_its_interval() -> None:
+    generator = random.Random(3)
+    clock = [0.0]
+
+    def measure(name: str) -> rounds.Sample:
+        clock[0] += 1  # the machine becomes slower and slower, by half over the run
+        seconds = (1 + clock[0] / 60) * generator.uniform(0.95, 1.05)
+        return rounds.Sample(seconds, seconds)
+
+    found = rounds.run_rounds(("a", "b"), measure, StillMachine(), 9)
+    ratio = intervals.paired_ratio(
+        [sample.decode for sample in found.samples["a"]],
+        [sample.decode for sample in found.samples["b"]],
+    )
+    assert ratio.low <= 1.0 <= ratio.high
+    assert ratio.high - ratio.low < 0.12
+    found.samples = {"old": found.samples["a"], "new": found.samples["b"]}
+    assert not any(verdict.slower or verdict.faster for verdict in compare.judge(found, "x"))
+
+
+def test_rounds_alternate_and_measure_each_system_twice() -> None:
+    asked: list[str] = []
+
+    def measure(name: str) -> rounds.Sample:
+        asked.append(name)
+        return rounds.Sample(1.0, 1.0)
+
+    rounds.run_rounds(("a", "b"), measure, StillMachine(), 2)
+    assert "".join(asked) == "abbabaab"
+
+
+def test_rounds_in_which_the_machine_moved_are_dropped_and_retried() -> None:
+    values = [10, 10.5, 10, 12, 10, 8, 10, 10]  # moved by 5 %, 20 %, 20 %, 0 %
+    found = rounds.run_rounds(
+        ("a",), lambda name: rounds.Sample(1, 1), MovingMachine(values), 2, retries=3
+    )
+    assert (found.kept, found.dropped) == (2, 2)
+    assert len(found.samples["a"]) == 2
+    never = MovingMachine([10, 20] * 9)
+    found = rounds.run_rounds(("a",), lambda name: rounds.Sample(1, 1), never, 2, retries=3)
+    assert (found.kept, found.dropped) == (0, 5)
+
+
+def test_intervals_of_few_values_are_their_range() -> None:
+    assert intervals.bootstrap([1.0, 3.0, 2.0]) == intervals.Interval(2.0, 1.0, 3.0, 3)
+    wide = intervals.bootstrap([1.0] * 5 + [2.0] * 6)
+    assert wide.median == 2.0 and wide.low == 1.0
+    with pytest.raises(ValueError, match="no values"):
+        intervals.bootstrap([])
+
+
+def test_a_session_measures_marks_and_explains(bench: Path) -> None:
+    plan = session.Plan(
+        ["tilewright", "eager", "ipex", "vllm", "zentorch"],
+        threads=1,
+        rounds=6,
+        caches=bench / "caches",
+        logs=bench / "logs",
+        say=lambda _: None,
+    )
+    cell = cells.Cell("tiny", "fp32", 8, 5, 2)
+    (record,) = session.run_session(plan, [cell], StillMachine(), 20.0, 100.0)
+    rows = {row["system"]: row for row in record["systems"]}
+    assert list(rows) == plan.systems
+    eager = rows["eager"]
+    assert eager["ratio"]["decode"]["low"] <= 1.0 <= eager["ratio"]["decode"]["high"]
+    assert eager["tokens"] == "identical"
+    assert not eager["accuracy"]["wrong"]
+    assert rows["ipex"]["accuracy"]["wrong"], "a planted numerical error must be flagged"
+    assert "this one cannot load" in rows["vllm"]["reason"]
+    assert "bench setup zentorch" in rows["zentorch"]["reason"]
+    for kind in ("cold", "warm"):
+        assert {"process", "import", "load", "first_token"} <= set(eager["start"][kind])
+    assert eager["memory"]["peak_mb"] > 0
+    assert record["limit"]["read_gb_per_second"] == 25.0
+    check_readers(bench, record)
+
+
+def check_readers(bench: Path, cell: dict[str, Any]) -> None:
+    """The file, the README table and the page of one record."""
+    roof = {"isa": ["avx2"], "read": [], "arithmetic": []}
+    record = results.new_record("models", roof, 1) | {"cells": [cell], "read_gb_per_second": 20.0}
+    results.write(record, bench / "results" / "models-x.json")
+    (read,) = results.read_all("models", bench / "results")
+    ((_, found),) = latest.latest_cells([read]).items()
+    assert [row["system"] for row in found[0]["systems"]] == [r["system"] for r in cell["systems"]]
+    page = bench / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\n{readme.END}\nafter\n")
+    assert readme.rewrite(page, bench / "results")
+    assert not readme.rewrite(page, bench / "results")
+    written = page.read_text()
+    assert written.startswith("before\n") and written.endswith("after\n")
+    assert "identical, WRONG" in written and "this one cannot load" in written
+    assert "this one cannot load" in report.cell_table(found[0])
+    # Wrong systems are no peers to be ahead of.
+    peer = report.best_peer(found[0], "decode")
+    assert peer is not None and peer["system"] == "eager"
+    assert report.summary(found, "decode")[0].endswith("of 1")
+    phases = report.start_phases(found[0]["systems"][1]["start"]["cold"])
+    total = found[0]["systems"][1]["start"]["cold"]["total"]
+    assert sum(phases.values()) == pytest.approx(total, rel=0.2, abs=0.05)
+
+
+def build_with(folder: Path, factor: float) -> Path:
+    """A build whose engine is slower by this factor."""
+    (folder / "tilewright").mkdir(parents=True)
+    (folder / "tilewright" / "__init__.py").touch()
+    (folder / "planted_slowdown.py").write_text(f"FACTOR = {factor}\n")
+    return folder
+
+
+@pytest.mark.parametrize(("factor", "slower"), [(1.0, False), (1.1, True)])
+def test_compare_flags_a_planted_slowdown(bench: Path, factor: float, slower: bool) -> None:
+    builds = [build_with(bench / "old", 1.0), build_with(bench / "new", factor)]
+    cell = cells.Cell("tiny", "fp32", 8, 5, 1)
+    verdicts, problems = compare.run_compare(
+        builds, [cell], StillMachine(), 9, 1, compare.MARGIN, "optimize", lambda _: None
+    )
+    assert [verdict.slower for verdict in verdicts] == [slower, slower]
+    assert not problems
+    assert ("SLOWER" in str(verdicts[0])) == slower
+
+
+def test_compare_refuses_what_is_no_build(bench: Path) -> None:
+    with pytest.raises(ValueError, match="neither a directory"):
+        compare.build_of("no-such-revision", lambda _: None)
+    assert compare.build_of(str(build_with(bench / "b", 1.0)), print) == bench / "b"
+
+
+def test_a_process_that_dies_leaves_its_last_words(bench: Path) -> None:
+    log = bench / "worker.log"
+    worker = Worker("eager", 1, bench / "caches", log)
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        worker.ask({"do": "memory"})
+
+
+def test_accuracy_tells_rounding_from_errors() -> None:
+    generator = numpy.random.default_rng(1)
+    reference = generator.normal(size=(20, 100)).astype("float32")
+    tokens = [int(t) for t in generator.integers(0, 100, 20)]
+    rounding = reference + 1e-6 * generator.normal(size=reference.shape).astype("float32")
+    found = accuracy.compare(rounding, reference, tokens)
+    assert not accuracy.is_wrong(found, "fp32")
+    assert found.same_top == 1.0
+    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-4)
+    planted = reference.copy()
+    planted[:, 7] += 0.1
+    assert accuracy.is_wrong(accuracy.compare(planted, reference, tokens), "fp32")
+    planted[0, 0] = numpy.nan
+    assert accuracy.is_wrong(accuracy.compare(planted, reference, tokens), "int4")
+    with pytest.raises(ValueError, match="shape"):
+        accuracy.compare(reference[:5], reference, tokens)
+
+
+def test_agreement_of_tokens_in_words() -> None:
+    assert accuracy.agreement([[1, 2]], [[1, 2]]) == "identical"
+    assert accuracy.agreement([[1, 2, 3], [1, 9, 3]], [[1, 2, 3], [1, 2, 3]]) == "first 1 of 3"
+
+
+@pytest.mark.parametrize(
+    ("model", "read", "prefill"),
+    [("smollm2-135m", 134.5e6, 118e9), ("llama-1b", 1236e6, 1014e9), ("llama-8b", 7505e6, 7217e9)],
+)
+def test_limits_agree_with_those_computed_by_hand(model: str, read: float, prefill: float) -> None:
+    """The figures are those of the methodology's table; its prefill has a few per cent more."""
+    assert models.MODELS[model].read_per_token == pytest.approx(read, rel=1e-2)
+    limit = cells.limit_of(cells.Cell(model, "bf16", 512, 33, 1), 25.0, 200.0)
+    assert limit.prefill_flops == pytest.approx(prefill, rel=0.03)
+    assert limit.decode_seconds == pytest.approx(2 * read / 25e9, rel=0.1)
+
+
+def test_unknown_names_are_refused_with_what_there_is() -> None:
+    with pytest.raises(ValueError, match="there are smollm2-135m"):
+        cells.make_cells(["gpt5"], ["fp32"], [1], 2, [1])
+    with pytest.raises(ValueError, match="there are fp32"):
+        cells.make_cells(["tiny"], ["fp3"], [1], 2, [1])
+    with pytest.raises(ValueError, match="there are tilewright"):
+        systems.chosen(["tilewrong"])
+
+
+def test_systems_that_do_not_fit_in_memory_run_in_groups_with_the_baseline() -> None:
+    assert session.groups_that_fit(["a", "b", "c"], 1.0, 3.0) == [["a", "b", "c"]]
+    assert session.groups_that_fit(["a", "b", "c"], 1.0, 2.5) == [["a", "b"], ["a", "c"]]
+    assert session.groups_that_fit(["a", "b", "c"], 9.0, 2.5) == [["a", "b"], ["a", "c"]]
+
+
+def test_every_system_has_an_engine_and_an_environment() -> None:
+    for name, system in systems.SYSTEMS.items():
+        path = Path(places.PERF, *system.module.split(".")).with_suffix(".py")
+        assert path.exists(), name
+        assert system.environment in {"project", *systems.ENVIRONMENTS}, name
+    for name in systems.QUICK_SYSTEMS:
+        assert name in systems.SYSTEMS
+    pinned = systems.ENVIRONMENTS["openvino"]
+    assert "torch==2.13.0" in setup.stamp_of(pinned)
+
+
+def test_prompts_differ_and_are_the_same_every_time(tmp_path: Path) -> None:
+    cell = cells.Cell("tiny", "fp32", 8, 5, 3)
+    prompts = text.prompts_of(cell, tmp_path)
+    assert prompts == text.prompts_of(cell, tmp_path)
+    assert len({tuple(prompt) for prompt in prompts}) == 3
+    assert {len(prompt) for prompt in prompts} == {8}
+    assert len(text.reference_text()) > 100_000
+
+
+def test_names_of_parameters_in_gguf_files() -> None:
+    names = {
+        "model.layers.3.self_attn.q_proj.weight": "blk.3.attn_q.weight",
+        "model.layers.0.self_attn.k_proj.bias": "blk.0.attn_k.bias",
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.rotary.inv_freq": None,
+    }
+    assert {name: gguf_file.gguf_name(name) for name in names} == names
+    rows = numpy.arange(8).reshape(8, 1)
+    assert gguf_file.permuted(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_committed_results_can_be_read() -> None:
+    for path in places.RESULTS.glob("*.json"):
+        record = json.loads(path.read_text())
+        if record.get("schema") == results.SCHEMA:
+            assert results.read(path)["machine"]["cpu"]
