@@ -81,6 +81,7 @@ Status KernelLibrary::flush() {
         counters_.emitted += 1;
         counters_.emit_seconds += seconds_since(start);
         item.kernel->loaded = false;
+        if (observer_) observer_(*fresh);
         store_->save(*fresh);
         entry = std::move(*fresh);
       }

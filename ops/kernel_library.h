@@ -41,6 +41,11 @@ class KernelLibrary {
  public:
   KernelLibrary(Target target, std::shared_ptr<cache::Store> store, bool check_cache = false);
 
+  // Sees every entry that is emitted, with the VIR that it was made of. Before the first request.
+  void observe(std::function<void(const cache::Entry&)> observer) {
+    observer_ = std::move(observer);
+  }
+
   const Target& target() const { return target_; }
 
   // The kernel of this specification. Its function is null until the next flush(). The pointer is
@@ -64,6 +69,7 @@ class KernelLibrary {
   Target target_;
   std::shared_ptr<cache::Store> store_;
   bool check_cache_;
+  std::function<void(const cache::Entry&)> observer_;
   mutable std::mutex mutex_;
   std::map<std::string, std::unique_ptr<Kernel>, std::less<>> kernels_;
   std::vector<std::unique_ptr<Kernel>> abandoned_;

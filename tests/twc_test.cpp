@@ -135,9 +135,28 @@ TEST_F(Twc, emits_vir_for_any_isa) {
   EXPECT_NE(outcome.output.find("zmm"), std::string::npos);
   outcome = run("code --isa avx2 " + avx512);  // 16 lanes do not fit
   EXPECT_EQ(outcome.exit_code, 1);
-  outcome = run("disasm " + write("a.graph", graph_text));
-  EXPECT_EQ(outcome.exit_code, 1);
-  EXPECT_NE(outcome.errors.find("VIR text expected"), std::string::npos);
+}
+
+TEST_F(Twc, shows_the_kernels_of_a_graph) {
+  const std::string layer =
+      (fs::path(TILEWRIGHT_SOURCE_DIR) / "tests" / "filetests" / "run" / "llama_layer.graph")
+          .string();
+  for (std::string_view isa : {"avx2", "avx512"}) {
+    SCOPED_TRACE(isa);
+    const Outcome outcome = run(fmt::format("disasm {} --isa {}", layer, isa));
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+    for (std::string_view kernel : {"; linear", "; attention", "; rope", "; row", "rows=1 n=16"}) {
+      EXPECT_NE(outcome.output.find(kernel), std::string::npos) << kernel;
+    }
+    EXPECT_EQ(outcome.output.find("zmm") != std::string::npos, isa == "avx512");
+  }
+  // One kernel's VIR is a file that the same command takes.
+  const Outcome vir = run("vir --isa avx2 " + write("a.graph", graph_text));
+  EXPECT_EQ(vir.exit_code, 0) << vir.errors;
+  const Outcome again = run("vir " + write("a.vir", vir.output));
+  EXPECT_EQ(again.exit_code, 0) << again.errors;
+  EXPECT_NE(vir.output.find(again.output), std::string::npos);
+  EXPECT_EQ(run("code --isa avx2 " + write("a.graph", graph_text)).exit_code, 0);
 }
 
 TEST_F(Twc, hashes_what_matters) {

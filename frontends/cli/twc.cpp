@@ -5,6 +5,7 @@
 //   twc passes model.graph -p match_rope      after these passes; without -p the whole pipeline
 //   twc run case.graph                        the reference interpreter on the file's directives
 //   twc disasm kernel.vir --isa avx512        machine code of VIR, for this or another CPU
+//   twc disasm model.graph                    of each kernel that the graph becomes
 //
 // A file name of - (or none) is standard input. Results go to standard output, errors to standard
 // error. Exit codes: 0 done, 1 the input is wrong or a result differs, 2 wrong usage.
@@ -18,6 +19,8 @@
 #include <functional>
 #include <iostream>
 #include <iterator>
+#include <map>
+#include <memory>
 #include <optional>
 #include <span>
 #include <sstream>
@@ -33,6 +36,8 @@
 #include "jit/emit.h"
 #include "jit/inspect.h"
 #include "jit/vir/vir.h"
+#include "ops/compile.h"
+#include "ops/kernel_library.h"
 
 namespace tilewright {
 namespace {
@@ -142,10 +147,60 @@ ExitCode run_graph(const Input& input, const Options&) {
   return done;
 }
 
+// The kernels that a graph becomes, for any number of rows, as VIR text; named by what they do.
+Result<std::vector<Input>> graph_kernels(const Input& input, const Target& target) {
+  Result<graph::Graph> graph = verified_graph(input);
+  if (!graph) return graph.error();
+  // Kernels do not depend on weights, so zeros will do.
+  std::map<std::string, ops::TensorView> constants;
+  std::vector<std::vector<char>> zeros;
+  for (const graph::Node& node : graph->nodes) {
+    if (node.op != graph::Op::constant) continue;
+    const graph::Type& type = graph->type(node.results[0]);
+    ops::TensorView view{nullptr, type.dtype, {}};
+    for (const graph::Dim& size : type.shape) view.shape.push_back(size.constant());
+    const auto bytes = ops::element_count(view) * graph::size_in_bytes(type.dtype);
+    view.data = zeros.emplace_back(static_cast<std::size_t>(bytes)).data();
+    constants[node.attribute<std::string>("source")] = view;
+  }
+  Result<graph::Graph> optimized = graph::optimize(std::move(*graph), target);
+  if (!optimized) return optimized.error();
+  auto store = std::make_shared<cache::Store>(cache::Store::open("", cache::Mode::off, 0));
+  auto library = std::make_shared<ops::KernelLibrary>(target, store);
+  std::vector<Input> kernels;
+  library->observe([&](const cache::Entry& entry) {
+    kernels.push_back({entry.key_text.substr(0, entry.key_text.rfind("\nisa ")), entry.recipe});
+  });
+  ops::CompileOptions options;
+  options.exact_weights = false;  // zeros would fit 16 bits
+  Result<ops::Program> program = ops::compile(*optimized, constants, target, options, library,
+                                              std::make_shared<ops::WeightStore>());
+  if (!program) return program.error();
+  if (Status prepared = program->prepare(); !prepared) return prepared.error();
+  return kernels;
+}
+
+using VirCommand = ExitCode (*)(const Input& input, const Options& options);
+
+// A command on VIR text, for each kernel of a graph.
+ExitCode for_each_kernel(const Input& input, const Options& options, VirCommand command) {
+  Result<std::vector<Input>> kernels = graph_kernels(input, options.target);
+  if (!kernels) return fail_in(input, kernels.error().message);
+  for (const Input& kernel : *kernels) {
+    std::string title = kernel.name;
+    for (std::size_t at = 0; (at = title.find('\n', at)) != std::string::npos; at += 3) {
+      title.replace(at, 1, "\n; ");
+    }
+    fmt::print("; {}\n", title);
+    if (const ExitCode code = command(kernel, options); code != done) return code;
+    fmt::print("\n");
+  }
+  return done;
+}
+
 // --- VIR text
 
 Result<jit::vir::Function> vir_function(const Input& input) {
-  if (is_graph(input)) return Error{"VIR text expected, found a graph"};
   Result<jit::vir::Function> function = jit::vir::parse(input.text);
   if (!function) return function;
   if (Status status = jit::vir::verify(*function); !status) return status.error();
@@ -162,7 +217,8 @@ ExitCode with_code(const Input& input, const Options& options,
   return use(*code);
 }
 
-ExitCode print_vir(const Input& input, const Options&) {
+ExitCode print_vir(const Input& input, const Options& options) {
+  if (is_graph(input)) return for_each_kernel(input, options, print_vir);
   Result<jit::vir::Function> function = vir_function(input);
   if (!function) return fail_in(input, function.error().message);
   fmt::print("{}", jit::vir::print(*function));
@@ -176,6 +232,7 @@ void print_facts(const jit::CodeObject& code) {
 }
 
 ExitCode print_code(const Input& input, const Options& options) {
+  if (is_graph(input)) return for_each_kernel(input, options, print_code);
   return with_code(input, options, [](const jit::CodeObject& code) {
     print_facts(code);
     for (std::size_t i = 0; i < code.bytes.size(); ++i) {
@@ -187,6 +244,7 @@ ExitCode print_code(const Input& input, const Options& options) {
 }
 
 ExitCode print_disassembly(const Input& input, const Options& options) {
+  if (is_graph(input)) return for_each_kernel(input, options, print_disassembly);
   return with_code(input, options, [&](const jit::CodeObject& code) {
     auto instructions = std::span(code.bytes).first(code.code_size);
     Result<std::string> text = jit::disassemble(instructions);
@@ -217,9 +275,9 @@ constexpr Command commands[] = {
     {"verify", "check the text; silent if it is right", verify_text},
     {"passes", "graph: the text after the pipeline, or after the passes of -p", run_passes},
     {"run", "graph: results by the reference interpreter, compared with the file's", run_graph},
-    {"vir", "VIR: verified and printed", print_vir},
-    {"code", "VIR: machine code in hexadecimal", print_code},
-    {"disasm", "VIR: machine code as instructions", print_disassembly},
+    {"vir", "the VIR, verified; of a graph: of each of its kernels", print_vir},
+    {"code", "machine code in hexadecimal", print_code},
+    {"disasm", "machine code as instructions", print_disassembly},
     {"hash", "SHA-256 of a graph's canonical text, or of VIR's machine code", print_hash},
 };
 
