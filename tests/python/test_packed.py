@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,6 +225,33 @@ def test_copies_restoring_and_fallbacks() -> None:
     restored = tilewright.llm.restore(model)
     assert not any(isinstance(p, PackedParameter) for p in restored.parameters())
     assert torch.equal(restored(ids).logits, reference(ids).logits)
+
+
+@torch.no_grad()
+def test_training_state_saving_and_compiling_parts(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, reference, ids = optimized()
+    model.train().eval().requires_grad_(False).zero_grad()
+    assert model.num_parameters() == reference.num_parameters()
+    assert packed_count(model) == 3 * 7  # none of these reads a value
+    part = torch.compile(model.model.layers[0].mlp, backend="eager")
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(part(x), reference.model.layers[0].mlp(x))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for ours, theirs in zip(loaded.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_through_packed_parameters() -> None:
+    model, reference, ids = optimized()
+    for m in (model, reference):
+        m.requires_grad_(True)
+        m(ids, labels=ids).loss.backward()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_a_copy_is_not_freed() -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
 
 # Answered from the wrapper: what neither reads nor exposes values.
 _ATTRIBUTES = """
@@ -50,8 +51,9 @@ class Source:
         weakref.finalize(self, store.forget, token)
 
     def unpack(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        values = torch.empty(shape, dtype=dtype)
-        self.store.unpack(self.token, values.data_ptr())
+        with no_dispatch():  # real memory also where somebody traces with fake tensors
+            values = torch.empty(shape, dtype=dtype)
+            self.store.unpack(self.token, values.data_ptr())
         return values
 
 
