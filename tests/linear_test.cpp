@@ -71,6 +71,7 @@ struct Problem {
     residual = guarded(m, outputs(), spec.output, flush);
     fill_rows(*bias, spec.output, 1, spec.n, fill, random);
     fill_rows(*residual, spec.output, m, outputs(), fill, random);
+    partial_sums = guarded(1, ops::kPartialSumsBytes / 4, DataType::f32, GuardedRows::Flush::end);
     packed = guarded(1, ops::packed_bytes(spec.n, spec.k, spec.weight) / size_in_bytes(spec.weight),
                      spec.weight, flush);
     std::vector<ops::WeightBlock> stacked{{w->row(0), spec.n, w->stride()}};
@@ -97,6 +98,7 @@ struct Problem {
     list[LinearArgs::panel_begin] = 0;
     list[LinearArgs::panel_count] = ops::panel_count(spec.n);
     list[LinearArgs::block_count] = blocks;
+    list[LinearArgs::partial_sums] = partial_sums->address();
     return list;
   }
 
@@ -114,7 +116,7 @@ struct Problem {
 
   LinearKernel spec;
   std::int64_t blocks, m;
-  Rows w, x, y, bias, residual, packed;
+  Rows w, x, y, bias, residual, partial_sums, packed;
 };
 
 // --- bounds
@@ -252,7 +254,7 @@ TEST_P(Linear, MatchesTheBoundsForEveryShape) {
   std::size_t turn = 0;
   for (int rows = 1; rows <= ops::max_rows(GetParam().lanes); ++rows) {
     for (std::int64_t n : {1, 31, 32, 33, 100}) {
-      for (std::int64_t k : {1, 2, 3, 7, 31, 32, 65}) {
+      for (std::int64_t k : {1, 2, 3, 7, 31, 32, 65, 128, 129, 259}) {
         LinearKernel spec = kernel(rows, n, k);
         spec.epilogue = all[turn % all.size()];
         if (spec.epilogue.gated) spec.n *= 2;
@@ -313,7 +315,7 @@ TEST_P(Linear, ReferenceAgreesWithUnpackedWeights) {
 
 // Panels, blocks and numbers of rows are how work is cut; they must not show in the result.
 TEST_P(Linear, BitsDoNotDependOnHowWorkIsCut) {
-  LinearKernel whole = kernel(1, 100, 131);
+  LinearKernel whole = kernel(1, 100, 331);
   whole.epilogue = epilogue(true, "", false, true);
   const Problem rows_one(whole, 12, Fill::normal, 11, GuardedRows::Flush::end);
   rows_one.run(Engine::interpreter);
@@ -404,7 +406,7 @@ TEST(LinearBits, AreThoseOfEveryLanesAndWeightType) {
       LinearKernel spec;
       spec.lanes = lanes;
       spec.n = 50;
-      spec.k = 77;
+      spec.k = 277;
       spec.weight = narrow;
       const Problem problem(spec, 3, Fill::normal, 4, GuardedRows::Flush::end);
       problem.run(Engine::interpreter);
@@ -442,6 +444,33 @@ TEST(LinearSupported, SaysWhyNot) {
   bad = good;
   bad.weight = DataType::i64;
   EXPECT_EQ(supported(bad).error().message, "linear in i64");
+}
+
+// One chain of additions over all of k would round about twice as much.
+TEST(LinearError, IsThatOfShortChains) {
+  LinearKernel spec;
+  spec.n = 64;
+  spec.k = 1536;
+  const Problem problem(spec, 8, Fill::normal, 9, GuardedRows::Flush::end);
+  problem.run(Engine::interpreter);
+  const std::vector<double> results = problem.results();
+  double ours = 0, chains = 0;
+  for (std::int64_t row = 0; row < problem.m; ++row) {
+    for (std::int64_t column = 0; column < spec.n; ++column) {
+      double exact = 0;
+      float chain = 0;
+      for (std::int64_t k = 0; k < spec.k; ++k) {
+        const double x = value_at(*problem.x, spec.input, row, k);
+        const double w = value_at(*problem.w, spec.weight, column, k);
+        exact += x * w;
+        chain = static_cast<float>(chain + x * w);
+      }
+      const double result = results[static_cast<std::size_t>(row * spec.n + column)];
+      ours += (result - exact) * (result - exact);
+      chains += (chain - exact) * (chain - exact);
+    }
+  }
+  EXPECT_LT(std::sqrt(ours), 0.6 * std::sqrt(chains));
 }
 
 TEST(LinearPrint, TellsEveryFieldApart) {

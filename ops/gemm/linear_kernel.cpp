@@ -37,6 +37,10 @@ constexpr int kRowsPerPointer = 3;
 // registers; with more rows the x come one at a time.
 constexpr int kFewRows = 3;
 
+// Of k, in one chain of additions: a multiple of all unrolled steps. Shorter chains round less, and
+// cost more: here the sums go to memory and back once for 128 multiply-adds each.
+constexpr std::int64_t kPartialSumLength = 128;
+
 Element input_element(DataType type) {
   return type == DataType::bf16  ? Element::bf16
          : type == DataType::f16 ? Element::f16
@@ -123,33 +127,79 @@ class LinearBuilder {
   // --- the sum over k
 
   void emit_products(int part) {
+    if (rows_ > 1) x_stride_ = b_.arg(LinearArgs::x_row_stride);
+    if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
+    // All but the last block of k leave their sums in memory: there are no registers for them.
+    const std::int64_t blocks = (spec_.k - 1) / kPartialSumLength;
+    const std::int64_t rest = spec_.k - blocks * kPartialSumLength;
+    if (blocks > 0) {
+      Reg zero = b_.zero();
+      each_sum([&](std::size_t, std::size_t, Address sum) { b_.store(Element::f32, sum, zero); });
+      b_.loop(b_.constant(blocks), [&] {
+        emit_partial_products(part, kPartialSumLength);
+        add_partial_sums();
+        each_sum([&](std::size_t row, std::size_t j, Address sum) {
+          b_.store(Element::f32, sum, accumulators_[row][j]);
+        });
+        advance_k(kPartialSumLength);
+      });
+    }
+    emit_partial_products(part, rest);
+    if (blocks > 0) {
+      add_partial_sums();
+      advance_k(-blocks * kPartialSumLength);
+    }
+  }
+
+  // Their address is read anew each time: a register for it would be one too many in the inner
+  // loop.
+  template <class Visit>
+  void each_sum(const Visit& visit) {
+    Reg sums = b_.arg(LinearArgs::partial_sums);
+    for (std::size_t row = 0; row < static_cast<std::size_t>(rows_); ++row) {
+      for (std::size_t j = 0; j < static_cast<std::size_t>(vectors_); ++j) {
+        const auto index = static_cast<std::int64_t>(row) * vectors_ + static_cast<std::int64_t>(j);
+        visit(row, j, b_.at(sums, index * b_.vector_bytes()));
+      }
+    }
+  }
+
+  void add_partial_sums() {
+    Reg one = b_.splat(1.0f);
+    each_sum([&](std::size_t row, std::size_t j, Address sum) {
+      b_.fma_load(accumulators_[row][j], one, sum);
+    });
+  }
+
+  // Moves the pointers by `count` of k, a multiple of a step.
+  void advance_k(std::int64_t count) {
+    b_.add_to(weight_, count / step_length() * kStepBytes);
+    for (Reg pointer : x_) b_.add_to(pointer, count * input_bytes());
+  }
+
+  // A step is one line run of the panel: one k, or a pair.
+  int step_length() const { return is_f32() ? 1 : 2; }
+
+  // The accumulators: the sums over the next `count` of k. The pointers stay.
+  void emit_partial_products(int part, std::int64_t count) {
     accumulators_.assign(static_cast<std::size_t>(rows_), {});
     for (auto& row : accumulators_) {
       for (int j = 0; j < vectors_; ++j) row.push_back(b_.zero());
     }
-    if (rows_ > 1) x_stride_ = b_.arg(LinearArgs::x_row_stride);
-    if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
-
-    // A step is one line run of the panel: one k, or a pair.
-    const int step_k = is_f32() ? 1 : 2;
-    const std::int64_t steps = spec_.k / step_k;
+    const std::int64_t steps = count / step_length();
     const int unroll = is_f32() || rows_ <= kFewRows ? 4 : 2;
     const std::int64_t turns = steps / unroll;
     if (turns > 0) {
       b_.loop(b_.constant(turns), [&] {
-        for (int u = 0; u < unroll; ++u) emit_step(part, u, step_k);
-        b_.add_to(weight_, unroll * kStepBytes);
-        for (Reg pointer : x_) b_.add_to(pointer, unroll * step_k * input_bytes());
+        for (int u = 0; u < unroll; ++u) emit_step(part, u, step_length());
+        advance_k(unroll * step_length());
       });
     }
     const int rest = static_cast<int>(steps % unroll);
-    for (int u = 0; u < rest; ++u) emit_step(part, u, step_k);
+    for (int u = 0; u < rest; ++u) emit_step(part, u, step_length());
     // The last k of an odd number: its pair is padding in the weight but not there in x.
-    if (spec_.k % step_k != 0) emit_step(part, rest, 1);
-    if (turns > 0) {
-      b_.add_to(weight_, -turns * unroll * kStepBytes);
-      for (Reg pointer : x_) b_.add_to(pointer, -turns * unroll * step_k * input_bytes());
-    }
+    if (count % step_length() != 0) emit_step(part, rest, 1);
+    if (turns > 0) advance_k(-turns * unroll * step_length());
   }
 
   // Step `step` from the pointers: `count` values of k.
@@ -317,6 +367,8 @@ bool one_of(DataType type) {
 int max_rows(int lanes) { return lanes == 16 ? 12 : 6; }
 
 std::int64_t panel_columns() { return kPanelColumns; }
+
+std::int64_t partial_sum_length() { return kPartialSumLength; }
 
 std::int64_t panel_count(std::int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
 

@@ -5,10 +5,13 @@
 // accumulators is baked in, everything else about M is a run-time argument. Weights are packed once
 // (pack.h) and serve prefill and decode.
 //
-// Every output is one chain of fused multiply-adds in the order of k, whatever the rows of a block,
-// the lanes and the weight's type. So y has the same bits for every way to cut M into blocks and
-// into threads, with AVX2 and AVX-512, and for a weight stored exactly in 16 bits. The price is
-// that the GEMV has only as many chains as a panel has vectors; it is bound by memory, not by them.
+// Every output is a sum of partial sums, each one chain of fused multiply-adds over
+// partial_sum_length() of k in order, whatever the rows of a block, the lanes and the weight's
+// type. So y has the same bits for every way to cut M into blocks and into threads, with AVX2 and
+// AVX-512, and for a weight stored exactly in 16 bits. One chain over all of k would be simpler,
+// but its error grows with the chain's length: twice that of a blocked library at k = 576. The
+// price is that the GEMV has only as many chains as a panel has vectors; it is bound by memory, not
+// by them.
 //
 // Tested by linear_test (against a double-precision reference) and the differential test.
 #pragma once
@@ -59,9 +62,13 @@ struct LinearArgs {
     panel_begin,
     panel_count,
     block_count,
+    partial_sums,  // memory of kPartialSumsBytes, aligned to 64, that no other thread uses
     count
   };
 };
+
+inline constexpr int kPartialSumsBytes = 12 * 32 * 4;  // the most rows x a panel's columns
+std::int64_t partial_sum_length();
 
 int max_rows(int lanes);       // 6 with AVX2 (6 x 16), 12 with AVX-512 (12 x 32)
 std::int64_t panel_columns();  // 32: the packed layout depends neither on lanes nor on the type
