@@ -45,6 +45,7 @@ class Plan:
     caches: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="bench-caches-")))
     logs: Path = field(default_factory=lambda: places.home() / "logs")
     say: Callable[[str], None] = print
+    out_of_time: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         if self.kept_caches is not None:
@@ -86,6 +87,7 @@ def _load_request(cell: Cell, name: str, directory: Path, prompts: Any) -> dict[
         "converted": str(converted),
         "dtype": cell.dtype,
         "prompts": prompts,
+        "new": cell.new,
         "longest": cell.prompt + cell.new + ACCURACY_TOKENS,
     }
 
@@ -152,7 +154,7 @@ def _accuracy(plan: Plan, rows: list[Row], cell: Cell, directory: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reference.npy"
         request = _load_request(cell, "eager", directory, [tokens[:2]])
-        reference.ask({**request, "dtype": dtype})
+        reference.ask({**request, "dtype": dtype, "new": 1})
         reference.ask({"do": "logits", "tokens": tokens, "path": str(path)})
         reference.close()
         wanted = numpy.load(path)
@@ -193,7 +195,7 @@ def _measure_cell(
         answer = workers[name].ask({"do": "generate", "prompts": prompts, "new": cell.new})
         return Sample(answer["first_seconds"], answer["decode_seconds"])
 
-    rounds = run_rounds(list(workers), measure, probe, plan.rounds, plan.retries)
+    rounds = run_rounds(list(workers), measure, probe, plan.rounds, plan.retries, plan.out_of_time)
     memory = {name: worker.ask({"do": "memory"}) for name, worker in workers.items()}
     return rounds, tokens, memory
 
