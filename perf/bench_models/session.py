@@ -306,7 +306,12 @@ def run_session(
                 if rows[-1].reason:
                     plan.say(f"{name}: {rows[-1].reason}")
             if plan.accuracy:
-                _accuracy(plan, rows, first, directory)
+                try:
+                    _accuracy(plan, rows, first, directory)
+                except WorkerError as error:
+                    plan.say(f"no accuracy: the reference failed: {error}")
+                    for row in rows:
+                        row.accuracy = {"reason": f"the reference failed: {error}"}
             for cell, record in zip(cells, records, strict=True):
                 plan.say(f"measuring {cell.name} ...")
                 prompts = text.prompts_of(cell, directory)
