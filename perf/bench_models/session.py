@@ -297,7 +297,16 @@ def run_session(
     ]
     eager_tokens: dict[str, list[list[int]]] = {}
     # Eager first, if asked for, so that its tokens are there for all groups.
-    for group in groups_that_fit(plan.systems, needed, 0.85 * available_bytes()):
+    absent = [
+        name
+        for name in plan.systems[1:]
+        if first.dtype not in SYSTEMS[name].dtypes
+        or not places.python_of(SYSTEMS[name].environment).exists()
+    ]
+    present = [name for name in plan.systems if name not in absent]
+    groups = groups_that_fit(present, needed, 0.85 * available_bytes())
+    groups[0] = [*groups[0], *absent]  # rows with reasons; they need no memory
+    for group in groups:
         prompts = text.prompts_of(first, directory)
         rows: list[Row] = []
         with _running(rows):
