@@ -64,7 +64,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (package / "__init__.py").touch()
     (package / "bench_fake_engine.py").write_text((HERE / "bench_fake_engine.py").read_text())
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    monkeypatch.setenv("TILEWRIGHT_BENCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("BENCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(models, "directory_of", lambda name: tmp_path)
     for name, system in {
         "tilewright": fake(),
