@@ -80,7 +80,7 @@ def onednn(operands: Operands) -> Call:
     x = operands.inputs[0][0]
     try:
         packed = [
-            torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), operands.case.rows)
+            torch.ops.mkldnn._reorder_linear_weight(weight, operands.case.rows)
             for weight in operands.weights
         ]
         run = torch.ops.mkldnn._linear_pointwise
