@@ -123,10 +123,12 @@ def models(
                 out_of_time=lambda: time.monotonic() > deadline,
             )
             peak = cells.peak_for(kind, limits["arithmetic"], threads)
-            record["cells"] += session.run_session(
+            before = list(record["cells"])
+            for measured in session.run_session(
                 plan, list(group), probe, record["read_gb_per_second"], peak
-            )
-            results.write(record, path)  # what is measured is kept, whatever comes next
+            ):
+                record["cells"] = [*before, *measured]
+                results.write(record, path)  # what is measured is kept, whatever comes next
     finally:
         probe.close()
     console = Console(width=None if Console().is_terminal else 230)

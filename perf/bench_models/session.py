@@ -248,14 +248,18 @@ def _system_record(
     return record
 
 
-def groups_that_fit(systems: list[str], needed_bytes: float, available: float) -> list[list[str]]:
+def groups_that_fit(needed: dict[str, float], available: float) -> list[list[str]]:
     """The systems in groups whose models fit in memory together; the first one is in each group."""
-    room = max(2, int(available // needed_bytes))
-    if len(systems) <= room:
-        return [systems]
-    others = systems[1:]
-    step = room - 1
-    return [[systems[0], *others[i : i + step]] for i in range(0, len(others), step)]
+    first, *others = needed
+    groups = [[first]]
+    used = needed[first]
+    for name in others:
+        if len(groups[-1]) > 1 and used + needed[name] > available:
+            groups.append([first])
+            used = needed[first]
+        groups[-1].append(name)
+        used += needed[name]
+    return groups
 
 
 def available_bytes() -> float:
@@ -278,11 +282,12 @@ def _running(rows: list[Row]) -> Iterator[None]:
 
 def run_session(
     plan: Plan, cells: list[Cell], probe: Probe, roof_read: float, roof_peak: float
-) -> list[dict[str, Any]]:
-    """All cells of one model and dtype. The first system is the baseline of the ratios."""
+) -> Iterator[list[dict[str, Any]]]:
+    """All cells of one model and dtype, as far as they are, after each group of systems. The first
+    system is the baseline of the ratios."""
     first = cells[0]
     directory = models.directory_of(first.model)
-    needed = first.shape.parameters * max(2.0, WEIGHT_BYTES[first.dtype]) * 2.5 + 1e9
+    weights = first.shape.parameters * WEIGHT_BYTES[first.dtype]
     records: list[dict[str, Any]] = [
         {
             "model": cell.model,
@@ -304,7 +309,8 @@ def run_session(
         or not places.python_of(SYSTEMS[name].environment).exists()
     ]
     present = [name for name in plan.systems if name not in absent]
-    groups = groups_that_fit(present, needed, 0.85 * available_bytes())
+    needed = {name: weights * SYSTEMS[name].copies + 0.5e9 for name in present}
+    groups = groups_that_fit(needed, 0.85 * available_bytes())
     groups[0] = [*groups[0], *absent]  # rows with reasons; they need no memory
     for group in groups:
         prompts = text.prompts_of(first, directory)
@@ -370,6 +376,6 @@ def run_session(
                     if row.worker is not None and not row.reason:
                         plan.say(f"warm start of {row.name} ...")
                         _warm_start(plan, row, first, directory, text.prompts_of(first, directory))
+        yield records
     if plan.kept_caches is None:
         shutil.rmtree(plan.caches, ignore_errors=True)
-    return records

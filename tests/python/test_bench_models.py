@@ -138,7 +138,7 @@ def test_a_session_measures_marks_and_explains(bench: Path) -> None:
         say=lambda _: None,
     )
     cell = cells.Cell("tiny", "fp32", 8, 5, 2)
-    (record,) = session.run_session(plan, [cell], StillMachine(), 20.0, 100.0)
+    ((record,),) = session.run_session(plan, [cell], StillMachine(), 20.0, 100.0)
     rows = {row["system"]: row for row in record["systems"]}
     assert list(rows) == plan.systems
     eager = rows["eager"]
@@ -260,9 +260,11 @@ def test_unknown_names_are_refused_with_what_there_is() -> None:
 
 
 def test_systems_that_do_not_fit_in_memory_run_in_groups_with_the_baseline() -> None:
-    assert session.groups_that_fit(["a", "b", "c"], 1.0, 3.0) == [["a", "b", "c"]]
-    assert session.groups_that_fit(["a", "b", "c"], 1.0, 2.5) == [["a", "b"], ["a", "c"]]
-    assert session.groups_that_fit(["a", "b", "c"], 9.0, 2.5) == [["a", "b"], ["a", "c"]]
+    needed = {"a": 1.0, "b": 1.0, "c": 0.5}
+    assert session.groups_that_fit(needed, 2.5) == [["a", "b", "c"]]
+    assert session.groups_that_fit(needed, 2.4) == [["a", "b"], ["a", "c"]]
+    assert session.groups_that_fit(needed, 0.1) == [["a", "b"], ["a", "c"]]
+    assert session.groups_that_fit({"a": 1.0}, 0.1) == [["a"]]
 
 
 def test_every_system_has_an_engine_and_an_environment() -> None:
