@@ -401,7 +401,7 @@ def cell_table(cell: dict[str, Any]) -> str:
         "KL",
         "same top",
         "perplexity",
-        "weights / act / KV / head",
+        "weights/act/KV/head",
     )
     lines = ["<table><tr>", *(f"<th>{head}</th>" for head in heads), "</tr>"]
     for row in cell["systems"]:
@@ -416,8 +416,6 @@ def cell_table(cell: dict[str, Any]) -> str:
             continue
         found = row.get("accuracy", {})
         measured = "divergence" in found
-        precision = row["precision"]
-        parts = (precision[key] for key in ("weights", "activations", "kv", "head"))
         fields = (
             name,
             f"{1e3 * row['prefill_seconds']['median']:.1f}",
@@ -430,7 +428,7 @@ def cell_table(cell: dict[str, Any]) -> str:
             f"{found['divergence']:.1e}" if measured else "-",
             f"{100 * found['same_top']:.0f} %" if measured else "-",
             f"{found['perplexity']:.3f}" if measured else "-",
-            html.escape(" / ".join(parts)),
+            html.escape(latest.precision_of(row)),
         )
         kind = "wrong" if found.get("wrong") else "ours" if is_ours(row["system"]) else ""
         lines.append(f'<tr class="{kind}">' + "".join(f"<td>{f}</td>" for f in fields) + "</tr>")
