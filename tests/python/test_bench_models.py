@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Mapping
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
-pytest.importorskip("rich")
+from bench_models import __main__ as commands
 from bench_models import (
     accuracy,
     cells,
@@ -28,6 +31,7 @@ from bench_models import (
     session,
     setup,
     systems,
+    table,
     text,
 )
 from bench_models.client import Worker, WorkerError
@@ -171,6 +175,10 @@ def check_readers(bench: Path, cell: dict[str, Any]) -> None:
     assert written.startswith("before\n") and written.endswith("after\n")
     assert "identical, WRONG" in written and "this one cannot load" in written
     assert "this one cannot load" in report.cell_table(found[0])
+    console = Console(file=io.StringIO(), width=250)
+    table.print_record(record, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "WRONG" in printed and "this one cannot load" in printed
     # Wrong systems are no peers to be ahead of.
     peer = report.best_peer(found[0], "decode")
     assert peer is not None and peer["system"] == "eager"
@@ -178,6 +186,21 @@ def check_readers(bench: Path, cell: dict[str, Any]) -> None:
     phases = report.start_phases(found[0]["systems"][1]["start"]["cold"])
     total = found[0]["systems"][1]["start"]["cold"]["total"]
     assert sum(phases.values()) == pytest.approx(total, rel=0.2, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["models", "--systems", "tilewrong"], "there are tilewright"),
+        (["models", "--models", "gpt5"], "there are smollm2-135m"),
+        (["ops", "--set", "matmull"], "there are attention"),
+        (["compare", "no-such", "no-such"], "neither a directory"),
+    ],
+)
+def test_commands_say_what_they_do_not_know(arguments: list[str], message: str) -> None:
+    outcome = CliRunner().invoke(commands.app, arguments)
+    assert outcome.exit_code == 2
+    assert message in " ".join(outcome.stderr.split())
 
 
 def build_with(folder: Path, factor: float) -> Path:
