@@ -219,25 +219,29 @@ def _system_record(
     """One row of the results."""
     record: dict[str, Any] = {"system": row.name, "note": note_of(row.name)}
     samples = rounds.samples.get(row.name, [])
-    if row.reason or not samples:
-        reason = row.reason or "the machine never held still: every round was dropped"
-        return {**record, "status": "failed", "reason": reason}
+    if row.reason:
+        return {**record, "status": "failed", "reason": row.reason}
+    record |= {
+        "precision": row.loaded["precision"],
+        "versions": row.loaded["versions"],
+        "tokens": agreement,
+        "memory": {**memory, "imported_mb": row.loaded["memory_imported"]["resident_mb"]},
+        "start": row.start,
+        "accuracy": row.accuracy,
+    }
+    if not samples:
+        reason = "the machine never held still: every round was dropped"
+        return {**record, "status": "unsteady", "reason": reason}
     prefill = [sample.prefill for sample in samples]
     decode = [sample.decode for sample in samples]
     record |= {
         "status": "ok",
-        "precision": row.loaded["precision"],
-        "versions": row.loaded["versions"],
         "prefill_seconds": bootstrap(prefill).to_dict(),
         "decode_seconds_per_token": bootstrap(decode).to_dict(),
         "decode_tokens_per_second": cell.batch / statistics.median(decode),
         "share_of_prefill_limit": limit.prefill_seconds / statistics.median(prefill),
         "share_of_decode_limit": limit.decode_seconds / statistics.median(decode),
         "samples": {"prefill": prefill, "decode": decode},
-        "tokens": agreement,
-        "memory": {**memory, "imported_mb": row.loaded["memory_imported"]["resident_mb"]},
-        "start": row.start,
-        "accuracy": row.accuracy,
     }
     if rounds.samples.get(baseline):
         base = rounds.samples[baseline]
