@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -73,10 +74,12 @@ def models(
     threads: Annotated[int, typer.Option()] = 2,
     starts: Annotated[bool, typer.Option(help="also warm starts")] = True,
     accuracy: Annotated[bool, typer.Option(help="also logits")] = True,
+    minutes: Annotated[float, typer.Option(help="no new round after this; 0: 4 if quick")] = 0,
     label: Annotated[str, typer.Option(help="a part of the file's name")] = "",
     output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
 ) -> None:
     """Measure whole models, side by side."""
+    deadline = time.monotonic() + 60 * (minutes or (4 if quick else 1e6))
     chosen_names = _split(names) or list(systems.QUICK_SYSTEMS if quick else systems.SYSTEMS)
     if chosen_names == ["all"]:
         chosen_names = list(systems.SYSTEMS)
@@ -117,12 +120,15 @@ def models(
                 kept_caches=places.home() / "caches" if quick else None,
                 accuracy=accuracy,
                 say=_say,
+                out_of_time=lambda: time.monotonic() > deadline,
             )
             peak = cells.peak_for(kind, limits["arithmetic"], threads)
-            record["cells"] += session.run_session(
+            before = list(record["cells"])
+            for measured in session.run_session(
                 plan, list(group), probe, record["read_gb_per_second"], peak
-            )
-            results.write(record, path)  # what is measured is kept, whatever comes next
+            ):
+                record["cells"] = [*before, *measured]
+                results.write(record, path)  # what is measured is kept, whatever comes next
     finally:
         probe.close()
     console = Console(width=None if Console().is_terminal else 230)

@@ -30,7 +30,7 @@ def environment_of(name: str, threads: int, caches: Path, build: Path | None) ->
     """The variables of a worker: the same for all, and the system's own. `build`: a directory that
     holds the package tilewright to use instead of the installed one."""
     system = SYSTEMS[name]
-    keep = ("HOME", "PATH", "LANG", "XDG_CACHE_HOME", "TILEWRIGHT_BENCH_HOME", "LD_LIBRARY_PATH")
+    keep = ("HOME", "PATH", "LANG", "XDG_CACHE_HOME", "BENCH_HOME", "LD_LIBRARY_PATH")
     result = {key: os.environ[key] for key in keep if key in os.environ}
     path = [str(places.PERF), *([str(build)] if build else [])]
     if system.environment == "project":

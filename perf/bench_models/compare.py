@@ -128,6 +128,7 @@ def run_compare(
                             "model": str(directory),
                             "dtype": cell.dtype,
                             "prompts": prompts,
+                            "new": cell.new,
                         }
                     )
                     tokens[name] = worker.ask(_generate(cell, prompts))["tokens"]

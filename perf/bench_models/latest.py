@@ -48,3 +48,13 @@ def latest_cells(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]
         )
         for machine, cells in machines.items()
     }
+
+
+def precision_of(system: dict[str, Any]) -> str:
+    """weights / arithmetic / KV / head"""
+    short = {"float32": "fp32", "f32": "fp32", "bfloat16": "bf16", "float16": "fp16", "f16": "fp16"}
+    parts = []
+    for key in ("weights", "activations", "kv", "head"):
+        value = system["precision"].get(key, "?")
+        parts.append(short.get(value, value))
+    return "/".join(parts)

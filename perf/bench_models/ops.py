@@ -80,7 +80,7 @@ def onednn(operands: Operands) -> Call:
     x = operands.inputs[0][0]
     try:
         packed = [
-            torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), operands.case.rows)
+            torch.ops.mkldnn._reorder_linear_weight(weight, operands.case.rows)
             for weight in operands.weights
         ]
         run = torch.ops.mkldnn._linear_pointwise
@@ -135,7 +135,6 @@ def time_calls(call: Call, order: Iterator[int], count: int) -> float:
 
 def error_of(result: torch.Tensor, operands: Operands) -> float:
     """The largest error relative to the largest value of the result in double."""
-    case = operands.case
     with torch.inference_mode():
         if operands.weights:
             wanted = operands.inputs[0][0].double() @ operands.weights[0].double().T
@@ -143,8 +142,8 @@ def error_of(result: torch.Tensor, operands: Operands) -> float:
             module = operands.module.double()
             wanted = module(*(x.double() for x in operands.input(0)))
             module.to(operands.inputs[0][0].dtype)
-    del case
-    return float((result.double().reshape(wanted.shape) - wanted).abs().max() / wanted.abs().max())
+        error = (result.detach().double().reshape(wanted.shape) - wanted).abs().max()
+        return float(error / wanted.abs().max())
 
 
 def run_case(

@@ -1,6 +1,6 @@
 """Where things lie: environments, made models, caches and results; and what is being measured.
 
-Everything big is outside the repository, below $TILEWRIGHT_BENCH_HOME or the user's cache.
+Everything big is outside the repository, below $BENCH_HOME or the user's cache.
 Tested by tests/python/test_bench_models.py.
 """
 
@@ -20,7 +20,7 @@ RESULTS = PERF / "results"
 
 def home() -> Path:
     """The directory of everything that is not committed."""
-    given = os.environ.get("TILEWRIGHT_BENCH_HOME")
+    given = os.environ.get("BENCH_HOME")
     if given:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

@@ -44,7 +44,8 @@ def table_of(cells: list[dict[str, Any]]) -> list[str]:
             "",
             f"**{model}, {dtype}**, prompt {main['prompt']}, batch {smallest} ([{main['file']}]"
             f"(perf/results/{main['file']})). In brackets: how many times faster "
-            f"{main['baseline']} is.",
+            f"{main['baseline']} is, within one interleaved run; rows of different "
+            "runs differ in their absolute times.",
             "",
             "| system | first token ms | ms/token | % of limit | batch 16 tokens/s | peak RSS MB "
             "| cold, warm start s | tokens |",

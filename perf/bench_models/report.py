@@ -42,7 +42,7 @@ th,td{border-bottom:1px solid #e5e7eb;padding:5px 8px;text-align:right;white-spa
 th{background:#f1f5f9;font-weight:600}td:first-child,th:first-child{text-align:left}
 tr.ours td{background:#f0fdfa;font-weight:600}tr.failed td{color:#6b7280;white-space:normal}
 tr.wrong td{color:#b91c1c}table.heat td,table.heat th{text-align:center}
-table.heat td:first-child{text-align:left}td.none{color:#9ca3af}
+table.heat td:first-child{text-align:left}td.none{color:#9ca3af}div.wide{overflow-x:auto}
 p.note{color:#4b5563;max-width:860px}details{margin:8px 0}
 """
 
@@ -111,12 +111,15 @@ def heat(ratio: dict[str, float] | None) -> str:
 
 def overview(cells: list[dict[str, Any]]) -> str:
     """All ratios at a glance: a line per cell, two columns per peer."""
-    peers = []
+    found: dict[str, str] = {}  # name -> why it ran in no cell, or ""
     for cell in cells:
         for row in cell["systems"]:
-            if not is_ours(row["system"]) and row["system"] not in peers:
-                peers.append(row["system"])
-    lines = ["<table class='heat'><tr><th></th>"]
+            if is_ours(row["system"]):
+                continue
+            reason = "" if row["status"] == "ok" else row["reason"]
+            found[row["system"]] = reason and found.get(row["system"], reason)
+    peers = [name for name, reason in found.items() if not reason]
+    lines = ["<div class='wide'><table class='heat'><tr><th></th>"]
     lines += [f"<th colspan='2'>{html.escape(peer)}</th>" for peer in peers]
     lines += ["</tr><tr><th></th>", "<th>prefill</th><th>decode</th>" * len(peers), "</tr>"]
     for cell in cells:
@@ -132,7 +135,13 @@ def overview(cells: list[dict[str, Any]]) -> str:
             else:
                 lines += [heat(row.get("ratio", {}).get(part)) for part in ("prefill", "decode")]
         lines.append("</tr>")
-    return "".join(lines) + "</table>"
+    lines.append("</table></div>")
+    for name, reason in found.items():
+        if reason:
+            lines.append(
+                f"<p class='note'><b>{html.escape(name)}</b> did not run: {html.escape(reason)}</p>"
+            )
+    return "".join(lines)
 
 
 def start_phases(start: dict[str, Any]) -> dict[str, float]:
@@ -177,6 +186,7 @@ def ratio_figure(cells: list[dict[str, Any]], part: str) -> Any:
                         "width": 4,
                     },
                     mode="markers+text",
+                    cliponaxis=False,
                     text=[f"  {ratio['median']:.2f}x"],
                     textposition="top center",
                     textfont={"size": 11, "color": colors[verdict]},
@@ -197,7 +207,8 @@ def ratio_figure(cells: list[dict[str, Any]], part: str) -> Any:
         tickvals=[0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8],
         gridcolor="#e5e7eb",
     )
-    figure.update_layout(height=130 + 34 * count, legend={"orientation": "h", "y": 1.03, "x": 0})
+    legend = {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0}
+    figure.update_layout(height=170 + 36 * count, legend=legend)
     return figure
 
 
@@ -359,7 +370,7 @@ def drawn(figure: Any, first: bool = False) -> str:
     """A figure as HTML; the first one brings the script."""
     figure.update_layout(
         template="plotly_white",
-        margin={"l": 10, "r": 50, "t": 40, "b": 50},
+        margin={"l": 10, "r": 50, "t": 60, "b": 50},
         font={"family": "system-ui, Segoe UI, DejaVu Sans, sans-serif", "size": 13},
     )
     figure.update_yaxes(automargin=True)
@@ -390,7 +401,7 @@ def cell_table(cell: dict[str, Any]) -> str:
         "KL",
         "same top",
         "perplexity",
-        "weights / act / KV / head",
+        "weights/act/KV/head",
     )
     lines = ["<table><tr>", *(f"<th>{head}</th>" for head in heads), "</tr>"]
     for row in cell["systems"]:
@@ -405,8 +416,6 @@ def cell_table(cell: dict[str, Any]) -> str:
             continue
         found = row.get("accuracy", {})
         measured = "divergence" in found
-        precision = row["precision"]
-        parts = (precision[key] for key in ("weights", "activations", "kv", "head"))
         fields = (
             name,
             f"{1e3 * row['prefill_seconds']['median']:.1f}",
@@ -419,7 +428,7 @@ def cell_table(cell: dict[str, Any]) -> str:
             f"{found['divergence']:.1e}" if measured else "-",
             f"{100 * found['same_top']:.0f} %" if measured else "-",
             f"{found['perplexity']:.3f}" if measured else "-",
-            html.escape(" / ".join(parts)),
+            html.escape(latest.precision_of(row)),
         )
         kind = "wrong" if found.get("wrong") else "ours" if is_ours(row["system"]) else ""
         lines.append(f'<tr class="{kind}">' + "".join(f"<td>{f}</td>" for f in fields) + "</tr>")
@@ -430,7 +439,7 @@ def cell_table(cell: dict[str, Any]) -> str:
         f"{1e3 * limit['decode_seconds']:.2f} ms/token at {limit['read_gb_per_second']:.1f} GB/s; "
         f"{html.escape(cell['file'])}</p>"
     )
-    return caption + "".join(lines) + "</table>"
+    return f"{caption}<div class='wide'>{''.join(lines)}</table></div>"
 
 
 def ops_table(record: dict[str, Any]) -> str:
@@ -467,6 +476,12 @@ def ops_table(record: dict[str, Any]) -> str:
     return "".join(lines) + "</table>"
 
 
+def span_of(shares: list[float]) -> str:
+    """From the least to the most, in per cent."""
+    ends = sorted({f"{100 * share:.0f}" for share in (min(shares), max(shares))}, key=float)
+    return f"{' to '.join(ends)} %"
+
+
 def machine_section(
     machine: str, cells: list[dict[str, Any]], records: list[dict[str, Any]], first: bool
 ) -> str:
@@ -485,7 +500,7 @@ def machine_section(
     ]
     if shares:
         cards.append(
-            f'<div class="card"><b>{100 * min(shares):.0f}-{100 * max(shares):.0f} %</b><span>'
+            f'<div class="card"><b>{span_of(shares)}</b><span>'
             "of the measured limit of decode is what Tilewright reaches</span></div>"
         )
     parts = [

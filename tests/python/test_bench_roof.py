@@ -35,7 +35,7 @@ def test_the_peak_of_a_dtype_counts_the_units_that_it_may_use() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 def test_the_gate_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TILEWRIGHT_BENCH_HOME", str(tmp_path))
+    monkeypatch.setenv("BENCH_HOME", str(tmp_path))
     flags = tuple(flag.replace("-O3", "-O1") for flag in gate.FLAGS)
     monkeypatch.setattr(gate, "FLAGS", flags)  # compiles faster
     probe = gate.Gate(1)

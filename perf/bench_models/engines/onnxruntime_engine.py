@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,23 +29,20 @@ class Engine:
         self._genai = onnxruntime_genai
 
     def convert(self, request: dict[str, Any]) -> None:
-        from onnxruntime_genai.models.builder import create_model
-
         target = Path(request["converted"])
         if target.exists():
             return
         partial = target.with_name(f"{target.name}.{os.getpid()}")
-        options = {"int4_accuracy_level": 4, "int4_block_size": 32}
-        create_model(
-            model_name=None,
-            input_path=request["model"],
-            output_dir=str(partial),
-            precision=request["dtype"],
-            execution_provider="cpu",
-            cache_dir=str(partial) + ".cache",
-            **(options if request["dtype"] == "int4" else {}),
-        )
-        shutil.rmtree(str(partial) + ".cache", ignore_errors=True)
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        command += ["-i", request["model"], "-o", str(partial), "-p", request["dtype"]]
+        command += ["-e", "cpu", "-c", f"{partial}.cache"]
+        if request["dtype"] == "int4":
+            command += ["--extra_options", "int4_accuracy_level=4", "int4_block_size=32"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        shutil.rmtree(f"{partial}.cache", ignore_errors=True)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            raise RuntimeError(f"the model builder failed: {lines[-1] if lines else 'silently'}")
         partial.rename(target)
 
     def load(self, request: dict[str, Any]) -> None:
