@@ -32,7 +32,9 @@ Status Lowering::lower_rope(const graph::Node& node) {
   for (int i = 0; i < 2; ++i) {
     const ValueId table = node.operands[static_cast<std::size_t>(i) + 1];
     tables[i] = broadcast(unit_columns(layout(table), spec.table), shape);
-    if (!(tables[i].strides[1] == Dim(0))) return Error{"cos and sin differ between heads"};
+    if (!(tables[i].strides[1] == Dim(0)) && !(shape[1] == Dim(1))) {
+      return Error{"cos and sin differ between heads"};
+    }
     if (!(tables[i].strides[3] == Dim(1))) return Error{"cos and sin repeat along head_dim"};
   }
   for (int axis : {0, 2}) {
