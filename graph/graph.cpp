@@ -214,4 +214,18 @@ ValueId Graph::add_constant(std::string source, Type type, std::string name) {
   return append_node(std::move(node), std::move(types), std::span(&name, 1)).front();
 }
 
+AttentionOperands attention_operands(bool cache, std::size_t operands,
+                                     const Attributes& attributes) {
+  AttentionOperands found{.cache = cache};
+  int next = static_cast<int>(operands);
+  const auto flagged = [&](std::string_view key) {
+    const auto attribute = attributes.find(key);
+    return attribute != attributes.end() && std::get<bool>(attribute->second);
+  };
+  if (flagged("sinks")) found.sinks = --next;
+  if (flagged("slopes")) found.slopes = --next;
+  if (!cache && next > 3) found.mask = 3;
+  return found;
+}
+
 }  // namespace tilewright::graph

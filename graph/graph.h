@@ -104,6 +104,15 @@ struct Node {
   }
 };
 
+// Which operands of an attention are what; -1: it has none.
+struct AttentionOperands {
+  bool cache = false;  // operand 1 is a cache, else keys, and operand 2 values
+  int mask = -1, slopes = -1, sinks = -1;
+};
+// REQUIRES: an attention with as many operands as its attributes say
+AttentionOperands attention_operands(bool cache, std::size_t operands,
+                                     const Attributes& attributes);
+
 struct Graph {
   std::string name = "graph";
   std::vector<Value> values;  // indexed by ValueId

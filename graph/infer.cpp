@@ -80,7 +80,8 @@ Result<std::vector<Type>> infer(Op op, std::span<const Type> operands,
   if (Status status = check_signature(op, operands.size(), attributes); !status) {
     return status.error();
   }
-  bool takes_cache = op == Op::kv_append || op == Op::attention || op == Op::external;
+  bool takes_cache = op == Op::kv_append || op == Op::cache_keys || op == Op::cache_values ||
+                     op == Op::attention || op == Op::external;
   for (const Type& operand : operands) {
     if (operand.is_cache && !takes_cache) {
       return type_rules::error("{} does not take a cache", name(op));

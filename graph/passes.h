@@ -24,6 +24,10 @@ Graph match_rms_norm(Graph graph, const Target& target);
 Graph match_rope(Graph graph, const Target& target);
 // matmul, softmax, matmul -> attention; repeated keys and values -> native grouped heads.
 Graph match_attention(Graph graph, const Target& target);
+// The same with batch and heads merged, and a bias slope * position -> attention with slopes.
+Graph match_alibi(Graph graph, const Target& target);
+// attention over what a cache holds, under a causal mask -> attention over the cache.
+Graph match_cached_attention(Graph graph, const Target& target);
 // act(x @ gate.T) * (x @ up.T) -> gated_mlp_up.
 Graph match_gated_mlp(Graph graph, const Target& target);
 // Several linears of one input -> one linear of stacked weights, and slices.

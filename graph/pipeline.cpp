@@ -8,10 +8,16 @@
 namespace tilewright::graph {
 
 constexpr std::pair<const char*, Graph (*)(Graph, const Target&)> pipeline[] = {
-    {"canonicalize", canonicalize},           {"fold_constants", fold_constants},
-    {"match_rms_norm", match_rms_norm},       {"match_rope", match_rope},
-    {"match_attention", match_attention},     {"match_gated_mlp", match_gated_mlp},
-    {"merge_projections", merge_projections}, {"fuse_residual", fuse_residual},
+    {"canonicalize", canonicalize},
+    {"fold_constants", fold_constants},
+    {"match_rms_norm", match_rms_norm},
+    {"match_rope", match_rope},
+    {"match_attention", match_attention},
+    {"match_alibi", match_alibi},
+    {"match_cached_attention", match_cached_attention},
+    {"match_gated_mlp", match_gated_mlp},
+    {"merge_projections", merge_projections},
+    {"fuse_residual", fuse_residual},
     {"form_regions", form_regions},
 };
 

@@ -48,12 +48,19 @@ void softmax_row(std::vector<double>& row) {
   for (double& value : row) value /= sum;
 }
 
-// sum over k of x[row, k] * w[column, k]
-double dot(const Tensor& x, std::int64_t row, const Tensor& w, std::int64_t column) {
-  std::int64_t k = w.shape[1];
+// sum over k of x[row, k] * w[column, k], or w[k, column]
+double dot(const Tensor& x, std::int64_t row, const Tensor& w, std::int64_t column,
+           bool transposed = false) {
+  std::int64_t k = w.shape[transposed ? 0 : 1], columns = w.shape[1];
   double sum = 0;
-  for (std::int64_t i = 0; i < k; ++i) sum += x.get(row * k + i) * w.get(column * k + i);
+  for (std::int64_t i = 0; i < k; ++i) {
+    sum += x.get(row * k + i) * w.get(transposed ? i * columns + column : column * k + i);
+  }
   return sum;
+}
+
+AttentionOperands form_of(const Step& step) {
+  return attention_operands(step.is_cache(1), step.operands.size(), step.node.attributes);
 }
 
 // Keys and values of attention, from a cache or from tensors [b, kv_heads, t, d].
@@ -88,10 +95,16 @@ std::vector<double> attend(const Step& step, const KeysAndValues& source, std::i
   const Tensor& q = step.tensor(0);
   double scale = step.node.attribute<double>("scale");
   bool causal = step.node.attribute<bool>("causal");
+  const AttentionOperands form = form_of(step);
+  const auto per_head = [&](int operand) {
+    return step.tensor(static_cast<std::size_t>(operand)).get(head);
+  };
+  const double softcap = step.node.attribute_or("softcap", 0.0);
   std::int64_t kv_head = head / (q.shape[1] / source.heads());
   std::int64_t tokens = source.tokens();
   // A cache ends with this step's tokens; plain tensors are aligned at their beginnings.
   std::int64_t last = source.cache != nullptr ? tokens - q.shape[2] + query : query;
+  const std::int64_t first = last + 1 - step.node.attribute_or("window", last + 1);
   std::vector<double> scores;
   for (std::int64_t token = 0; token < tokens; ++token) {
     double score = 0;
@@ -99,9 +112,12 @@ std::vector<double> attend(const Step& step, const KeysAndValues& source, std::i
       score += q.get(offset_of({b, head, query, i}, q.shape)) * source.key(b, kv_head, token, i);
     }
     score *= scale;
-    if (step.operands.size() == 4) score += mask_term(step.tensor(3), {b, head, query, token});
-    scores.push_back(causal && token > last ? -infinity : score);
+    if (softcap != 0) score = softcap * std::tanh(score / softcap);
+    if (form.slopes >= 0) score += per_head(form.slopes) * static_cast<double>(token);
+    if (form.mask >= 0) score += mask_term(step.tensor(3), {b, head, query, token});
+    scores.push_back(causal && (token > last || token < first) ? -infinity : score);
   }
+  if (form.sinks >= 0) scores.push_back(per_head(form.sinks));
   std::vector<double> result(static_cast<std::size_t>(source.value_size()), 0);
   // ATen's safe softmax: a query that may see nothing gives zeros.
   auto masked = [](double score) { return score == -infinity; };
@@ -130,7 +146,7 @@ Status check_lengths(const Step& step, const KeysAndValues& source) {
   if (source.k->shape[2] != source.v->shape[2]) {
     return Error{fmt::format("{} keys and {} values", source.k->shape[2], source.v->shape[2])};
   }
-  if (step.operands.size() == 4) {
+  if (form_of(step).mask >= 0) {
     std::int64_t masked = step.tensor(3).shape.back();
     if (masked != 1 && masked != source.tokens()) {
       return Error{fmt::format("a mask of {} for {} keys", masked, source.tokens())};
@@ -180,13 +196,35 @@ Status linear(Step& step) {
   bool bias = step.node.attribute_or("bias", false);
   bool residual = step.node.attribute_or("residual", false);
   std::string activation = step.node.attribute_or<std::string>("activation", "");
-  std::int64_t columns = w.shape[0];
+  const bool transposed = step.node.attribute_or("transposed", false);
+  std::int64_t columns = w.shape[transposed ? 1 : 0];
   for (std::int64_t i = 0; i < step.result.count(); ++i) {
     std::int64_t column = i % columns;
-    double sum = dot(step.tensor(0), i / columns, w, column);
+    double sum = dot(step.tensor(0), i / columns, w, column, transposed);
     if (bias) sum += step.tensor(2).get(column);
     sum = activate(activation, sum);
     if (residual) sum += step.tensor(step.operands.size() - 1).get(i);
+    step.result.set(i, sum);
+  }
+  return {};
+}
+
+Status expert_linear(Step& step) {
+  const Tensor &x = step.tensor(0), &w = step.tensor(1), &indices = step.tensor(2);
+  const bool transposed = step.node.attribute_or("transposed", false);
+  const bool bias = step.node.attribute_or("bias", false);
+  const std::int64_t k = x.shape[1], columns = w.shape[transposed ? 2 : 1];
+  for (std::int64_t i = 0; i < step.result.count(); ++i) {
+    const std::int64_t row = i / columns, column = i % columns;
+    const std::int64_t expert = indices.get_integer(row);
+    if (expert < 0 || expert >= w.shape[0]) {
+      return Error{fmt::format("expert {} of {}", expert, w.shape[0])};
+    }
+    double sum = bias ? step.tensor(3).get(expert * columns + column) : 0;
+    for (std::int64_t j = 0; j < k; ++j) {
+      const std::int64_t place = transposed ? j * columns + column : column * k + j;
+      sum += x.get(row / indices.shape[1] * k + j) * w.get(expert * k * columns + place);
+    }
     step.result.set(i, sum);
   }
   return {};
@@ -260,6 +298,39 @@ Status kv_append(Step& step) {
   }
   cache.tokens += k.shape[2];
   step.cache = std::move(cache);
+  return {};
+}
+
+namespace {
+
+Status cache_contents(Step& step, const std::vector<double> Cache::*contents) {
+  const Cache& cache = std::get<Cache>(*step.operands[0]);
+  const Sizes& shape = step.result.shape;
+  if (cache.batch != shape[0] || cache.tokens != shape[2]) {
+    return Error{fmt::format("{} sequences and {} tokens of a cache of {} and {}", shape[0],
+                             shape[2], cache.batch, cache.tokens)};
+  }
+  for (std::int64_t i = 0; i < step.result.count(); ++i) {
+    const Sizes at = coordinates(i, shape);
+    step.result.set(
+        i, (cache.*contents)[static_cast<std::size_t>(cache.index(at[2], at[0], at[1], at[3]))]);
+  }
+  return {};
+}
+
+}  // namespace
+
+Status cache_keys(Step& step) { return cache_contents(step, &Cache::keys); }
+Status cache_values(Step& step) { return cache_contents(step, &Cache::values); }
+
+Status causal_mask(Step& step) {
+  const Sizes& shape = step.result.shape;
+  const std::int64_t queries = shape[shape.size() - 2], keys = shape.back();
+  const std::int64_t window = step.node.attribute_or("window", keys);
+  for (std::int64_t i = 0; i < step.result.count(); ++i) {
+    const std::int64_t last = keys - queries + i / keys % queries, key = i % keys;
+    step.result.set(i, key <= last && key > last - window ? 0 : -infinity);
+  }
   return {};
 }
 

@@ -2,6 +2,8 @@
 //
 // Tested by interpret_test, filetests/run.
 #include <fmt/format.h>
+#include <numeric>
+#include <vector>
 
 #include <algorithm>
 
@@ -170,6 +172,41 @@ Status embedding(Step& step) {
     }
     step.result.copy(i, table, row * columns + i % columns);
   }
+  return {};
+}
+
+namespace {
+
+// Calls found(row, rank, place) for the places of the largest of each row; the first of equals.
+template <class Found>
+void for_largest(const Step& step, Found found) {
+  const Tensor& x = step.tensor(0);
+  const std::int64_t columns = x.shape.back();
+  const auto count = step.node.attribute<std::int64_t>("count");
+  for (std::int64_t row = 0; columns > 0 && row < x.count() / columns; ++row) {
+    std::vector<std::int64_t> order(static_cast<std::size_t>(columns));
+    std::iota(order.begin(), order.end(), row * columns);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::int64_t a, std::int64_t b) { return x.get(a) > x.get(b); });
+    for (std::int64_t i = 0; i < count; ++i) {
+      found(row * count + i, order[static_cast<std::size_t>(i)], row * columns);
+    }
+  }
+}
+
+}  // namespace
+
+Status top_values(Step& step) {
+  for_largest(step, [&](std::int64_t to, std::int64_t from, std::int64_t) {
+    step.result.copy(to, step.tensor(0), from);
+  });
+  return {};
+}
+
+Status top_indices(Step& step) {
+  for_largest(step, [&](std::int64_t to, std::int64_t from, std::int64_t begin) {
+    step.result.set_integer(to, from - begin);
+  });
   return {};
 }
 

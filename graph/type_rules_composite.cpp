@@ -70,7 +70,6 @@ Result<Type> attention_with_cache(const Arguments& a) {
 
 Status mask_fits(const Arguments& a) {
   const Type& mask = a.operand(3);
-  if (a.attribute<bool>("causal")) return error("attention is causal or has a mask, not both");
   if (mask.is_cache || (mask.dtype != DataType::boolean && !is_float(mask.dtype))) {
     return error("attention needs a bool or floating point mask, found {}", print(mask));
   }
@@ -103,7 +102,9 @@ Result<Type> linear(const Arguments& a) {
     return error("linear with bias = {} and residual = {} takes {} operands, found {}", bias,
                  residual, expected, a.operands.size());
   }
-  Result<Shape> shape = contract(a, a.shape(1));
+  Shape weight = a.shape(1);
+  if (a.attribute_or("transposed", false) && weight.size() == 2) std::swap(weight[0], weight[1]);
+  Result<Shape> shape = contract(a, weight);
   if (!shape) return shape.error();
   if (bias && a.shape(2) != Shape{shape->back()}) {
     return error("bias {} for {} columns", print(a.shape(2)), shape->back().print());
@@ -112,6 +113,24 @@ Result<Type> linear(const Arguments& a) {
     return error("residual {} for a result {}", print(a.operands.back()), print(*shape));
   }
   return tensor(a.operand(0).dtype, std::move(*shape));
+}
+
+Result<Type> expert_linear(const Arguments& a) {
+  const Shape &x = a.shape(0), &w = a.shape(1), &indices = a.shape(2);
+  const bool bias = a.attribute_or("bias", false), turned = a.attribute_or("transposed", false);
+  const DataType type = a.operand(0).dtype;
+  if (a.operands.size() != (bias ? 4u : 3u) || x.size() != 2 || w.size() != 3 ||
+      indices.size() != 2 || !is_float(type) || !is_float(a.operand(1).dtype) ||
+      a.operand(2).dtype != DataType::i64 || x[0] != indices[0] || x[1] != w[turned ? 1 : 2]) {
+    return error("expert_linear of {}, {} and {}", print(a.operand(0)), print(a.operand(1)),
+                 print(a.operand(2)));
+  }
+  const Dim& columns = w[turned ? 2 : 1];
+  if (bias && a.shape(3) != Shape{w[0], columns}) {
+    return error("bias {} for {} experts of {} columns", print(a.shape(3)), w[0].print(),
+                 columns.print());
+  }
+  return tensor(type, {x[0] * indices[1], columns});
 }
 
 Result<Type> matmul(const Arguments& a) {
@@ -171,16 +190,72 @@ Result<Type> kv_append(const Arguments& a) {
   return a.operand(0);
 }
 
+namespace {
+
+Result<Type> cache_contents(const Arguments& a) {
+  const Type& cache = a.operand(0);
+  const Shape& shape = a.attribute<Shape>("shape");
+  if (!cache.is_cache || shape.size() != 4 || shape[1] != cache.shape[0] ||
+      shape[3] != cache.shape[1]) {
+    return error("{} {} of {}", name(a.op), print(shape), print(cache));
+  }
+  return tensor(cache.dtype, shape);
+}
+
+}  // namespace
+
+Result<Type> cache_keys(const Arguments& a) { return cache_contents(a); }
+Result<Type> cache_values(const Arguments& a) { return cache_contents(a); }
+
+Result<Type> causal_mask(const Arguments& a) {
+  const Shape& shape = a.attribute<Shape>("shape");
+  const DataType dtype = a.attribute_or("dtype", DataType::f32);
+  if (shape.size() < 2 || !is_float(dtype)) return error("a mask {}", print(shape));
+  if (a.attribute_or("window", std::int64_t{1}) < 1) return error("a window is positive");
+  return tensor(dtype, shape);
+}
+
+namespace {
+
+// The numbers per head, the window, and how many operands there are.
+Status attention_form_fits(const Arguments& a) {
+  const bool cache = a.operand(1).is_cache;
+  const AttentionOperands form = attention_operands(cache, a.operands.size(), a.attributes);
+  const std::size_t most = cache ? 2 : 4;
+  const std::size_t plain =
+      a.operands.size() - (form.slopes >= 0 ? 1 : 0) - (form.sinks >= 0 ? 1 : 0);
+  if (plain > most || plain < (cache ? 2 : 3)) {
+    return error("attention takes a cache, or keys and values");
+  }
+  for (int index : {form.slopes, form.sinks}) {
+    if (index < 0) continue;
+    const Type& numbers = a.operand(static_cast<std::size_t>(index));
+    if (numbers != tensor(DataType::f32, {a.shape(0)[1]})) {
+      return error("attention needs f32[{}] for its slopes and sinks, found {}",
+                   a.shape(0)[1].print(), print(numbers));
+    }
+  }
+  if (form.slopes >= 0 && form.sinks >= 0) return error("attention has slopes or sinks, not both");
+  const bool causal = a.attribute<bool>("causal");
+  if (form.mask >= 0 && causal) return error("attention is causal or has a mask, not both");
+  if (a.attributes.contains("window") && (!causal || a.attribute<std::int64_t>("window") < 1)) {
+    return error("a window is positive and of causal attention");
+  }
+  return {};
+}
+
+}  // namespace
+
 Result<Type> attention(const Arguments& a) {
   const Type& q = a.operand(0);
   if (q.is_cache || !is_float(q.dtype) || q.shape.size() != 4) {
     return error("attention needs queries [b, heads, s, d], found {}", print(q));
   }
   if (a.operand(1).is_cache) {
-    if (a.operands.size() != 2) return error("attention takes a cache, or keys and values");
+    if (Status status = attention_form_fits(a); !status) return status.error();
     return attention_with_cache(a);
   }
-  if (a.operands.size() < 3) return error("attention takes a cache, or keys and values");
+  if (Status status = attention_form_fits(a); !status) return status.error();
   const Type& k = a.operand(1);
   const Type& v = a.operand(2);
   bool fits = !v.is_cache && is_float(k.dtype) && is_float(v.dtype) && k.shape.size() == 4 &&
@@ -189,7 +264,7 @@ Result<Type> attention(const Arguments& a) {
               may_be_equal(k.shape[2], v.shape[2]);
   if (!fits) return error("attention of {}, {} and {}", print(q), print(k), print(v));
   if (Status status = heads_match(a, q.shape, k.shape[1]); !status) return status.error();
-  if (a.operands.size() == 4) {
+  if (attention_operands(false, a.operands.size(), a.attributes).mask >= 0) {
     if (Status status = mask_fits(a); !status) return status.error();
   }
   Shape shape = q.shape;

@@ -120,6 +120,24 @@ Result<Type> embedding(const Arguments& a) {
   return tensor(a.operand(0).dtype, std::move(shape));
 }
 
+namespace {
+
+Result<Type> largest(const Arguments& a, DataType dtype) {
+  Shape shape = a.shape(0);
+  const auto count = a.attribute<std::int64_t>("count");
+  if (shape.empty() || !is_float(a.operand(0).dtype) || count < 1 ||
+      (shape.back().is_constant() && count > shape.back().constant())) {
+    return error("the {} largest of {}", count, print(a.operand(0)));
+  }
+  shape.back() = count;
+  return tensor(dtype, std::move(shape));
+}
+
+}  // namespace
+
+Result<Type> top_values(const Arguments& a) { return largest(a, a.operand(0).dtype); }
+Result<Type> top_indices(const Arguments& a) { return largest(a, DataType::i64); }
+
 Result<Type> cat(const Arguments& a) {
   Result<std::size_t> place = axis(a);
   if (!place) return place.error();

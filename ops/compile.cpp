@@ -35,6 +35,7 @@ bool is_row_op(const graph::Node& node) {
 std::string family(const graph::Node& node) {
   switch (node.op) {
     case Op::linear:
+    case Op::expert_linear:
     case Op::matmul:
     case Op::gated_mlp_up:
       return "linear";
@@ -201,16 +202,24 @@ Status Lowering::lower_region(std::span<const NodeId> ids) {
 Status Lowering::lower_node(const graph::Node& node) {
   if (is_source(node)) return {};
   if (is_view(node)) return lower_view(node);
+  if (node.op == Op::cache_keys || node.op == Op::cache_values || node.op == Op::causal_mask) {
+    return Error{fmt::format("%{}: {} outside of attention", graph_.value(node.results[0]).name,
+                             graph::name(node.op))};
+  }
   std::string reason = disabled_reason(node);
   if (reason.empty()) {
     Status done = Error{"there is no kernel for it"};
     const NodeId id = graph_.value(node.results[0]).producer;
     if (is_row_op(node)) {
       done = lower_rows(std::span(&id, 1));
+      if (!done && lower_integers(node)) done = {};
     } else {
       switch (node.op) {
         case Op::linear:
           done = lower_linear(node);
+          break;
+        case Op::expert_linear:
+          done = lower_expert_linear(node);
           break;
         case Op::gated_mlp_up:
           done = lower_gated_mlp(node);
@@ -229,6 +238,10 @@ Status Lowering::lower_node(const graph::Node& node) {
           break;
         case Op::cat:
           done = lower_cat(node);
+          break;
+        case Op::top_values:
+        case Op::top_indices:
+          done = lower_largest(node);
           break;
         case Op::contiguous:
           done = lower_contiguous(node);

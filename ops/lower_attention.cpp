@@ -2,6 +2,8 @@
 // Tested by program_test.
 #include <fmt/format.h>
 
+#include <utility>
+
 #include "ops/attention/attention_kernel.h"
 #include "ops/lowering.h"
 #include "ops/rope_kernel.h"
@@ -30,7 +32,9 @@ Status Lowering::lower_rope(const graph::Node& node) {
   for (int i = 0; i < 2; ++i) {
     const ValueId table = node.operands[static_cast<std::size_t>(i) + 1];
     tables[i] = broadcast(unit_columns(layout(table), spec.table), shape);
-    if (!(tables[i].strides[1] == Dim(0))) return Error{"cos and sin differ between heads"};
+    if (!(tables[i].strides[1] == Dim(0)) && !(shape[1] == Dim(1))) {
+      return Error{"cos and sin differ between heads"};
+    }
     if (!(tables[i].strides[3] == Dim(1))) return Error{"cos and sin repeat along head_dim"};
   }
   for (int axis : {0, 2}) {
@@ -122,6 +126,8 @@ Status Lowering::lower_attention(const graph::Node& node) {
     return Error{"its heads or head_dim are symbolic"};
   }
   if (shape[1].constant() % kv_heads.constant() != 0) return Error{"heads do not divide evenly"};
+  const graph::AttentionOperands form =
+      graph::attention_operands(cached, node.operands.size(), node.attributes);
 
   AttentionTask task;
   task.spec.lanes = target_.lanes();
@@ -130,6 +136,9 @@ Status Lowering::lower_attention(const graph::Node& node) {
   task.spec.input = type(query).dtype;
   task.spec.cache = type(node.operands[1]).dtype;
   task.scale = static_cast<float>(node.attribute<double>("scale"));
+  task.softcap = static_cast<float>(node.attribute_or("softcap", 0.0));
+  task.spec.softcap = task.softcap != 0;
+  task.window = node.attribute_or("window", std::int64_t{0});
   task.causal = node.attribute<bool>("causal");
   task.batch = dim(shape[0]);
   task.kv_heads = dim(kv_heads);
@@ -158,7 +167,7 @@ Status Lowering::lower_attention(const graph::Node& node) {
     task.keys = dim(type(keys).shape[2]);
     task.values_keys = dim(type(values).shape[2]);
     reads.insert(reads.end(), {k.buffer, v.buffer});
-    if (node.operands.size() > 3) {
+    if (form.mask >= 0) {
       const ValueId mask = node.operands[3];
       const DataType mask_type = type(mask).dtype;
       if (mask_type != DataType::boolean && mask_type != DataType::f32) {
@@ -167,16 +176,26 @@ Status Lowering::lower_attention(const graph::Node& node) {
       Shape full = shape;
       full[3] = type(keys).shape[2];
       const Layout rows = broadcast(unit_columns(layout(mask), mask_type), full);
-      if (!(rows.strides[1] == Dim(0))) return Error{"its mask differs between heads"};
+      if (!(rows.strides[1] == Dim(0)) && task.spec.group > 1) {
+        return Error{"its mask differs between heads that share keys"};
+      }
       if (!(rows.strides[3] == Dim(1)) && !(full[3] == Dim(1))) {
         return Error{"its mask repeats along the keys"};
       }
       task.spec.mask = mask_type == DataType::boolean ? MaskKind::boolean : MaskKind::additive;
       task.mask = operand(rows, mask_type);
-      task.mask_batch_stride = dim(rows.strides[0]);
-      task.mask_query_stride = dim(rows.strides[2]);
+      task.mask_strides = head_strides(rows);
       reads.push_back(rows.buffer);
     }
+  }
+  task.spec.slopes = form.slopes >= 0;
+  task.spec.sinks = form.sinks >= 0;
+  for (auto [index, numbers] : {std::pair(form.slopes, &task.slopes), {form.sinks, &task.sinks}}) {
+    if (index < 0) continue;
+    const ValueId value = node.operands[static_cast<std::size_t>(index)];
+    const Layout row = contiguous(layout(value), DataType::f32);
+    *numbers = operand(row, DataType::f32);
+    reads.push_back(row.buffer);
   }
   if (Status possible = supported(task.spec); !possible) return possible;
 

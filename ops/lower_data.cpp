@@ -1,6 +1,8 @@
-// Lowering of data movement: embedding, cat, copies, arange.
+// Lowering of data movement: embedding, cat, copies, arange; arithmetic on integers.
 // Tested by program_test.
 #include <fmt/format.h>
+
+#include <map>
 
 #include "ops/lowering.h"
 #include "ops/rope_kernel.h"
@@ -88,6 +90,61 @@ Status Lowering::lower_arange(const graph::Node& node) {
   set_layout(result, y);
   add_task(ArangeTask{dim(start), dim(type(result).shape[0]), operand(y, DataType::i64)}, {},
            {y.buffer}, Dim(0), "arange");
+  return {};
+}
+
+Status Lowering::lower_integers(const graph::Node& node) {
+  using Binary = std::int64_t (*)(std::int64_t, std::int64_t);
+  const std::map<graph::Op, Binary> known = {
+      {graph::Op::add, [](std::int64_t a, std::int64_t b) { return a + b; }},
+      {graph::Op::sub, [](std::int64_t a, std::int64_t b) { return a - b; }},
+      {graph::Op::mul, [](std::int64_t a, std::int64_t b) { return a * b; }},
+      {graph::Op::maximum, [](std::int64_t a, std::int64_t b) { return a < b ? b : a; }},
+      {graph::Op::minimum, [](std::int64_t a, std::int64_t b) { return b < a ? b : a; }}};
+  const auto found = known.find(node.op);
+  const graph::Type& result = type(node.results[0]);
+  if (found == known.end() || result.dtype != DataType::i64) return Error{"not integers"};
+  for (const ValueId value : node.operands) {
+    const graph::Type& operand_type = type(value);
+    const bool fits =
+        graph::element_count(operand_type.shape) == Dim(1) || operand_type.shape == result.shape;
+    if (operand_type.dtype != DataType::i64 || !fits) return Error{"integers of different shapes"};
+  }
+  IntegerTask task;
+  task.apply = found->second;
+  task.count = dim(graph::element_count(result.shape));
+  std::vector<int> reads;
+  for (std::size_t i : {0u, 1u}) {
+    const Layout x = contiguous(layout(node.operands[i]), DataType::i64);
+    task.single[i] = graph::element_count(type(node.operands[i]).shape) == Dim(1);
+    task.x[i] = operand(x, DataType::i64);
+    reads.push_back(x.buffer);
+  }
+  const Layout y = destination(node.results[0]);
+  if (!is_row_major(y)) return Error{"its result is not contiguous"};
+  set_layout(node.results[0], y);
+  task.y = operand(y, DataType::i64);
+  add_task(task, reads, {y.buffer}, Dim(0), std::string(graph::name(node.op)));
+  return {};
+}
+
+Status Lowering::lower_largest(const graph::Node& node) {
+  const graph::Type& source = type(node.operands[0]);
+  const graph::Type& result = type(node.results[0]);
+  if (source.dtype == DataType::f64) return Error{"it is in f64"};
+  TopTask task;
+  task.rows = dim(graph::element_count({source.shape.begin(), source.shape.end() - 1}));
+  task.columns = dim(source.shape.back());
+  task.count = node.attribute<std::int64_t>("count");
+  task.indices = node.op == graph::Op::top_indices;
+  task.dtype = source.dtype;
+  const Layout x = contiguous(layout(node.operands[0]), source.dtype);
+  const Layout y = destination(node.results[0]);
+  if (!is_row_major(y)) return Error{"its result is not contiguous"};
+  set_layout(node.results[0], y);
+  task.x = operand(x, source.dtype);
+  task.y = operand(y, result.dtype);
+  add_task(task, {x.buffer}, {y.buffer}, Dim(0), std::string(graph::name(node.op)));
   return {};
 }
 

@@ -102,7 +102,7 @@ Dim work_of(const graph::Graph& graph, const graph::Node& node) {
   const Dim elements = graph::element_count(graph.type(node.results[0]).shape);
   switch (node.op) {
     case Op::linear:
-      return Dim(2) * elements * graph.type(node.operands[1]).shape[1];
+    case Op::expert_linear:
     case Op::matmul:
       return Dim(2) * elements * graph.type(node.operands[0]).shape.back();
     case Op::gated_mlp_up:

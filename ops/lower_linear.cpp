@@ -1,6 +1,8 @@
 // Lowering of contractions with constant weights: linear, merged projections, the gated MLP's first
-// half. Tested by program_test.
+// half, experts. Tested by program_test.
 #include <fmt/format.h>
+
+#include <algorithm>
 
 #include "ops/gemm/linear_kernel.h"
 #include "ops/lowering.h"
@@ -56,6 +58,7 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   task.spec.output = type(result).dtype;
   task.spec.weight = type(weights[0]).dtype;
 
+  const bool transposed = node.attribute_or("transposed", false);
   std::vector<WeightBlock> blocks;
   for (ValueId weight : weights) {
     const std::vector<std::string> sources = constant_sources(weight);
@@ -65,14 +68,19 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
     if (!weight_type.shape[0].is_constant() || !weight_type.shape[1].is_constant()) {
       return Error{"its weight has a symbolic shape"};
     }
-    task.spec.k = weight_type.shape[1].constant();
-    task.spec.n += weight_type.shape[0].constant();
+    const std::size_t out = transposed ? 1 : 0;
+    task.spec.k = weight_type.shape[1 - out].constant();
+    task.spec.n += weight_type.shape[out].constant();
     for (const std::string& name : sources) {
       const TensorView& source = constants_.at(name);
-      blocks.push_back(
-          {source.data, source.shape[0], task.spec.k * graph::size_in_bytes(task.spec.weight)});
+      const std::int64_t rows =
+          sources.size() == 1 ? weight_type.shape[out].constant() : source.shape[0];
+      blocks.push_back({source.data, rows,
+                        weight_type.shape[1].constant() * graph::size_in_bytes(task.spec.weight),
+                        transposed});
     }
   }
+  if (transposed && blocks.size() != 1) return Error{"its transposed weight has several parts"};
   if (epilogue.gated && blocks.size() != 2) return Error{"gate and up must be one constant each"};
   if (epilogue.gated && blocks[0].rows != blocks[1].rows) {
     return Error{"gate and up have different sizes"};
@@ -88,8 +96,11 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   Result<std::shared_ptr<const PackedWeight>> packed =
       weights_->pack(blocks, task.spec.k, task.spec.weight, epilogue.gated, options_.exact_weights);
   if (!packed) return packed.error();
+  // Only rows can be read back (WeightStore::unpack), so transposed weights keep their memory.
   for (ValueId weight : weights) {
-    for (const std::string& name : constant_sources(weight)) packed_.insert(name);
+    for (const std::string& name : constant_sources(weight)) {
+      (transposed ? read_in_place_ : packed_).insert(name);
+    }
   }
   task.weight = *packed;
   task.spec.weight = task.weight->dtype;
@@ -119,6 +130,72 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   const std::string specification = print(task.spec);
   const std::int64_t bytes = task.weight->bytes;
   add_task(std::move(task), reads, {y->buffer}, work_of(graph_, node), specification);
+  state_->regions.back().weight_bytes += static_cast<std::uint64_t>(bytes);
+  return {};
+}
+
+// All experts are packed as one weight, one below the other; an expert is a range of its panels.
+Status Lowering::lower_expert_linear(const graph::Node& node) {
+  const ValueId input = node.operands[0], weight = node.operands[1], result = node.results[0];
+  const graph::Shape& shape = type(weight).shape;
+  const bool transposed = node.attribute_or("transposed", false);
+  const std::vector<std::string> sources = constant_sources(weight);
+  if (sources.size() != 1) return Error{"its weight is not one constant"};
+  if (!std::all_of(shape.begin(), shape.end(), [](const Dim& d) { return d.is_constant(); })) {
+    return Error{"its weight has a symbolic shape"};
+  }
+  const Dim& choices = type(node.operands[2]).shape[1];
+  if (!choices.is_constant()) return Error{"the number of experts per row is symbolic"};
+
+  LinearTask task;
+  task.spec.lanes = target_.lanes();
+  task.spec.input = type(input).dtype;
+  task.spec.output = type(result).dtype;
+  task.spec.weight = type(weight).dtype;
+  task.spec.n = shape[transposed ? 2 : 1].constant();
+  task.spec.k = shape[transposed ? 1 : 2].constant();
+  task.spec.epilogue.bias = node.attribute_or("bias", false);
+  if (task.spec.n % panel_columns() != 0) return Error{"its experts do not fill whole panels"};
+  if (Status possible = supported(task.spec); !possible) return possible;
+
+  const std::int64_t element = graph::size_in_bytes(task.spec.weight);
+  const TensorView& source = constants_.at(sources[0]);
+  std::vector<WeightBlock> blocks;
+  for (std::int64_t expert = 0; expert < shape[0].constant(); ++expert) {
+    const auto* data = static_cast<const char*>(source.data);
+    blocks.push_back({data + expert * task.spec.n * task.spec.k * element, task.spec.n,
+                      (transposed ? task.spec.n : task.spec.k) * element, transposed});
+  }
+  Result<std::shared_ptr<const PackedWeight>> packed =
+      weights_->pack(blocks, task.spec.k, task.spec.weight, false, options_.exact_weights);
+  if (!packed) return packed.error();
+  read_in_place_.insert(sources[0]);  // experts keep their memory too
+  task.weight = *packed;
+  task.spec.weight = task.weight->dtype;
+
+  const Layout x = unit_columns(layout(input), task.spec.input);
+  const Layout indices = contiguous(layout(node.operands[2]), graph::DataType::i64);
+  std::vector<int> reads{x.buffer, indices.buffer};
+  task.experts =
+      ExpertChoice{shape[0].constant(), choices.constant(), operand(indices, graph::DataType::i64)};
+  task.x = operand(x, task.spec.input);
+  task.x_stride = dim(x.strides[0]);
+  if (task.spec.epilogue.bias) {
+    const ValueId bias = node.operands[3];
+    if (type(bias).dtype != task.spec.output) return Error{"its bias has another dtype"};
+    const Layout values = contiguous(layout(bias), task.spec.output);
+    task.bias = operand(values, task.spec.output);
+    reads.push_back(values.buffer);
+  }
+  set_layout(result, destination(result));
+  const Layout y = layout(result);
+  task.rows = dim(y.shape[0]);
+  task.y = operand(y, task.spec.output);
+  task.y_stride = dim(y.strides[0]);
+  task.variants = row_variants(task.spec.lanes);
+  const std::string specification = print(task.spec);
+  const std::int64_t bytes = task.weight->bytes;
+  add_task(std::move(task), reads, {y.buffer}, work_of(graph_, node), "experts: " + specification);
   state_->regions.back().weight_bytes += static_cast<std::uint64_t>(bytes);
   return {};
 }

@@ -47,6 +47,7 @@ class Lowering {
   // --- lower_linear.cpp
   Status lower_linear(const graph::Node& node);
   Status lower_gated_mlp(const graph::Node& node);
+  Status lower_expert_linear(const graph::Node& node);
   Status lower_contraction(const graph::Node& node, Epilogue epilogue,
                            const std::vector<graph::ValueId>& weights, graph::ValueId bias,
                            graph::ValueId residual);
@@ -59,6 +60,8 @@ class Lowering {
   Status lower_cat(const graph::Node& node);
   Status lower_contiguous(const graph::Node& node);
   Status lower_arange(const graph::Node& node);
+  Status lower_integers(const graph::Node& node);
+  Status lower_largest(const graph::Node& node);
   // --- lower_host.cpp
   Status lower_host(const graph::Node& node, const std::string& reason);
   Status host_call(const graph::Node& node, std::span<const Layout> outputs,

@@ -152,6 +152,7 @@ class Planner {
 
   // x [M, K] times w [N, K] transposed, + bias, activation, + residual: all but x and w optional.
   void linear() {
+    if (flag("transposed")) fail("oneDNN: linear with a transposed weight");
     const Shape x = rows();
     const std::int64_t m = x[0], k = x[1], n = shape(1)[0];
     std::vector<Operand> operands{

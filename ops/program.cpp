@@ -120,12 +120,20 @@ Status ensure_kernels(State& state, std::span<const std::int64_t> dims) {
       auto* linear = std::get_if<LinearTask>(&task);
       if (linear == nullptr) continue;
       const std::int64_t rows = dims[static_cast<std::size_t>(linear->rows)];
-      for_row_blocks(linear->variants, rows,
-                     [&](LinearTask::Variant& variant, std::int64_t, std::int64_t) {
-                       if (variant.kernel != nullptr) return;
-                       request_kernel(state, *linear, variant);
-                       missing = true;
-                     });
+      const auto need = [&](LinearTask::Variant& variant) {
+        if (variant.kernel != nullptr) return;
+        request_kernel(state, *linear, variant);
+        missing = true;
+      };
+      if (linear->experts) {  // an expert may get any number of the rows
+        for (LinearTask::Variant& variant : linear->variants) {
+          if (variant.rows <= rows) need(variant);
+        }
+        continue;
+      }
+      for_row_blocks(
+          linear->variants, rows,
+          [&](LinearTask::Variant& variant, std::int64_t, std::int64_t) { need(variant); });
     }
   }
   if (!missing) return {};
@@ -173,6 +181,9 @@ Status prepare_scratch(State& state, const Frame& frame, int threads) {
   std::int64_t needed = 64;
   for (const Step& step : state.steps) {
     for (const Task& task : step.tasks) {
+      if (const auto* linear = std::get_if<LinearTask>(&task); linear && linear->experts) {
+        needed = std::max(needed, expert_scratch_bytes(*linear, frame.dim(linear->rows)));
+      }
       const auto* attention = std::get_if<AttentionTask>(&task);
       if (attention == nullptr) continue;
       const std::int64_t queries = frame.dim(attention->queries);

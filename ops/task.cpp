@@ -1,8 +1,13 @@
 // Tasks: see task.h. Tested by program_test.
 #include "ops/task.h"
 
+#include <algorithm>
 #include <bit>
+#include <cstring>
+#include <utility>
+#include <vector>
 
+#include "ops/scalar_type.h"
 #include "ops/threads.h"
 
 namespace tilewright::ops {
@@ -13,9 +18,100 @@ std::int64_t argument(const void* pointer) { return std::bit_cast<std::int64_t>(
 // Below this many elements a task runs on one thread: sharing it costs more than it saves.
 constexpr std::int64_t smallest_share = 4096;
 
+std::int64_t padded_bytes(std::int64_t columns, graph::DataType type) {
+  return (columns * graph::size_in_bytes(type) + 63) / 64 * 64;
+}
+
+// Rows that are multiplied by the same expert, one thread's panels of their results. A block of
+// rows is gathered, because a kernel wants rows at one stride, and its results are scattered.
+class ExpertRun {
+ public:
+  ExpertRun(const LinearTask& task, const Frame& frame, int thread, WorkRange panels)
+      : task_(task), frame_(frame), choice_(*task.experts), panels_(panels) {
+    rows_ = reinterpret_cast<std::int64_t*>(frame.scratch[static_cast<std::size_t>(thread)]);
+    const std::int64_t rows = frame.dim(task.rows);
+    x_ = reinterpret_cast<char*>(rows_) + (rows * 8 + 63) / 64 * 64;
+    y_ = x_ + task.variants[0].rows * padded_bytes(task.spec.k, task.spec.input);
+    arguments_[LinearArgs::weight] = argument(task.weight->data.get());
+    arguments_[LinearArgs::panel_count] = panels.end - panels.begin;
+    arguments_[LinearArgs::block_count] = 1;
+  }
+
+  // The rows of this expert, in order.
+  void run(std::int64_t expert) {
+    const auto* indices = reinterpret_cast<const std::int64_t*>(choice_.indices.address(frame_));
+    const std::int64_t rows = frame_.dim(task_.rows);
+    std::int64_t count = 0;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      if (indices[row] == expert) rows_[count++] = row;
+    }
+    first_panel_ = expert * panel_count(task_.spec.n);
+    arguments_[LinearArgs::panel_begin] = first_panel_ + panels_.begin;
+    if (task_.spec.epilogue.bias) {
+      arguments_[LinearArgs::bias] = argument(task_.bias.address(frame_));
+    }
+    for_row_blocks(
+        task_.variants, count,
+        [&](const LinearTask::Variant& variant, std::int64_t first, std::int64_t blocks) {
+          for (std::int64_t block = 0; block < blocks; ++block) {
+            multiply(variant, rows_ + first + block * variant.rows);
+          }
+        });
+  }
+
+ private:
+  void multiply(const LinearTask::Variant& variant, const std::int64_t* rows) {
+    const std::int64_t x_bytes = task_.spec.k * task_.x.element_bytes;
+    const std::int64_t x_pitch = padded_bytes(task_.spec.k, task_.spec.input);
+    const std::int64_t x_stride = frame_.dim(task_.x_stride) * task_.x.element_bytes;
+    for (int i = 0; i < variant.rows; ++i) {
+      std::memcpy(x_ + i * x_pitch, task_.x.address(frame_) + rows[i] / choice_.choices * x_stride,
+                  static_cast<std::size_t>(x_bytes));
+    }
+    const std::int64_t pitch = padded_bytes(task_.spec.n, task_.spec.output);
+    arguments_[LinearArgs::x] = argument(x_);
+    arguments_[LinearArgs::x_row_stride] = x_pitch;
+    // The kernel puts a panel where it lies in the stack of all experts.
+    arguments_[LinearArgs::y] =
+        argument(y_) - first_panel_ * panel_columns() * task_.y.element_bytes;
+    arguments_[LinearArgs::y_row_stride] = pitch;
+    variant.kernel->function(arguments_);
+    const std::int64_t begin = panels_.begin * panel_columns() * task_.y.element_bytes;
+    const std::int64_t end = panels_.end * panel_columns() * task_.y.element_bytes;
+    const std::int64_t y_stride = frame_.dim(task_.y_stride) * task_.y.element_bytes;
+    for (int i = 0; i < variant.rows; ++i) {
+      std::memcpy(task_.y.address(frame_) + rows[i] * y_stride + begin, y_ + i * pitch + begin,
+                  static_cast<std::size_t>(end - begin));
+    }
+  }
+
+  const LinearTask& task_;
+  const Frame& frame_;
+  const ExpertChoice& choice_;
+  WorkRange panels_;
+  std::int64_t* rows_;
+  char *x_, *y_;
+  std::int64_t first_panel_ = 0;
+  std::int64_t arguments_[LinearArgs::count] = {};
+};
+
+void run_experts(const LinearTask& task, const Frame& frame, int thread, WorkRange panels) {
+  const ExpertChoice& choice = *task.experts;
+  const auto* indices = reinterpret_cast<const std::int64_t*>(choice.indices.address(frame));
+  for (std::int64_t row = 0; row < frame.dim(task.rows); ++row) {
+    if (indices[row] < 0 || indices[row] >= choice.experts) {
+      frame.problem->store("expert_linear: an index is out of range");
+      return;
+    }
+  }
+  ExpertRun run(task, frame, thread, panels);
+  for (std::int64_t expert = 0; expert < choice.experts; ++expert) run.run(expert);
+}
+
 void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
   const WorkRange panels = share(panel_count(task.spec.n), thread, threads);
   if (panels.begin == panels.end) return;
+  if (task.experts) return run_experts(task, frame, thread, panels);
   const std::int64_t rows = frame.dim(task.rows);
   const std::int64_t x_stride = frame.dim(task.x_stride) * task.x.element_bytes;
   const std::int64_t y_stride = frame.dim(task.y_stride) * task.y.element_bytes;
@@ -207,6 +303,7 @@ void run(const AttentionTask& task, const Frame& frame, int thread, int threads)
   arguments[AttentionArgs::q_head_stride] = frame.dim(task.q_strides.head) * q_bytes;
   arguments[AttentionArgs::output_head_stride] = frame.dim(task.output_strides.head) * out_bytes;
   arguments[AttentionArgs::scale] = std::bit_cast<std::int32_t>(task.scale);
+  arguments[AttentionArgs::softcap] = std::bit_cast<std::int32_t>(task.softcap);
   arguments[AttentionArgs::scratch] = argument(frame.scratch[static_cast<std::size_t>(thread)]);
   // Round robin: under a causal mask later queries cost more, and neighbours share keys in cache.
   for (std::int64_t item = thread; item < items; item += threads) {
@@ -246,10 +343,15 @@ void run(const AttentionTask& task, const Frame& frame, int thread, int threads)
     arguments[AttentionArgs::first_key] = keys.first;
     arguments[AttentionArgs::key_count] = keys.count;
     if (task.spec.mask != MaskKind::none) {
-      const std::int64_t row =
-          batch * frame.dim(task.mask_batch_stride) + query * frame.dim(task.mask_query_stride);
+      const std::int64_t row = head_offset(task.mask_strides, frame, batch, first_head, query);
       arguments[AttentionArgs::mask] =
           argument(task.mask.address(frame) + row * task.mask.element_bytes);
+    }
+    if (task.spec.slopes) {
+      arguments[AttentionArgs::slopes] = argument(task.slopes.address(frame) + 4 * first_head);
+    }
+    if (task.spec.sinks) {
+      arguments[AttentionArgs::sinks] = argument(task.sinks.address(frame) + 4 * first_head);
     }
     task.kernel->function(arguments);
   }
@@ -283,9 +385,53 @@ void run(const ArangeTask& task, const Frame& frame, int thread, int) {
   for (std::int64_t i = 0; i < count; ++i) y[i] = start + i;
 }
 
+void run(const IntegerTask& task, const Frame& frame, int thread, int) {
+  if (thread != 0) return;
+  const auto* a = reinterpret_cast<const std::int64_t*>(task.x[0].address(frame));
+  const auto* b = reinterpret_cast<const std::int64_t*>(task.x[1].address(frame));
+  auto* y = reinterpret_cast<std::int64_t*>(task.y.address(frame));
+  for (std::int64_t i = 0; i < frame.dim(task.count); ++i) {
+    y[i] = task.apply(a[task.single[0] ? 0 : i], b[task.single[1] ? 0 : i]);
+  }
+}
+
+void run(const TopTask& task, const Frame& frame, int thread, int threads) {
+  const std::int64_t columns = frame.dim(task.columns);
+  const WorkRange rows = share_rows(frame.dim(task.rows), columns, thread, threads);
+  const std::int64_t bytes = graph::size_in_bytes(task.dtype);
+  std::vector<std::pair<double, std::int64_t>> best;  // descending
+  for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+    const char* x = task.x.address(frame) + row * columns * bytes;
+    best.clear();
+    for (std::int64_t i = 0; i < columns; ++i) {
+      const double value = read_scalar(task.dtype, x + i * bytes);
+      const auto place = std::find_if(best.begin(), best.end(),
+                                      [&](const auto& other) { return value > other.first; });
+      if (place == best.end() && std::ssize(best) == task.count) continue;
+      best.emplace(place, value, i);
+      if (std::ssize(best) > task.count) best.pop_back();
+    }
+    for (std::int64_t i = 0; i < task.count; ++i) {
+      const auto& [value, index] = best[static_cast<std::size_t>(i)];
+      char* y = task.y.address(frame) + (row * task.count + i) * (task.indices ? 8 : bytes);
+      if (task.indices) {
+        std::memcpy(y, &index, sizeof index);
+      } else {
+        write_scalar(task.dtype, y, value);
+      }
+    }
+  }
+}
+
 void run(const HostTask&, const Frame&, int, int) {}
 
 }  // namespace
+
+std::int64_t expert_scratch_bytes(const LinearTask& task, std::int64_t rows) {
+  return (rows * 8 + 63) / 64 * 64 +
+         task.variants[0].rows * (padded_bytes(task.spec.k, task.spec.input) +
+                                  padded_bytes(task.spec.n, task.spec.output));
+}
 
 KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence,
                  std::int64_t query) {
@@ -298,6 +444,7 @@ KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t seq
     const std::int64_t keys = frame.dim(task.keys);
     end = task.causal ? std::min(query + 1, keys) : keys;
   }
+  if (task.window > 0) first = std::max(first, end - task.window);
   return {std::min(first, end), std::max<std::int64_t>(end - first, 0)};
 }
 

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <variant>
@@ -54,6 +55,12 @@ struct TaskLoop {
   std::vector<DimIndex> strides;  // per operand, elements
 };
 
+// Which of several stacked weights multiplies which row.
+struct ExpertChoice {
+  std::int64_t experts, choices;
+  Operand indices;  // i64 per row of y; row i is of x's row i / choices
+};
+
 struct LinearTask {
   LinearKernel spec;  // rows is set per variant
   struct Variant {
@@ -62,7 +69,8 @@ struct LinearTask {
   };
   std::vector<Variant> variants;  // rows descending; the last has 1
   std::shared_ptr<const PackedWeight> weight;
-  DimIndex rows;
+  DimIndex rows;  // of y
+  std::optional<ExpertChoice> experts;
   Operand x, y, bias, residual;
   DimIndex x_stride, y_stride, residual_stride;  // elements per row
 };
@@ -114,8 +122,9 @@ struct AppendTask {
 struct AttentionTask {
   AttentionKernel spec;
   const Kernel* kernel;
-  float scale;
+  float scale, softcap;
   bool causal;
+  std::int64_t window = 0;  // keys that a query sees; 0: all
   DimIndex batch, kv_heads, queries;
   Operand q, output;
   HeadStrides q_strides, output_strides;
@@ -125,7 +134,8 @@ struct AttentionTask {
   Operand k, v;
   HeadStrides k_strides, v_strides;
   Operand mask;
-  DimIndex mask_batch_stride, mask_query_stride;
+  HeadStrides mask_strides;  // a head stride other than 0 needs groups of one head
+  Operand slopes, sinks;     // f32 per query head
 };
 
 struct EmbeddingTask {
@@ -139,6 +149,23 @@ struct EmbeddingTask {
 struct ArangeTask {
   DimIndex start, count;
   Operand y;
+};
+
+// Arithmetic on a few integers (positions), by the runtime itself.
+struct IntegerTask {
+  std::int64_t (*apply)(std::int64_t, std::int64_t);
+  DimIndex count;
+  bool single[2];   // an operand that is one number for all
+  Operand x[2], y;  // i64, row-major
+};
+
+// The largest of each row, by the runtime itself: routers choose among few experts.
+struct TopTask {
+  DimIndex rows, columns;
+  std::int64_t count;
+  bool indices;  // else the values
+  graph::DataType dtype;
+  Operand x, y;  // row-major
 };
 
 struct HostTensor {
@@ -155,7 +182,7 @@ struct HostTask {
 };
 
 using Task = std::variant<LinearTask, RowTask, CopyTask, RopeTask, AppendTask, AttentionTask,
-                          EmbeddingTask, ArangeTask, HostTask>;
+                          EmbeddingTask, ArangeTask, IntegerTask, TopTask, HostTask>;
 
 // One thread's share. HostTask is not run here.
 void run_task(const Task& task, const Frame& frame, int thread, int threads);
@@ -166,6 +193,9 @@ struct KeyRange {
 };
 KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence,
                  std::int64_t query);
+
+// Bytes of scratch that a thread needs to gather the rows of one expert.
+std::int64_t expert_scratch_bytes(const LinearTask& task, std::int64_t rows);
 
 // Calls part(variant, first row, blocks of variant.rows rows) for pieces that cover `rows` rows.
 template <class Variants, class Part>

@@ -13,7 +13,8 @@ std::string WeightStore::identify(const Item& item) {
   std::string text = fmt::format("{} {} {} {}", graph::name(item.source), item.k,
                                  item.gated ? "gated" : "separate", item.exact ? "exact" : "plain");
   for (const WeightBlock& block : item.blocks) {
-    text += fmt::format(" {}:{}:{}", block.data, block.rows, block.row_stride);
+    text += fmt::format(" {}:{}:{}{}", block.data, block.rows, block.row_stride,
+                        block.transposed ? "t" : "");
   }
   return text;
 }

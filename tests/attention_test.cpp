@@ -57,6 +57,8 @@ class Problem {
     const std::int64_t bytes = scratch_bytes(spec, keys.first + keys.count);
     scratch = std::make_unique<GuardedRows>(1, bytes, 0, GuardedRows::Flush::end);
     scale = 1.0f / std::sqrt(static_cast<float>(spec.head_dim));
+    slopes = head_numbers();
+    sinks = head_numbers();
   }
 
   std::vector<std::int64_t> args() {
@@ -73,6 +75,9 @@ class Problem {
     list[AttentionArgs::key_count] = keys.count;
     list[AttentionArgs::mask] = mask->address();
     list[AttentionArgs::scale] = std::bit_cast<std::int32_t>(scale);
+    list[AttentionArgs::softcap] = std::bit_cast<std::int32_t>(softcap);
+    list[AttentionArgs::slopes] = slopes->address();
+    list[AttentionArgs::sinks] = sinks->address();
     list[AttentionArgs::scratch] = scratch->address();
     return list;
   }
@@ -95,6 +100,10 @@ class Problem {
     return value_at(*blocks_[which][block], spec.cache, key % keys.block_tokens, d);
   }
 
+  double head_number(const Rows& numbers, int head) const {
+    return value_at(*numbers, DataType::f32, 0, head);
+  }
+
   // What the mask adds to a score.
   double masked(std::int64_t key) const {
     if (spec.mask == MaskKind::additive) return value_at(*mask, DataType::f32, 0, key);
@@ -104,11 +113,21 @@ class Problem {
 
   AttentionKernel spec;
   Keys keys;
-  Rows q, output, mask, scratch;
+  Rows q, output, mask, scratch, slopes, sinks;
   float scale;
+  float softcap = 1.5f;
 
  private:
   double draw() { return std::normal_distribution<double>()(random_); }
+
+  // One f32 per head.
+  Rows head_numbers() {
+    Rows numbers = std::make_unique<GuardedRows>(1, 4 * spec.group, 0, flush_);
+    for (int head = 0; head < spec.group; ++head) {
+      ops::write_scalar(DataType::f32, numbers->row(0) + 4 * head, draw());
+    }
+    return numbers;
+  }
 
   Rows rows_of(std::int64_t count, DataType type) {
     Rows rows = guarded(count, spec.head_dim, type, flush_);
@@ -184,7 +203,17 @@ Scores exact_scores(const Problem& p, int head) {
       magnitude += std::abs(term);
     }
     double error = gamma(depth + 1) * magnitude * p.scale;  // + 1: times scale
-    const double value = sum * p.scale + p.masked(key);
+    double value = sum * p.scale;
+    if (p.spec.softcap) {  // tanh contracts; 4 units for it, one each for the quotient and product
+      value = p.softcap * std::tanh(value / p.softcap);
+      error += kUnit * (8 * std::abs(value) + std::abs(sum * p.scale));
+    }
+    if (p.spec.slopes) {
+      const double bias = p.head_number(p.slopes, head) * static_cast<double>(key - p.keys.first);
+      value += bias;
+      error += kUnit * (std::abs(bias) + std::abs(value) + error);
+    }
+    value += p.masked(key);
     if (p.spec.mask == MaskKind::additive && std::isfinite(value)) {
       error += kUnit * (std::abs(value) + error);
     }
@@ -208,9 +237,15 @@ void expect_within_bounds(const Problem& p, std::string_view by) {
   for (int head = 0; head < p.spec.group; ++head) {
     const Scores scores = exact_scores(p, head);
     std::vector<double> weights, errors;  // errors relative to the weight
-    double sum = 0, sum_error = 0;
+    double most = scores.most, sum = 0, sum_error = 0;
+    if (p.spec.sinks) {
+      const double sink = p.head_number(p.sinks, head);
+      most = std::max(most, sink);
+      sum = std::exp(sink - most);
+      sum_error = sum * kUnit * (std::abs(sink - most) + 2 * scores.largest_error / kUnit + 3);
+    }
     for (std::size_t i = 0; i < scores.value.size(); ++i) {
-      const double x = scores.value[i] == -kInfinity ? -kInfinity : scores.value[i] - scores.most;
+      const double x = scores.value[i] == -kInfinity ? -kInfinity : scores.value[i] - most;
       weights.push_back(std::exp(x));
       const double reach = std::isfinite(x) ? std::abs(x) + 2 * scores.largest_error : 0;
       errors.push_back(scores.error[i] + kUnit * reach + 2 * kUnit);
@@ -306,6 +341,19 @@ TEST_P(Attention, MatchesTheBoundsForEveryTypeAndMask) {
   }
 }
 
+TEST_P(Attention, MatchesTheBoundsWithSoftcapSlopesAndSinks) {
+  for (int which = 1; which < 8; ++which) {
+    for (MaskKind mask : kMasks) {
+      AttentionKernel spec = kernel(which == 2 ? 1 : 3, 64);
+      spec.softcap = (which & 1) != 0;
+      spec.slopes = (which & 2) != 0;
+      spec.sinks = (which & 4) != 0;
+      spec.mask = mask;
+      for (std::int64_t count : {0, 1, 16, 50}) check(spec, {9, count, 16}, 3);
+    }
+  }
+}
+
 TEST_P(Attention, AllKeysMaskedWritesZeros) {
   for (MaskKind mask : {MaskKind::boolean, MaskKind::additive}) {
     AttentionKernel spec = kernel(2, 24);
@@ -324,6 +372,7 @@ TEST_P(Attention, ReferenceAgrees) {
   for (MaskKind mask : kMasks) {
     AttentionKernel spec = kernel(3, 20);
     spec.mask = mask;
+    spec.softcap = spec.slopes = spec.sinks = mask == MaskKind::additive;
     for (std::int64_t count : {0, 1, 30}) {
       Problem problem(spec, {3, count, 8}, 2, GuardedRows::Flush::end);
       reference(spec, problem.args().data());

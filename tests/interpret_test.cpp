@@ -174,6 +174,13 @@ const std::vector<Case> cases{
     {R"(rope(%a, %b, %c) {style = "half"})",
      {"f32[1, 1, 1, 4] {1, 2, 3, 4}", "f32[4] {1, 2, 3, 4}", "f32[1, 4] {10, 20, 30, 40}"},
      "f32[1, 1, 1, 4] {-29, -76, 39, 96}"},
+    {"top_values(%a) {count = 2}", {"f32[2, 3] {1, 3, 2, 5, 5, 4}"}, "f32[2, 2] {3, 2, 5, 5}"},
+    {"top_indices(%a) {count = 2}", {"f32[2, 3] {1, 3, 2, 5, 5, 4}"}, "i64[2, 2] {1, 2, 0, 1}"},
+    {"causal_mask {shape = [2, 3]}", {}, "f32[2, 3] {0, 0, -inf, 0, 0, 0}"},
+    {"causal_mask {shape = [2, 3], window = 1}", {}, "f32[2, 3] {-inf, 0, -inf, -inf, -inf, 0}"},
+    {"expert_linear(%a, %b, %c)",
+     {"f32[2, 1] {1, 2}", "f32[2, 1, 1] {3, 5}", "i64[2, 2] {1, 0, 1, 1}"},
+     "f32[4, 1] {5, 3, 10, 10}"},
     // scores 0 and log 3
     {"attention(%a, %b, %c) {causal = false, scale = 1}",
      {"f32[1, 1, 1, 1] {1}", "f32[1, 1, 2, 1] {0, 1.0986122887}",
@@ -228,7 +235,7 @@ TEST(Interpret, follows_the_formulas) {
 }
 
 TEST(Interpret, every_op_has_a_case) {
-  std::set<Op> covered{Op::external, Op::kv_append};  // below
+  std::set<Op> covered{Op::external, Op::kv_append, Op::cache_keys, Op::cache_values};  // below
   for (const Case& test : cases) {
     Result<Graph> graph = graph_of(test);
     ASSERT_TRUE(graph.ok()) << test.node << ": " << graph.error().message;
@@ -327,6 +334,28 @@ TEST(Interpret, writes_reach_the_argument) {
                                   tensor("f32[1] {9}")};
   ASSERT_TRUE(run_text(text, arguments).ok());
   EXPECT_EQ(std::get<Tensor>(arguments[0]).values(), (std::vector<double>{1, 9, 3}));
+}
+
+// Attention over what a cache holds, under a causal mask, is attention over the cache.
+TEST(Interpret, a_cache_can_be_read) {
+  const std::string text =
+      "graph g(%q: f32[2, 4, s, 2], %k: f32[2, 2, s, 2], %v: f32[2, 2, s, 2], %l: f32[t], "
+      "%kv: cache<f32, 2 x 2>) -> (f32[2, 4, s, 2], f32[2, 4, s, 2]) {\n"
+      " %kv1 = kv_append(%kv, %k, %v)\n"
+      " %y = attention(%q, %kv1) {causal = true, scale = 0.7}\n"
+      " %keys = cache_keys(%kv1) {shape = [2, 2, t, 2]}\n"
+      " %values = cache_values(%kv1) {shape = [2, 2, t, 2]}\n"
+      " %mask = causal_mask {shape = [2, 1, s, t]}\n"
+      " %z = attention(%q, %keys, %values, %mask) {causal = false, scale = 0.7}\n"
+      " return %y, %z\n}";
+  std::vector<Argument> arguments{tensor("f32[2, 4, 3, 2] random(1)"),
+                                  tensor("f32[2, 2, 3, 2] random(2)"),
+                                  tensor("f32[2, 2, 3, 2] random(3)"), tensor("f32[3] random(4)"),
+                                  Cache{DataType::f32, 0, 2, 2, 0, {}, {}}};
+  auto outputs = run_text(text, arguments);
+  ASSERT_TRUE(outputs.ok()) << outputs.error().message;
+  Status equal = compare((*outputs)[1], (*outputs)[0], 1e-6);
+  EXPECT_TRUE(equal.ok()) << (equal.ok() ? "" : equal.error().message);
 }
 
 // Attention over a cache that was filled in two steps is attention over all tokens at once.

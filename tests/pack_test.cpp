@@ -31,6 +31,37 @@ std::vector<Bits> random_bits(std::int64_t count, unsigned seed) {
   return bits;
 }
 
+// A [k, rows] block is packed as the [rows, k] block that it is the transpose of.
+template <class Bits>
+void check_transposed(std::int64_t rows, std::int64_t k, DataType dtype) {
+  const auto size = static_cast<std::int64_t>(sizeof(Bits));
+  const std::vector<Bits> plain = random_bits<Bits>(rows * k, 1);
+  std::vector<Bits> turned(plain.size());
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t i = 0; i < k; ++i) {
+      turned[static_cast<std::size_t>(i * rows + row)] =
+          plain[static_cast<std::size_t>(row * k + i)];
+    }
+  }
+  const auto bytes = static_cast<std::size_t>(packed_bytes(rows, k, dtype));
+  std::vector<std::byte> expected(bytes), got(bytes);
+  const WeightBlock as_rows{plain.data(), rows, k * size};
+  const WeightBlock as_columns{turned.data(), rows, rows * size, true};
+  const std::int64_t panels = (rows + 31) / 32;
+  pack_panels(std::span(&as_rows, 1), k, dtype, dtype, false, 0, panels, expected.data());
+  pack_panels(std::span(&as_columns, 1), k, dtype, dtype, false, 0, panels, got.data());
+  EXPECT_EQ(got, expected) << rows << " x " << k;
+}
+
+TEST(Pack, Transposed) {
+  for (std::int64_t rows : {1, 31, 32, 33, 80}) {
+    for (std::int64_t k : {1, 5, 16, 33, 64}) {
+      check_transposed<std::uint32_t>(rows, k, DataType::f32);
+      check_transposed<std::uint16_t>(rows, k, DataType::bf16);
+    }
+  }
+}
+
 struct Shape {
   std::vector<std::int64_t> rows;  // of the stacked blocks
   std::int64_t k;

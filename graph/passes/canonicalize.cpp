@@ -131,12 +131,17 @@ bool join_bias(const Subject& s) {
     if (bias.shape != Shape{s.type().shape.back()} || bias.dtype != s.type().dtype) continue;
     std::vector<ValueId> operands = linear->operands;
     operands.push_back(s.operands[1 - i]);
-    return s.becomes(Op::linear, std::move(operands), {{"bias", true}});
+    Attributes attributes = linear->attributes;
+    attributes["bias"] = true;
+    return s.becomes(Op::linear, std::move(operands), std::move(attributes));
   }
   return false;
 }
 
 bool simplify_matmul(const Subject& s) {
+  if (s.producer(1, Op::constant) != nullptr && s.built().type(s.operands[1]).shape.size() == 2) {
+    return s.becomes(Op::linear, s.operands, {{"transposed", true}});
+  }
   const Node* transposed = s.producer(1, Op::permute);
   if (transposed == nullptr || transposed->attribute<Ints>("order") != Ints{1, 0}) return false;
   const Node* weight = s.built().producer(transposed->operands[0]);

@@ -120,16 +120,31 @@ bool emit(Rewriter& rewriter, const Node& node, const std::vector<ValueId>& valu
   return rewriter.replace(node.results[0], Op::attention, std::move(operands), attributes);
 }
 
+// The value before it was widened from `type`, which attention does by itself; else the value.
+ValueId before_widening(const Rewriter& rewriter, ValueId value, DataType type) {
+  const Node* node = rewriter.source().producer(value);
+  const bool widens = node != nullptr && node->op == Op::convert &&
+                      rewriter.source().type(value).dtype == DataType::f32 &&
+                      rewriter.source().type(node->operands[0]).dtype == type;
+  return widens && !rewriter.aliases().written(node->operands[0]) ? node->operands[0] : value;
+}
+
 bool match_spelled_out(Rewriter& rewriter, const Node& node, const Pattern& pattern,
                        WideMasks& masks) {
   auto found = find(pattern, rewriter, node.results[0]);
   if (!found) return false;
-  const Type &q = found->type("q"), &k = found->type("k"), &v = found->type("v");
+  const Graph& graph = rewriter.source();
+  const Type& v = found->type("v");
+  std::vector<ValueId> values = {before_widening(rewriter, found->value("q"), v.dtype),
+                                 before_widening(rewriter, found->value("k"), v.dtype),
+                                 found->value("v")};
+  const Type &q = graph.type(values[0]), &k = graph.type(values[1]);
+  // One key head is broadcast to all query heads.
   const bool plain = q.dtype == k.dtype && q.dtype == v.dtype && q.shape.size() == 4 &&
-                     k.shape.size() == 4 && v.shape.size() == 4 && q.shape[1] == k.shape[1] &&
+                     k.shape.size() == 4 && v.shape.size() == 4 &&
+                     (q.shape[1] == k.shape[1] || k.shape[1] == Dim(1)) &&
                      k.shape[2] == v.shape[2] && v.shape[1] == k.shape[1];
   if (!plain) return false;
-  std::vector<ValueId> values = {found->value("q"), found->value("k"), found->value("v")};
   if (found->has("mask")) {
     if (!is_float(found->type("mask").dtype)) return false;
     values.push_back(found->value("mask"));

@@ -37,7 +37,8 @@ Pattern gelu(bool tanh_form, Pattern inner) {
 Pattern plain_linear(const char* weight) {
   return when(
       [](const Graph&, const Node& node) {
-        return node.attribute_or<std::string>("activation", "").empty();
+        return node.attribute_or<std::string>("activation", "").empty() &&
+               !node.attribute_or("transposed", false);
       },
       op(Op::linear, any("x"), constant(weight)));
 }

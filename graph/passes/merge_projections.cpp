@@ -42,6 +42,7 @@ bool awaits_epilogue(const Rewriter& rewriter, ValueId result) {
 
 bool is_candidate(const Rewriter& rewriter, const Node& node) {
   if (node.op != Op::linear || node.attribute_or("residual", false) ||
+      node.attribute_or("transposed", false) ||
       !node.attribute_or<std::string>("activation", "").empty()) {
     return false;
   }

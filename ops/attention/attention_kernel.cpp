@@ -234,7 +234,8 @@ class AttentionBuilder {
       if (key % 4 == 3) return b_.at(base, stride3, 1, offset);
       return b_.at(base, stride, key % 4, offset);
     };
-    Reg query = scratch(kHeaderBytes), to = b_.copy(scores);
+    Reg query = scratch(kHeaderBytes), to = b_.copy(scores), slope;
+    if (spec_.slopes) slope = b_.arg(AttentionArgs::slopes);
     b_.loop(b_.constant(spec_.group), [&] {
       std::vector<Reg> sums;
       for (int key = 0; key < keys; ++key) sums.push_back(b_.zero());
@@ -245,6 +246,11 @@ class AttentionBuilder {
         }
       }
       Reg value = b_.vmul(keys == 1 ? lane_sum(sums[0]) : lane_sums(sums), scale_);
+      if (spec_.softcap) value = capped(value);
+      if (spec_.slopes) {
+        value = b_.vadd(value, b_.vmul(b_.broadcast(Element::f32, b_.at(slope)), places(scores)));
+        b_.add_to(slope, 4);
+      }
       value = masked(value, mask, keys);
       if (keys == 1) {
         b_.store_one(Element::f32, b_.at(to), value);
@@ -293,6 +299,19 @@ class AttentionBuilder {
     return a[0];
   }
 
+  Reg capped(Reg value) {
+    Reg cap = b_.splat(b_.arg(AttentionArgs::softcap));
+    return b_.vmul(jit::math::tanh(b_, b_.vdiv(value, cap)), cap);
+  }
+
+  // (float)(key - first_key) of the keys whose scores go to the first head's row at `scores`. Small
+  // integers become floats by being the last bits of one of 2^23.
+  Reg places(Reg scores) {
+    Reg first = b_.shift_right(b_.sub(scores, scratch(scores_offset(spec_))), 2);
+    Reg lane = b_.vor(b_.iota(), b_.splat(0x1p23f));
+    return b_.vadd(b_.splat_converted(first), b_.vsub(lane, b_.splat(0x1p23f)));
+  }
+
   Reg masked(Reg value, Reg mask, int keys) {
     if (spec_.mask == MaskKind::none) return value;
     const bool additive = spec_.mask == MaskKind::additive;
@@ -305,11 +324,12 @@ class AttentionBuilder {
 
   // --- softmax
 
-  // For loops over groups of heads: their number; sets row_ to the first one's scores and divisor_
-  // to its divisor.
+  // For loops over groups of heads: their number; sets row_ to the first one's scores, divisor_ to
+  // its divisor and sink_ to its sink.
   Reg heads_with(std::int64_t offset, int heads) {
     row_ = scratch(offset);
     divisor_ = scratch(divisors_offset(spec_));
+    if (spec_.sinks) sink_ = b_.arg(AttentionArgs::sinks);
     return b_.constant(spec_.group / heads);
   }
 
@@ -322,6 +342,7 @@ class AttentionBuilder {
       b_.add_to(at, b_.vector_bytes());
     });
     most = b_.reduce_max(most);
+    if (spec_.sinks) most = b_.vmax(most, b_.broadcast(Element::f32, b_.at(sink_)));
     // All masked: subtract 0, and every exp is 0.
     Reg nothing = b_.equal(most, b_.splat(kMinusInfinity));
     most = b_.select(nothing, b_.zero(), most);
@@ -334,6 +355,11 @@ class AttentionBuilder {
       b_.add_to(at, b_.vector_bytes());
     });
     sum = lane_sum(sum);
+    if (spec_.sinks) {
+      Reg sink = b_.broadcast(Element::f32, b_.at(sink_));
+      sum = b_.vadd(sum, jit::math::exp(b_, b_.vsub(sink, most)));
+      b_.add_to(sink_, 4);
+    }
     // A sum of zero (no key, or all masked) must give zeros: 0 / infinity.
     Reg infinity = b_.splat(-kMinusInfinity);
     Reg divisor = b_.select(b_.equal(sum, b_.zero()), infinity, sum);
@@ -406,6 +432,7 @@ class AttentionBuilder {
   Reg scale_;
   std::vector<Reg> lower_;  // masks: lanes whose bit 0, 1, 2 ... is clear
   Reg row_, divisor_;       // of the current heads, in scratch
+  Reg sink_;                // of the current head
 };
 
 }  // namespace
@@ -416,9 +443,14 @@ std::int64_t scratch_bytes(const AttentionKernel& spec, std::int64_t keys) {
 
 std::string print(const AttentionKernel& spec) {
   constexpr std::array masks{"none", "boolean", "additive"};
-  return fmt::format("attention lanes={} group={} head_dim={} input={} cache={} mask={}",
-                     spec.lanes, spec.group, spec.head_dim, graph::name(spec.input),
-                     graph::name(spec.cache), masks[static_cast<std::size_t>(spec.mask)]);
+  std::string text =
+      fmt::format("attention lanes={} group={} head_dim={} input={} cache={} mask={}", spec.lanes,
+                  spec.group, spec.head_dim, graph::name(spec.input), graph::name(spec.cache),
+                  masks[static_cast<std::size_t>(spec.mask)]);
+  if (spec.softcap) text += " softcap";
+  if (spec.slopes) text += " slopes";
+  if (spec.sinks) text += " sinks";
+  return text;
 }
 
 Status supported(const AttentionKernel& spec) {

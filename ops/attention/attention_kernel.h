@@ -32,6 +32,9 @@ struct AttentionKernel {
   graph::DataType input = graph::DataType::f32;  // q and output: f32, bf16, f16
   graph::DataType cache = graph::DataType::f32;  // k and v: f32, bf16, f16
   MaskKind mask = MaskKind::none;
+  bool softcap = false;  // scores become cap * tanh(score / cap), before the mask
+  bool slopes = false;   // ALiBi: slope * (key - first_key) is added to a score, a slope per head
+  bool sinks = false;    // a score per head that takes part in the softmax and has no value
 };
 
 // Argument slots; strides in bytes.
@@ -41,7 +44,8 @@ struct AttentionKernel {
 //   first_key, key_count: keys [first_key, first_key + key_count) take part (left padding,
 //     causality)
 //   mask: pointer to this query token's mask row (element 0 = key 0); heads share it
-//   scale: the float's bits
+//   scale, softcap: the floats' bits
+//   slopes, sinks: pointers to one f32 per head of the group
 //   scratch: at least scratch_bytes(spec, first_key + key_count), 64-byte aligned, private to the
 //     thread
 // key_count == 0 writes zeros (ATen's safe softmax); so does a row whose keys are all masked.
@@ -60,6 +64,9 @@ struct AttentionArgs {
     key_count,
     mask,
     scale,
+    softcap,
+    slopes,
+    sinks,
     scratch,
     count
   };

@@ -25,6 +25,13 @@ class Reference {
  private:
   std::int64_t arg(AttentionArgs::Slot slot) const { return args_[slot]; }
 
+  double float_argument(AttentionArgs::Slot slot) const {
+    return std::bit_cast<float>(static_cast<std::int32_t>(arg(slot)));
+  }
+  double head_number(AttentionArgs::Slot slot, int head) const {
+    return reinterpret_cast<const float*>(arg(slot))[head];
+  }
+
   // Element `index` of the token of a key, in k or v.
   double cached(AttentionArgs::Slot blocks, AttentionArgs::Slot stride, std::int64_t key,
                 int index) const {
@@ -42,7 +49,15 @@ class Reference {
       sum += read_scalar(spec_.input, q + d * size_in_bytes(spec_.input)) *
              cached(AttentionArgs::k_blocks, AttentionArgs::k_token_stride, key, d);
     }
-    sum *= std::bit_cast<float>(static_cast<std::int32_t>(arg(AttentionArgs::scale)));
+    sum *= float_argument(AttentionArgs::scale);
+    if (spec_.softcap) {
+      const double cap = float_argument(AttentionArgs::softcap);
+      sum = cap * std::tanh(sum / cap);
+    }
+    if (spec_.slopes) {
+      sum += head_number(AttentionArgs::slopes, head) *
+             static_cast<double>(key - arg(AttentionArgs::first_key));
+    }
     const std::int64_t mask = arg(AttentionArgs::mask);
     if (spec_.mask == MaskKind::additive) sum += reinterpret_cast<const float*>(mask)[key];
     if (spec_.mask == MaskKind::boolean && reinterpret_cast<const std::uint8_t*>(mask)[key] == 0) {
@@ -55,11 +70,15 @@ class Reference {
     const std::int64_t first = arg(AttentionArgs::first_key);
     std::vector<double> weights;
     double most = -std::numeric_limits<double>::infinity();
+    if (spec_.sinks) most = head_number(AttentionArgs::sinks, head);
     for (std::int64_t i = 0; i < arg(AttentionArgs::key_count); ++i) {
       weights.push_back(score(head, first + i));
       most = std::max(most, weights.back());
     }
     double sum = 0;
+    if (spec_.sinks && !std::isinf(most)) {
+      sum = std::exp(head_number(AttentionArgs::sinks, head) - most);
+    }
     for (double& weight : weights) {
       weight = std::isinf(most) && most < 0 ? 0 : std::exp(weight - most);
       sum += weight;

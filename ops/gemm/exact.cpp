@@ -60,11 +60,13 @@ DataType exact_type(std::span<const WeightBlock> blocks, std::int64_t k) {
     std::atomic<bool> all = true;
     run_team(default_threads(), [&](int thread, int threads) {
       for (const WeightBlock& block : blocks) {
-        const WorkRange rows = share(block.rows, thread, threads);
+        const std::int64_t runs = block.transposed ? k : block.rows;
+        const std::int64_t length = block.transposed ? block.rows : k;
+        const WorkRange rows = share(runs, thread, threads);
         for (std::int64_t row = rows.begin; row < rows.end && all; ++row) {
           const void* data = static_cast<const char*>(block.data) + row * block.row_stride;
           const std::span bits(static_cast<const std::uint32_t*>(data),
-                               static_cast<std::size_t>(k));
+                               static_cast<std::size_t>(length));
           if (!fits(type, bits)) all = false;
         }
       }

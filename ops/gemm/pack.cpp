@@ -64,6 +64,22 @@ PanelRows panel_rows(std::span<const WeightBlock> blocks, bool gated, std::int64
   return rows;
 }
 
+// Rows [first, first + kPanelColumns) of a [k, rows] block, as rows; fewer at the block's end.
+std::unique_ptr<std::byte[]> gathered_rows(const WeightBlock& block, std::int64_t first,
+                                           std::int64_t k, std::int64_t element_bytes) {
+  const std::int64_t rows = std::min(kPanelColumns, block.rows - first);
+  const auto size = static_cast<std::size_t>(element_bytes);
+  std::unique_ptr<std::byte[]> copy(new std::byte[static_cast<std::size_t>(rows * k) * size]);
+  for (std::int64_t i = 0; i < k; ++i) {
+    const auto* from = static_cast<const std::byte*>(block.data) + i * block.row_stride;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      std::memcpy(copy.get() + (row * k + i) * element_bytes, from + (first + row) * element_bytes,
+                  size);
+    }
+  }
+  return copy;
+}
+
 __m128 load_units(const std::byte* from) {
   return _mm_castsi128_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -141,6 +157,8 @@ std::int64_t packed_bytes(std::int64_t n, std::int64_t k, graph::DataType dtype)
 void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::DataType source,
                  graph::DataType dtype, bool gated, std::int64_t panel_begin,
                  std::int64_t panel_end, void* packed) {
+  // Transposed blocks that are several fill whole panels: stacked experts.
+  assert(!blocks[0].transposed || blocks.size() == 1 || blocks[0].rows % kPanelColumns == 0);
   assert(!gated || (blocks.size() == 2 && blocks[0].rows == blocks[1].rows));
   const std::int64_t units = panel_units(k, dtype);
   const std::int64_t row_bytes = k * graph::size_in_bytes(dtype);
@@ -148,7 +166,19 @@ void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::Dat
   std::vector<std::uint16_t> narrowed;
   if (source != dtype) narrowed.resize(static_cast<std::size_t>(kPanelColumns * k));
   for (std::int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    PanelRows rows = panel_rows(blocks, gated, panel);
+    std::unique_ptr<std::byte[]> gathered;
+    PanelRows rows;
+    if (blocks[0].transposed) {
+      const std::int64_t row = panel * kPanelColumns;
+      const WeightBlock& whole = blocks[static_cast<std::size_t>(row / blocks[0].rows)];
+      const std::int64_t first = row % blocks[0].rows;
+      gathered = gathered_rows(whole, first, k, graph::size_in_bytes(source));
+      const WeightBlock block{gathered.get(), std::min(kPanelColumns, whole.rows - first),
+                              k * graph::size_in_bytes(source)};
+      rows = panel_rows(std::span(&block, 1), false, 0);
+    } else {
+      rows = panel_rows(blocks, gated, panel);
+    }
     if (source != dtype) narrow_rows(rows, k, dtype, narrowed.data());
     float* out = static_cast<float*>(packed) + panel * units * kPanelColumns;
     pack_panel(rows, row_bytes, units, out);

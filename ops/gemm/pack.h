@@ -18,12 +18,13 @@
 
 namespace tilewright::ops {
 
-// A row-major [rows, k] block of a weight; several blocks stacked along rows make one merged
-// weight.
+// A row-major [rows, k] block of a weight, or a [k, rows] one; several blocks stacked along rows
+// make one merged weight.
 struct WeightBlock {
   const void* data = nullptr;
   std::int64_t rows = 0;
-  std::int64_t row_stride = 0;  // bytes
+  std::int64_t row_stride = 0;  // bytes; transposed: between neighbouring k
+  bool transposed = false;
 };
 
 std::int64_t packed_bytes(std::int64_t n, std::int64_t k, graph::DataType dtype);

@@ -258,7 +258,10 @@ def compute(line: Line, operands: list, constants: dict, symbols: dict[str, int]
         return [F.layer_norm(x, x.shape[-1:], *operands[1:], eps=float(a["eps"]))]
     if op == "linear":
         assert len(operands) == (3 if a.get("bias") == "true" else 2)
-        return [F.linear(*operands)]
+        weight = operands[1].t() if a.get("transposed") == "true" else operands[1]
+        return [F.linear(x, weight, *operands[2:])]
+    if op in ("top_values", "top_indices"):
+        return [x.topk(int(a["count"]))[op == "top_indices"]]
     if op == "embedding":
         return [x[operands[1]]]
     if op == "cat":

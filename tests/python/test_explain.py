@@ -99,3 +99,20 @@ def test_fallbacks_lower_the_share() -> None:
     assert data["phases"]["prefill"]["fallback_calls"] >= 1
     reasons = [region["reason"] for region in data["regions"] if region["fallback"]]
     assert reasons and all(reasons)
+
+
+def test_stats_count_what_happened() -> None:
+    before = tilewright.stats()
+    model = tilewright.llm.optimize(tiny_llama(3))
+    with torch.no_grad():
+        output = model(prompt(2, 9))
+        model(prompt(2, 1), past_key_values=output.past_key_values)
+        model(prompt(2, 9), output_hidden_states=True)
+    now = tilewright.stats()
+    assert now["tokens"] - before["tokens"] == 2 * 10
+    assert now["calls"] - before["calls"] == 2
+    reason = "the argument output_hidden_states is given"
+    assert now["fallbacks"][reason] - before["fallbacks"].get(reason, 0) == 1
+    assert now["weight_bytes"] > before["weight_bytes"]
+    assert now["cache_bytes"] >= before["cache_bytes"] + 3 * 2 * 10 * 2 * 2 * 16 * 4
+    assert now["kernels"]["emitted"] + now["kernels"]["loaded"] > 0

@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewright import llm
     from tilewright.explain import Explanation, explain
+    from tilewright.stats import stats
 
-__all__ = ["Explanation", "explain", "llm"]
+__all__ = ["Explanation", "explain", "llm", "stats"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "llm":
         return importlib.import_module("tilewright.llm")
-    if name in ("explain", "Explanation"):
-        module = importlib.import_module("tilewright.explain")
+    home = {"explain": "explain", "Explanation": "explain", "stats": "stats"}.get(name)
+    if home is not None:
+        module = importlib.import_module(f"tilewright.{home}")
         # The submodule and the function share a name: the function is what users mean.
-        globals()["explain"] = module.explain
+        globals()[home] = getattr(module, home)
         return getattr(module, name)
     raise AttributeError(f"module 'tilewright' has no attribute '{name}'")

@@ -493,9 +493,12 @@ def matmul(call: Call, a: Value, b: Value) -> Value:
 
 @lowers("addmm.default", "baddbmm.default")
 def addmm(call: Call, bias: Value, a: Value, b: Value, beta: Any = 1, alpha: Any = 1) -> Value:
-    if beta != 1 or alpha != 1:
-        raise UnsupportedError("addmm with alpha or beta")
     product = call.append("matmul", [a, b], call.type)
+    if alpha != 1:
+        product = call.append("mul", [product, call.scalar(alpha, product.dtype)], call.type)
+    if beta != 1:
+        scaled = Type(bias.dtype, bias.shape)
+        bias = call.append("mul", [bias, call.scalar(beta, bias.dtype)], scaled)
     return call.emit("add", product, bias)
 
 
@@ -587,6 +590,67 @@ def embedding(call: Call, table: Value, indices: Value, *_: Any) -> Value:
     return call.emit("embedding", table, call.convert(indices, torch.int64))
 
 
+def _without_ones(shape: Sequence[Dim]) -> list[Dim]:
+    return [size for size in shape if size.constant != 1]
+
+
+def _repeated_from(call: Call, x: Value, whole: Sequence[Dim], once: Sequence[Dim]) -> Value | None:
+    """The value of shape `once` that was expanded to x, of shape `whole`, by new axes alone."""
+    shapes = [_without_ones(whole), _without_ones(once)]
+    while _without_ones(x.shape) in shapes:
+        if x.shape == tuple(once):
+            return x
+        node = call.builder.producer(x)
+        if node is None or node.op not in ("reshape", "expand"):
+            return None
+        x = node.operands[0]
+    return None
+
+
+@lowers("gather.default")
+def gather(call: Call, x: Value, axis: int, indices: Value, sparse: bool = False) -> Value:
+    """Rows of one table for all sequences, spelled out: table and indices repeated to 3-D."""
+    if len(x.shape) != 3 or axis_of(axis, 3) != 1 or x.shape[2] != indices.shape[2]:
+        raise UnsupportedError("gather of more than rows")
+    table = _repeated_from(call, x, x.shape, x.shape[1:])
+    rows = _repeated_from(call, indices, indices.shape, indices.shape[:2])
+    if table is None or rows is None:
+        raise UnsupportedError("gather from a table of each sequence")
+    return call.emit("embedding", table, call.convert(rows, torch.int64))
+
+
+@lowers("index.Tensor")
+def index(call: Call, x: Value, indices: Sequence[Value | None]) -> Value:
+    """Rows of a table; or one place, given as a constant."""
+    given = [(axis, value) for axis, value in enumerate(indices) if value is not None]
+    if len(given) != 1 or given[0][1].dtype != torch.int64:
+        raise UnsupportedError("an index of several axes, or by a mask")
+    axis, value = given[0]
+    node = call.builder.producer(value)
+    known: Any = node.source if node is not None else None
+    if type(known) is torch.Tensor and known.shape == (1,):
+        first = Dim.of(int(known))
+        first = x.shape[axis] + first if int(known) < 0 else first
+        return call.slice(x, axis, first, first + 1, 1, call.type)
+    if axis != 0 or len(x.shape) != 2:
+        raise UnsupportedError("an index of another axis than a table's first")
+    return call.emit("embedding", x, value)
+
+
+@lowers("topk.default")
+def topk(
+    call: Call, x: Value, count: Any, axis: int = -1, largest: bool = True, ordered: bool = True
+) -> list[Value]:
+    if axis_of(axis, len(x.shape)) != len(x.shape) - 1 or not largest:
+        raise UnsupportedError("topk over another axis than the last, or of the smallest")
+    if not isinstance(count, int) or not x.dtype.is_floating_point:
+        raise UnsupportedError("topk of integers, or of a symbolic number")
+    return [
+        call.append(op, [x], type_, count=count)
+        for op, type_ in zip(("top_values", "top_indices"), call.types, strict=True)
+    ]
+
+
 @lowers("cat.default", "concat.default", "concatenate.default")
 def cat(call: Call, pieces: Sequence[Value], axis: int = 0) -> Value:
     """ATen skips empty vectors, which DynamicCache starts with."""
@@ -613,6 +677,21 @@ def repeat(call: Call, x: Value, repeats: Sequence[Any]) -> Value:
     split_shape = [d for size in sizes for d in (Dim.of(1), size)]
     wide_shape = [d for n, size in zip(repeats, sizes, strict=True) for d in (Dim.of(n), size)]
     wide = call.expand(call.reshape(x, tuple(split_shape)), tuple(wide_shape))
+    return call.reshape(wide, call.type.shape)
+
+
+@lowers("repeat_interleave.self_int")
+def repeat_interleave(
+    call: Call, x: Value, repeats: Any, axis: int | None = None, output_size: Any = None
+) -> Value:
+    """Each element several times in a row: a new axis behind its own, expanded."""
+    if axis is None:
+        x, axis = call.reshape(x, (math.prod(x.shape, start=Dim.of(1)),)), 0
+    axis = axis_of(axis, len(x.shape))
+    before, after = x.shape[: axis + 1], x.shape[axis + 1 :]
+    wide = call.expand(
+        call.reshape(x, (*before, Dim.of(1), *after)), (*before, Dim.of(repeats), *after)
+    )
     return call.reshape(wide, call.type.shape)
 
 

@@ -9,6 +9,7 @@ Not thread-safe, as any Cache. Tested by tests/python/test_generate.py.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -17,12 +18,21 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     StaticCache,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from tilewright import core
 from tilewright.graph_text import DTYPE_NAMES
+
+layers_alive: weakref.WeakSet[BlockLayer] = weakref.WeakSet()
+
+
+def bytes_in_use() -> int:
+    """Of the keys and values in all living caches."""
+    return sum(int(layer.blocks.bytes) for layer in list(layers_alive) if layer.blocks is not None)
 
 
 class BlockLayer(CacheLayerMixin):
@@ -37,6 +47,7 @@ class BlockLayer(CacheLayerMixin):
         self.blocks: Any = None  # core.KvCache
         self.first_keys: list[int] = []
         self.max_length = max_length
+        layers_alive.add(self)
         super().__init__()
 
     # --- what the program uses
@@ -183,6 +194,10 @@ class BlockLayer(CacheLayerMixin):
             self.blocks.truncate(max(0, self.blocks.length + tokens_to_remove))
 
 
+# A window is the attention's affair: blocks keep all tokens, and a query reads those in its window.
+_WINDOWED = (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
+
+
 def adopt(cache: Any, layers: int) -> str:
     """Puts BlockLayers into `cache`, with its contents. Returns why it cannot, or ""."""
     if type(cache) not in (Cache, DynamicCache, StaticCache):
@@ -192,10 +207,12 @@ def adopt(cache: Any, layers: int) -> str:
     if len(cache.layers) > layers:
         return "a cache with more layers than the model"
     for layer in cache.layers:
-        if type(layer) not in (BlockLayer, DynamicLayer, StaticLayer):
+        if type(layer) not in (BlockLayer, DynamicLayer, StaticLayer, *_WINDOWED):
             return f"a cache with {type(layer).__name__}"
         if isinstance(layer, BlockLayer) or layer.keys is None or layer.values is None:
             continue
+        if type(layer) in _WINDOWED and int(layer.get_seq_length()):
+            return "a cache that has dropped tokens outside of its window, or may have"
         if layer.keys.numel() and layer.keys.shape != layer.values.shape:
             return "a cache whose keys and values differ in shape"
     adopted = [
@@ -208,7 +225,8 @@ def adopt(cache: Any, layers: int) -> str:
 
 
 def _converted(layer: Any) -> BlockLayer:
-    block_layer = BlockLayer(layer.get_max_length())
+    # Blocks keep what a window would drop.
+    block_layer = BlockLayer(-1 if type(layer) in _WINDOWED else layer.get_max_length())
     length = int(layer.get_seq_length())
     if length:
         block_layer.write(layer.keys[:, :, :length], layer.values[:, :, :length])

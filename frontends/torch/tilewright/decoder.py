@@ -70,7 +70,9 @@ class Decoder(InstalledForward):
         self.frees = False  # packed parameters may be: the model is the caller's to change
         self._parts: list[weakref.ref[Any]] = []
         self.unsupported = ""  # why no program can be made of this model
-        self.calls = 0  # of the program
+        self.calls = self.tokens = 0  # of the program
+        decoders.add(self)
+        self._padding_counts: bool | None = None  # see _counts_padding
         self.fallbacks: collections.Counter[str] = collections.Counter()
 
     # --- calls
@@ -137,6 +139,7 @@ class Decoder(InstalledForward):
             # The caches are as they were: the core commits tokens after success only.
             raise NotRunnableError(f"the program failed: {error}") from None
         self.calls += 1
+        self.tokens += batch * tokens
         if step.logits_to_keep > 1:
             logits = logits[:, -step.logits_to_keep :]
         return logits
@@ -165,13 +168,39 @@ class Decoder(InstalledForward):
         batch, tokens = input_ids.shape
         cache = self._cache(arguments.get("past_key_values"), batch)
         past = int(cache.layers[0].get_seq_length())
+        first_keys = _first_keys(arguments.get("attention_mask"), batch, past + tokens)
+        positions = arguments.get("position_ids")
+        if positions is None and any(first_keys) and not self._counts_padding():
+            raise NotRunnableError("position_ids are not given for padded sequences")
+        if past == 0 and arguments.get("attention_mask") is None and not _is_run(positions):
+            # Without a cache, transformers takes positions that start anew for packed sequences.
+            raise NotRunnableError("position_ids are not consecutive")
         return Step(
             input_ids.to(torch.int64).contiguous(),
-            _positions(arguments.get("position_ids"), batch, tokens, past),
+            _positions(positions, batch, tokens, past),
             cache,
-            _first_keys(arguments.get("attention_mask"), batch, past + tokens),
+            first_keys,
             keep,
         )
+
+    def _counts_padding(self) -> bool:
+        """Whether the model's own positions, where it is given none, ignore the mask.
+
+        Most count all tokens, padding too; some (learned positions) count from the mask. Both give
+        the same result for four tokens of which one is padding, if it does not matter.
+        """
+        if "position_ids" not in self.__signature__.parameters:
+            return True  # it has no positions, or none that a caller could give
+        if self._padding_counts is None:
+            given = {
+                "input_ids": torch.arange(1, 5)[None],
+                "attention_mask": torch.tensor([[0, 1, 1, 1]]),
+            }
+            with torch.no_grad():
+                implicit = self.original(**given).logits[:, -1]
+                stated = self.original(**given, position_ids=torch.arange(4)[None]).logits[:, -1]
+            self._padding_counts = bool(torch.allclose(implicit, stated, 1e-2, 1e-3))
+        return self._padding_counts
 
     def _cache(self, given: Any, batch: int) -> Any:
         """The caller's cache with our layers in it, or a new one."""
@@ -252,6 +281,10 @@ class Decoder(InstalledForward):
         return [executable for _, executable in self._programs.values()]
 
 
+# Those of living models, for stats().
+decoders: weakref.WeakSet[Decoder] = weakref.WeakSet()
+
+
 def decoder_of(model: Any) -> Decoder | None:
     """The decoder installed in a model, if there is one."""
     installed = installed_in(model)
@@ -284,6 +317,13 @@ def _positions(given: Any, batch: int, tokens: int, past: int) -> torch.Tensor:
     if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[1] != tokens:
         raise NotRunnableError("position_ids is not [batch, tokens]")
     return given.to(torch.int64).expand(batch, tokens).contiguous()
+
+
+def _is_run(positions: Any) -> bool:
+    """Whether each row counts up by one."""
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 2:
+        return True
+    return bool((positions[:, 1:] - positions[:, :-1] == 1).all())
 
 
 def _first_keys(mask: Any, batch: int, keys: int) -> list[int]:

@@ -171,6 +171,13 @@ class GraphBuilder:
         self.nodes.append(Node(op, list(operands), results, kept))
         return results
 
+    def producer(self, value: Value) -> Node | None:
+        """The node whose result it is; None for parameters."""
+        for node in reversed(self.nodes):
+            if any(result is value for result in node.results):
+                return node
+        return None
+
     def remove_dead_nodes(self) -> None:
         """Drops what neither an output nor a mutation needs."""
         live = {id(value) for value in self.outputs}

@@ -141,9 +141,29 @@ def _activation(name: str, x: torch.Tensor) -> torch.Tensor:
 
 def _linear(attributes: dict[str, str], x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
     weight, *extra = rest
+    if attributes.get("transposed") == "true":
+        weight = weight.t()
     bias = extra.pop(0) if attributes.get("bias") == "true" else None
     y = _activation(_string(attributes.get("activation", '""')), F.linear(x, weight, bias))
     return y + extra.pop(0) if attributes.get("residual") == "true" else y
+
+
+def _expert_linear(
+    attributes: dict[str, str],
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    *bias: torch.Tensor,
+) -> torch.Tensor:
+    rows = x.repeat_interleave(indices.shape[1], 0)
+    if attributes.get("transposed") == "true":
+        weights = weights.transpose(1, 2)
+    y = x.new_empty(rows.shape[0], weights.shape[1])
+    chosen = indices.flatten()
+    for expert in chosen.unique().tolist():
+        own = chosen == expert
+        y[own] = F.linear(rows[own], weights[expert], *(b[expert] for b in bias))
+    return y
 
 
 def _rms_norm(attributes: dict[str, str], x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
@@ -172,8 +192,12 @@ def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    *more: torch.Tensor,
 ) -> torch.Tensor:
+    special = attributes.keys() & {"window", "softcap", "slopes", "sinks"}
+    if special:
+        return _attention_in_steps(attributes, q, k, v, *more)
+    mask = more[0] if more else None
     causal = attributes.get("causal") == "true"
     if mask is not None and causal:
         below = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
@@ -184,6 +208,40 @@ def _attention(
     return F.scaled_dot_product_attention(
         q, k, v, mask, 0.0, causal, scale=float(attributes["scale"]), enable_gqa=True
     )
+
+
+def _attention_in_steps(
+    attributes: dict[str, str],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *more: torch.Tensor,
+) -> torch.Tensor:
+    """What ATen has no op for: a window, a cap on the scores, slopes (ALiBi), sinks."""
+    extra = list(more)
+    sinks = extra.pop() if attributes.get("sinks") == "true" else None
+    slopes = extra.pop() if attributes.get("slopes") == "true" else None
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1).float(), v.repeat_interleave(groups, 1).float()
+    scores = q.float() @ k.transpose(-1, -2) * float(attributes["scale"])
+    if "softcap" in attributes:
+        cap = float(attributes["softcap"])
+        scores = torch.tanh(scores / cap) * cap
+    places = torch.arange(k.shape[-2])
+    if slopes is not None:
+        scores = scores + slopes[:, None, None] * places
+    if extra:
+        mask = extra[0]
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if attributes.get("causal") == "true":
+        distance = torch.arange(q.shape[-2])[:, None] - places
+        window = int(attributes.get("window", k.shape[-2]))
+        scores = scores.masked_fill((distance < 0) | (distance >= window), -math.inf)
+    if sinks is not None:
+        column = sinks[:, None, None].float().expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.softmax(scores, -1)[..., : k.shape[-2]].nan_to_num(0.0)
+    return (weights @ v).to(q.dtype)
 
 
 def _gated_mlp_up(
@@ -219,8 +277,11 @@ GRAPH_OPS: dict[str, Callable[..., torch.Tensor]] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "linear": _linear,
+    "expert_linear": _expert_linear,
     "gated_mlp_up": _gated_mlp_up,
     "embedding": lambda a, table, indices: F.embedding(indices, table),
+    "top_values": lambda a, x: x.topk(int(a["count"])).values,
+    "top_indices": lambda a, x: x.topk(int(a["count"])).indices,
     "cat": lambda a, *pieces: torch.cat(pieces, int(a["axis"])),
     "contiguous": lambda a, x: x,
     "index_copy": _index_copy,

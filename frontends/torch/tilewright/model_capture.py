@@ -27,7 +27,7 @@ from tilewright import capture, capture_ops, graph_text, stamp
 from tilewright.dims import Dim
 from tilewright.expand import body_of, expand_layers
 from tilewright.graph_text import Type, UnsupportedError, Value
-from tilewright.lower import Call, Lowered, Lowerer
+from tilewright.lower import Call, Lowered, Lowerer, result_types
 from tilewright.unify import SAMPLES, unify
 
 _NAMESPACE = "tilewright_capture"
@@ -146,7 +146,11 @@ def _trace(
 
     with mode:
         fakes = [torch.zeros(batch, tokens, dtype=torch.int64) for _ in range(2)]
-    with capture_ops.recording_attention(model), stamp.recording_layers(group, markers):
+    with (
+        capture_ops.recording_attention(model),
+        capture_ops.recording_experts(model),
+        stamp.recording_layers(group, markers),
+    ):
         return capture.trace(step, fakes, mode), returned[0]
 
 
@@ -164,6 +168,8 @@ class ModelLowerer(Lowerer):
         self._cache_now: dict[int, Value] = {}  # after its last append
         self._outputs: list[Value] = []  # of the first layer
         self._started = 0
+        self._caches_of: dict[int, Value] = {}  # by the identity of their keys and values
+        self._windows: dict[int, int] = {}  # of masks, by the identity of their values
 
     def run_model(self) -> None:
         result = self.walk({})
@@ -196,16 +202,13 @@ class ModelLowerer(Lowerer):
             marker: Callable[..., Any] = getattr(self, "_" + target._schema.name.split("::")[1])
             self.environment[node] = marker(node, *(self.operand(a) for a in node.args))
             return
-        for argument in node.all_input_nodes:
-            value = self.environment.get(argument)
-            is_getitem = not isinstance(target, torch._ops.OpOverload)
-            if isinstance(value, Value) and value.type.is_cache and not is_getitem:
-                raise UnsupportedError("keys and values are used outside of the attention function")
         super().call(node)
 
     # --- markers
 
-    def _kv_append(self, node: Node, k: Value, v: Value, _length: Value, layer: int) -> Any:
+    def _kv_append(self, node: Node, k: Value, v: Value, length: Value, layer: int) -> Any:
+        """Keys and values are tensors for models that compute attention themselves; the passes
+        make one attention of it, or the core refuses the graph."""
         if k.shape != v.shape:
             raise UnsupportedError("keys and values of different shape")
         if layer not in self.caches:
@@ -214,20 +217,81 @@ class ModelLowerer(Lowerer):
         before = self._cache_now.get(layer, self.caches[layer])
         after = self.builder.append("kv_append", [before, k, v], before.type, "kv")
         self._cache_now[layer] = after
-        return [after, after]
+        whole = Type(k.dtype, (k.shape[0], k.shape[1], length.shape[0], k.shape[3]))
+        shape = list(whole.shape)
+        kept = [
+            self.builder.append(op, [after], whole, "kept", shape=shape)
+            for op in ("cache_keys", "cache_values")
+        ]
+        self._caches_of.update((id(value), after) for value in kept)
+        return kept
 
-    def _attention(self, node: Node, q: Value, k: Value, v: Value, scale: float, _: int) -> Value:
-        if k is not v or not k.type.is_cache:
+    def _mask(self, node: Node, like: Value, window: int) -> Value:
+        mask = self.builder.append(
+            "causal_mask",
+            [],
+            like.type,
+            node.name,
+            shape=list(like.shape),
+            window=window or None,
+            dtype=None if like.dtype == torch.float32 else like.dtype,
+        )
+        self._windows[id(mask)] = window
+        return mask
+
+    def _attention(
+        self,
+        node: Node,
+        q: Value,
+        k: Value,
+        v: Value,
+        mask: Value | None,
+        sinks: Value | None,
+        scale: float,
+        softcap: float,
+    ) -> Value:
+        cache = self._caches_of.get(id(k))
+        if cache is None or self._caches_of.get(id(v)) is not cache or k is v:
             raise UnsupportedError("attention over keys that are not the cache's")
+        if mask is not None and id(mask) not in self._windows:
+            raise UnsupportedError("attention with a mask of the model's own")
         call = Call(self.builder, "attention", node.name, [q.type])
-        return call.emit("attention", q, k, scale=scale, causal=True)
+        operands = [q, cache]
+        if sinks is not None:
+            operands.append(call.convert(call.reshape(sinks, (q.shape[1],)), torch.float32))
+        return call.emit(
+            "attention",
+            *operands,
+            scale=scale,
+            causal=True,
+            window=(self._windows[id(mask)] if mask is not None else 0) or None,
+            softcap=softcap or None,
+            sinks=True if sinks is not None else None,
+        )
+
+    def _expert_linear(
+        self,
+        node: Node,
+        x: Value,
+        weights: Value,
+        indices: Value,
+        bias: Value | None,
+        transposed: bool,
+    ) -> Value:
+        call = Call(self.builder, "expert_linear", node.name, result_types(node))
+        indices = call.convert(indices, torch.int64)
+        operands = [x, weights, indices] + ([bias] if bias is not None else [])
+        flags = {"bias": bias is not None or None, "transposed": transposed or None}
+        return call.emit("expert_linear", *operands, **flags)
 
     def _layer_begin(self, node: Node, inputs: list[Value], layer: int) -> list[Value]:
         self._started = len(self.builder.nodes)
-        return [
-            self.builder.append("layer_input", [value], value.type, "input", index=i)
-            for i, value in enumerate(inputs)
-        ]
+        made = []
+        for i, value in enumerate(inputs):
+            made.append(self.builder.append("layer_input", [value], value.type, "input", index=i))
+            if id(value) in self._windows:
+                self._windows[id(made[-1])] = self._windows[id(value)]
+        return made
 
     def _layer_end(self, node: Node, outputs: list[Value], layer: int) -> list[Value]:
         made = [

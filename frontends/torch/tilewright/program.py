@@ -39,6 +39,11 @@ def store_for(parameters: Iterable[torch.Tensor]) -> Any:
     return store
 
 
+def weight_bytes() -> int:
+    """Of packed weights that are alive."""
+    return sum(int(store.bytes) for store in {id(s): s for s in _stores.values()}.values())
+
+
 def tensor_at(address: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """A tensor over memory of the core, valid during a host call."""
     count = 1

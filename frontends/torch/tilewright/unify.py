@@ -13,7 +13,7 @@ from tilewright import graph_text
 from tilewright.dims import Dim
 from tilewright.graph_text import GraphBuilder, Type, UnsupportedError, Value
 
-# (batch, tokens, earlier tokens). The last pair must be (1, 1): it also gives the coefficients.
+# (batch, tokens, earlier tokens). The last gives the coefficients: b and s are 1 there.
 SAMPLES = ((3, 67, 131), (5, 97, 211), (1, 1, 37))
 _DIFFERENT = "the model computes something else for one token than for many"
 
@@ -83,13 +83,17 @@ def _unify_attribute(values: Sequence[Any]) -> Any:
 
 @functools.cache
 def solve(values: tuple[int, ...]) -> Dim:
-    """The size that has these values at SAMPLES: a number, c*b, c*s, c*b*s, or b, s, b*s + c."""
+    """The size that has these values at SAMPLES: a number, or c*x or x + c, x being b, s, b*s, or,
+    with t for all tokens so far, t or b*t."""
     if len(set(values)) == 1:
         return Dim.of(values[0])
-    b, s = Dim.symbol("b"), Dim.symbol("s")
-    for monomial in (b, s, b * s):
-        sizes = [monomial.evaluate({"b": batch, "s": tokens}) for batch, tokens, _ in SAMPLES]
-        factor, rest = values[-1], values[-1] - 1
+    b, s, t = Dim.symbol("b"), Dim.symbol("s"), Dim.symbol("t")
+    for monomial in (b, s, b * s, t, b * t):
+        sizes = [
+            monomial.evaluate({"b": batch, "s": tokens, "t": tokens + past})
+            for batch, tokens, past in SAMPLES
+        ]
+        factor, rest = values[-1] // sizes[-1], values[-1] - sizes[-1]
         if all(value == factor * size for value, size in zip(values, sizes, strict=True)):
             return monomial * factor
         if all(value == size + rest for value, size in zip(values, sizes, strict=True)):

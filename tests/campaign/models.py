@@ -1,0 +1,359 @@
+"""./dev campaign models [NAME ...]: every architecture through llm.optimize and torch.compile.
+
+One row each: is it right (error against fp64 next to eager's own, the same greedy tokens), how much
+of it runs in our kernels, and what does not and why. A row is measured in a process of its own with
+a time limit, so a crash costs one row. Rows are merged into perf/results/models.json.
+
+    ./dev campaign models                  the architectures of the project's goals
+    ./dev campaign models llama gpt2       some of them
+    ./dev campaign models --others         every other causal language model of transformers
+
+Tested by running it; the exit code is 1 if a row is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import inspect
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from architectures import ARCHITECTURES, Architecture, build, inputs_for, others, prompt
+from torch.overrides import TorchFunctionMode
+
+import tilewright
+
+RESULTS = Path(__file__).resolve().parents[2] / "perf" / "results" / "models.json"
+LENGTHS = (1, 7, 33, 130)
+NEW_TOKENS = 64
+BOUND = 1.25  # of our error to eager's own
+
+
+class InDouble(TorchFunctionMode):
+    """What a model computes in fp32 on purpose (norms, softmax), in fp64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def raised(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = [raised(a) for a in args]
+        return func(*args, **{k: raised(v) for k, v in (kwargs or {}).items()})
+
+
+@contextmanager
+def computing(dtype: torch.dtype) -> Iterator[None]:
+    if dtype != torch.float64:
+        yield
+        return
+    torch.set_default_dtype(torch.float64)
+    try:
+        with InDouble():
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def outputs_of(
+    architecture: Architecture, model: Any, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """What is compared: a prefill and a step with its cache, or the result of one call."""
+    given = inputs_for(architecture, model, 3, 33)
+    given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
+    with torch.inference_mode(), computing(dtype):
+        if architecture.kind == "sequence":
+            given["decoder_input_ids"] = prompt(3, 9)["input_ids"]
+        result = model(**given)
+        if architecture.kind != "causal":
+            main = getattr(result, "logits", None)
+            main = result.last_hidden_state if main is None else main
+            if "attention_mask" in given and architecture.kind == "other":
+                main = main[given["attention_mask"].bool()]
+            return main.double().flatten()
+        kept = given["attention_mask"].bool()
+        parts = [result.logits[kept].double().flatten()]
+        if getattr(result, "past_key_values", None) is not None:
+            mask = torch.cat([given["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], 1)
+            positions = (mask.cumsum(-1) - 1)[:, -1:]
+            step = {"attention_mask": mask, "past_key_values": result.past_key_values}
+            if "position_ids" in inspect.signature(model.forward).parameters:
+                step["position_ids"] = positions
+            result = model(input_ids=prompt(3, 1)["input_ids"], **step)
+            parts.append(result.logits.double().flatten())
+        return torch.cat(parts)
+
+
+def error(a: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    difference = a - exact
+    return {
+        "rms": float(difference.square().mean().sqrt()),
+        "max": float(difference.abs().max()),
+    }
+
+
+def exact_outputs(architecture: Architecture, model: Any) -> torch.Tensor | None:
+    try:
+        return outputs_of(architecture, copy.deepcopy(model).double(), torch.float64)
+    except (RuntimeError, ValueError, TypeError) as problem:
+        print(f"  no fp64 reference: {problem}".splitlines()[0], file=sys.stderr)
+        return None
+
+
+def generate(model: Any, given: dict[str, Any], count: int, **more: Any) -> Any:
+    return model.generate(
+        **given,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        **more,
+    )
+
+
+def token_differences(
+    architecture: Architecture, eager: Any, ours: Any, eager_error: float, quick: bool
+) -> list[str]:
+    """One line per sequence that differs where eager was sure."""
+    differences = []
+    for tokens in LENGTHS[1:3] if quick else LENGTHS:
+        for batch in (1, 3):
+            given = inputs_for(architecture, eager, batch, tokens)
+            count = 16 if quick else NEW_TOKENS
+            expected = generate(
+                eager, given, count, return_dict_in_generate=True, output_logits=True
+            )
+            got = generate(ours, given, count)
+            start = expected.sequences.shape[1] - count
+            for row in range(batch):
+                unequal = (expected.sequences[row] != got[row]).nonzero()
+                if not len(unequal):
+                    continue
+                step = int(unequal[0]) - start
+                best = expected.logits[step][row].double().topk(2).values
+                if float(best[0] - best[1]) > eager_error:
+                    differences.append(f"{tokens} tokens x {batch}, row {row}: new token {step}")
+    return differences
+
+
+def compare(
+    architecture: Architecture,
+    eager: Any,
+    ours: Any,
+    exact: torch.Tensor | None,
+    tokens: str,
+) -> dict[str, Any]:
+    """`tokens`: "all", "few" or "none" of the generated ones are compared."""
+    expected = outputs_of(architecture, eager)
+    got = outputs_of(architecture, ours)
+    scale = float(expected.square().mean().sqrt()) or 1.0
+    row: dict[str, Any] = {"finite": bool(got.isfinite().all())}
+    if exact is not None:
+        eager_error, our_error = error(expected, exact), error(got, exact)
+        floor = 1e-9 * scale
+        row["error_ratio"] = max(our_error["rms"], floor) / max(eager_error["rms"], floor)
+        row["eager_rms_error"] = eager_error["rms"] / scale
+        sure = eager_error["max"]
+    else:
+        row["difference"] = error(got, expected)["rms"] / scale
+        sure = 1e-4 * scale
+    if tokens != "none" and architecture.kind != "other":
+        row["different_tokens"] = token_differences(
+            architecture, eager, ours, sure, quick=tokens == "few"
+        )
+    row["right"] = (
+        row["finite"]
+        and row.get("error_ratio", 0.0) <= BOUND
+        and row.get("difference", 0.0) <= 1e-4
+        and not row.get("different_tokens")
+    )
+    return row
+
+
+def coverage(model: Any) -> dict[str, Any]:
+    explanation = tilewright.explain(model)
+    reasons: dict[str, int] = {}
+    for region in explanation.regions:
+        if region["fallback"]:
+            key = f"{region['name']}: {region['reason']}"
+            reasons[key] = reasons.get(key, 0) + 1
+    return {
+        "own_flops_share": explanation.own_flops_share,
+        "phases": {
+            name: {
+                key: phase[key] for key in ("runs", "own_flops_share", "fallback_calls", "steps")
+            }
+            for name, phase in explanation.phases.items()
+        },
+        "calls_in_pytorch": explanation.fallbacks,
+        "fallbacks": reasons,
+    }
+
+
+def measure_optimize(architecture: Architecture) -> dict[str, Any]:
+    eager = build(architecture)
+    exact = exact_outputs(architecture, eager)
+    ours = tilewright.llm.optimize(eager)
+    row = compare(architecture, eager, ours, exact, "all")
+    row.update(coverage(ours))
+    narrow = build(architecture).to(torch.bfloat16)
+    narrow_exact = exact_outputs(architecture, narrow)
+    if narrow_exact is not None:
+        expected = error(outputs_of(architecture, narrow, torch.bfloat16), narrow_exact)
+        optimized = tilewright.llm.optimize(narrow)
+        got = error(outputs_of(architecture, optimized, torch.bfloat16), narrow_exact)
+        row["bf16_error_ratio"] = got["rms"] / max(expected["rms"], 1e-12)
+        row["right"] = row["right"] and row["bf16_error_ratio"] <= BOUND
+    return row
+
+
+def measure_compile(architecture: Architecture) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
+
+    eager = build(architecture)
+    exact = exact_outputs(architecture, eager)
+    counters.clear()
+    compiled = torch.compile(copy.deepcopy(eager), backend="tilewright")
+    row = compare(architecture, eager, compiled, exact, "few")
+    row.update(coverage(compiled))
+    row["graphs"] = counters["stats"]["unique_graphs"]
+    row["breaks"] = {k.splitlines()[0]: v for k, v in counters["graph_break"].items()}
+    return row
+
+
+MODES = {"optimize": measure_optimize, "compile": measure_compile}
+
+
+def measure(architecture: Architecture, mode: str, seconds: float) -> dict[str, Any]:
+    """In a child process; a crash or a time-out becomes a row."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(architecture, mode, sender))
+    started = time.monotonic()
+    child.start()
+    sender.close()
+    row: dict[str, Any] = {"right": False}
+    try:
+        if receiver.poll(seconds):
+            row = receiver.recv()
+        else:
+            row["problem"] = f"not done after {seconds:.0f} s"
+            child.kill()
+    except EOFError:
+        child.join()
+        row["problem"] = f"the process ended with code {child.exitcode}"
+    child.join()
+    row["seconds"] = round(time.monotonic() - started, 1)
+    return row
+
+
+def _child(architecture: Architecture, mode: str, sender: Any) -> None:
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    row: dict[str, Any]
+    try:
+        given_eager = build(architecture)
+        outputs_of(architecture, given_eager)
+        if architecture.kind == "causal":
+            generate(given_eager, prompt(1, 3), 2)
+    except Exception as problem:
+        row = {"right": True, "skipped": f"eager: {type(problem).__name__}: {problem}"[:300]}
+        sender.send(row)
+        return
+    try:
+        row = MODES[mode](architecture)
+    except Exception as problem:
+        if os.environ.get("TILEWRIGHT_VERBOSE"):
+            traceback.print_exc()
+        row = {"right": False, "problem": f"{type(problem).__name__}: {problem}"[:500]}
+    sender.send(row)
+
+
+def describe(name: str, mode: str, row: dict[str, Any]) -> str:
+    verdict = "skipped" if "skipped" in row else "right" if row["right"] else "WRONG"
+    shares = [
+        f"{100 * phase['own_flops_share']:.1f}" if phase["runs"] else "-"
+        for phase in row.get("phases", {}).values()
+    ]
+    ratio = row.get("error_ratio", float("nan"))
+    calls = sum(phase["fallback_calls"] for phase in row.get("phases", {}).values())
+    parts = [
+        f"{name:24s} {mode:8s} {verdict:7s}",
+        f"own {'/'.join(shares):12s}",
+        f"error {ratio:5.2f} bf16 {row.get('bf16_error_ratio', float('nan')):5.2f}",
+        f"fallback calls {calls:5d}  {row['seconds']:5.1f} s",
+    ]
+    if "graphs" in row:
+        parts.append(f"graphs {row['graphs']} breaks {sum(row['breaks'].values())}")
+    text = "  ".join(parts)
+    for key in ("skipped", "problem"):
+        if row.get(key):
+            text += f"\n    {key}: {row[key]}"
+    if row.get("difference", 0) > 1e-4:
+        text += f"\n    differs from eager by {row['difference']:.2g}"
+    for line in row.get("different_tokens", [])[:3]:
+        text += f"\n    tokens differ: {line}"
+    for reason, count in row.get("calls_in_pytorch", {}).items():
+        text += f"\n    in PyTorch x {count}: {reason}"
+    for reason, count in list(row.get("fallbacks", {}).items())[:12]:
+        text += f"\n    fallback x {count}: {reason}"
+    return text
+
+
+def record(rows: dict[str, dict[str, Any]]) -> None:
+    """Merges rows into the file of results."""
+    results: dict[str, Any] = {}
+    if RESULTS.exists():
+        results = json.loads(RESULTS.read_text())
+    results["date"] = datetime.date.today().isoformat()
+    results["torch"] = torch.__version__
+    results["transformers"] = transformers.__version__
+    merged = results.setdefault("rows", {})
+    for name, row in rows.items():
+        merged.setdefault(name, {}).update(row)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="rows; default: all")
+    parser.add_argument("--others", action="store_true", help="the models that have no row")
+    parser.add_argument("--mode", choices=[*MODES, "both"], default="both")
+    parser.add_argument("--seconds", type=float, default=240, help="limit of a row")
+    parser.add_argument("--no-record", action="store_true")
+    options = parser.parse_args()
+    # Read when the core is first used, in the children.
+    cache = tempfile.TemporaryDirectory(prefix="tilewright-campaign-")
+    os.environ.setdefault("TILEWRIGHT_CACHE_DIR", os.path.join(cache.name, "cache"))
+    table = {**others(), **ARCHITECTURES}
+    listed = others() if options.others else ARCHITECTURES
+    wrong = 0
+    for name in options.names or listed:
+        rows = {}
+        for mode in MODES if options.mode == "both" else (options.mode,):
+            rows[mode] = measure(table[name], mode, options.seconds)
+            print(describe(name, mode, rows[mode]), flush=True)
+            wrong += not rows[mode]["right"]
+        if not options.no_record:
+            record({name: rows})
+    print(f"{wrong} wrong")
+    return wrong != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
