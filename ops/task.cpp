@@ -22,6 +22,18 @@ std::int64_t padded_bytes(std::int64_t columns, graph::DataType type) {
   return (columns * graph::size_in_bytes(type) + 63) / 64 * 64;
 }
 
+// A call's arguments, with the memory that a linear kernel works in.
+struct LinearArguments {
+  LinearArguments() { slots[LinearArgs::partial_sums] = argument(partial_sums); }
+  LinearArguments(const LinearArguments&) = delete;
+  LinearArguments& operator=(const LinearArguments&) = delete;
+
+  std::int64_t& operator[](LinearArgs::Slot slot) { return slots[slot]; }
+
+  std::int64_t slots[LinearArgs::count] = {};
+  alignas(64) char partial_sums[kPartialSumsBytes];
+};
+
 // Rows that are multiplied by the same expert, one thread's panels of their results. A block of
 // rows is gathered, because a kernel wants rows at one stride, and its results are scattered.
 class ExpertRun {
@@ -75,7 +87,7 @@ class ExpertRun {
     arguments_[LinearArgs::y] =
         argument(y_) - first_panel_ * panel_columns() * task_.y.element_bytes;
     arguments_[LinearArgs::y_row_stride] = pitch;
-    variant.kernel->function(arguments_);
+    variant.kernel->function(arguments_.slots);
     const std::int64_t begin = panels_.begin * panel_columns() * task_.y.element_bytes;
     const std::int64_t end = panels_.end * panel_columns() * task_.y.element_bytes;
     const std::int64_t y_stride = frame_.dim(task_.y_stride) * task_.y.element_bytes;
@@ -92,7 +104,7 @@ class ExpertRun {
   std::int64_t* rows_;
   char *x_, *y_;
   std::int64_t first_panel_ = 0;
-  std::int64_t arguments_[LinearArgs::count] = {};
+  LinearArguments arguments_;
 };
 
 void run_experts(const LinearTask& task, const Frame& frame, int thread, WorkRange panels) {
@@ -115,9 +127,7 @@ void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t rows = frame.dim(task.rows);
   const std::int64_t x_stride = frame.dim(task.x_stride) * task.x.element_bytes;
   const std::int64_t y_stride = frame.dim(task.y_stride) * task.y.element_bytes;
-  std::int64_t arguments[LinearArgs::count] = {};
-  alignas(64) char partial_sums[kPartialSumsBytes];
-  arguments[LinearArgs::partial_sums] = argument(partial_sums);
+  LinearArguments arguments;
   arguments[LinearArgs::x_row_stride] = x_stride;
   arguments[LinearArgs::weight] = argument(task.weight->data.get());
   arguments[LinearArgs::y_row_stride] = y_stride;
@@ -137,7 +147,7 @@ void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
                    arguments[LinearArgs::y] = argument(task.y.address(frame) + first * y_stride);
                    arguments[LinearArgs::residual] = argument(residual + first * residual_stride);
                    arguments[LinearArgs::block_count] = blocks;
-                   variant.kernel->function(arguments);
+                   variant.kernel->function(arguments.slots);
                  });
 }
 
