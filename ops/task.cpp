@@ -35,6 +35,7 @@ class ExpertRun {
     arguments_[LinearArgs::weight] = argument(task.weight->data.get());
     arguments_[LinearArgs::panel_count] = panels.end - panels.begin;
     arguments_[LinearArgs::block_count] = 1;
+    arguments_[LinearArgs::partial_sums] = argument(partial_sums_);
   }
 
   // The rows of this expert, in order.
@@ -93,6 +94,7 @@ class ExpertRun {
   char *x_, *y_;
   std::int64_t first_panel_ = 0;
   std::int64_t arguments_[LinearArgs::count] = {};
+  alignas(64) char partial_sums_[kPartialSumsBytes];
 };
 
 void run_experts(const LinearTask& task, const Frame& frame, int thread, WorkRange panels) {
