@@ -32,15 +32,15 @@ def loop(
 @pytest.mark.parametrize("biased", [False, True])
 def test_against_a_loop(dtype: torch.dtype, rows: int, transposed: bool, biased: bool) -> None:
     torch.manual_seed(rows)
-    x = torch.randn(rows, 48).to(dtype)
-    weights = torch.randn(3, 96, 48).to(dtype)
+    x = torch.randn(rows, 160).to(dtype)
+    weights = torch.randn(3, 96, 160).to(dtype)
     bias = torch.randn(3, 96).to(dtype) if biased else None
     # The last expert gets nothing when there are few rows.
     indices = torch.randint(0, 3 if rows > 5 else 2, (rows, 2))
     stored = weights.transpose(1, 2).contiguous() if transposed else weights
-    name, shape = DTYPE_NAMES[dtype], "48, 96" if transposed else "96, 48"
+    name, shape = DTYPE_NAMES[dtype], "160, 96" if transposed else "96, 160"
     flags = [f"{flag} = true" for flag, on in (("bias", biased), ("transposed", transposed)) if on]
-    text = f"""graph experts(%x: {name}[r, 48], %i: i64[r, 2]) -> ({name}[2*r, 96]) {{
+    text = f"""graph experts(%x: {name}[r, 160], %i: i64[r, 2]) -> ({name}[2*r, 96]) {{
   %w = const "w" : {name}[3, {shape}]
   {f'%b = const "b" : {name}[3, 96]' if biased else ""}
   %y = expert_linear(%x, %w, %i{", %b" if biased else ""}) {{{", ".join(flags)}}}
@@ -64,7 +64,7 @@ def test_against_a_loop(dtype: torch.dtype, rows: int, transposed: bool, biased:
     executable = Executable(lowered, constants)
     (got,) = executable.run([x, indices], {"r": rows})
     assert not any(region["fallback"] for region in executable.program.report()["regions"])
-    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2
     expected = loop(x, weights, indices, bias)
     torch.testing.assert_close(got.double(), expected, rtol=tolerance / 4, atol=tolerance)
     fallback = torch.empty_like(got)
