@@ -41,7 +41,8 @@ def store_for(parameters: Iterable[torch.Tensor]) -> Any:
 
 def weight_bytes() -> int:
     """Of packed weights that are alive."""
-    return sum(int(store.bytes) for store in {id(s): s for s in _stores.values()}.values())
+    stores = {id(executable.store): executable.store for executable in list(executables)}
+    return sum(int(store.bytes) for store in stores.values())
 
 
 def tensor_at(address: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
