@@ -166,13 +166,17 @@ class Decoder(InstalledForward):
         ):
             raise NotRunnableError("input_ids is not a CPU tensor [batch, tokens]")
         batch, tokens = input_ids.shape
+        # Before the caller's cache gets our layers: a mask that was made for its own would not fit.
+        mask = arguments.get("attention_mask")
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+            raise NotRunnableError("attention_mask is not [batch, keys]")
         cache = self._cache(arguments.get("past_key_values"), batch)
         past = int(cache.layers[0].get_seq_length())
-        first_keys = _first_keys(arguments.get("attention_mask"), batch, past + tokens)
+        first_keys = _first_keys(mask, batch, past + tokens)
         positions = arguments.get("position_ids")
         if positions is None and any(first_keys) and not self._counts_padding():
             raise NotRunnableError("position_ids are not given for padded sequences")
-        if past == 0 and arguments.get("attention_mask") is None and not _is_run(positions):
+        if past == 0 and mask is None and not _is_run(positions):
             # Without a cache, transformers takes positions that start anew for packed sequences.
             raise NotRunnableError("position_ids are not consecutive")
         return Step(
@@ -326,12 +330,10 @@ def _is_run(positions: Any) -> bool:
     return bool((positions[:, 1:] - positions[:, :-1] == 1).all())
 
 
-def _first_keys(mask: Any, batch: int, keys: int) -> list[int]:
+def _first_keys(mask: torch.Tensor | None, batch: int, keys: int) -> list[int]:
     """Where each sequence begins: the number of leading zeros of its mask."""
     if mask is None:
         return [0] * batch
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        raise NotRunnableError("attention_mask is not [batch, keys]")
     if tuple(mask.shape) != (batch, keys):
         raise NotRunnableError(f"attention_mask is {tuple(mask.shape)}, not {(batch, keys)}")
     mask = mask.bool()
