@@ -109,6 +109,16 @@ Pattern either(Pattern first, Pattern second) {
   };
 }
 
+Pattern swapped(Pattern inner) {
+  auto exchanges = [](const Graph&, const Node& node) {
+    auto order = node.attribute<std::vector<std::int64_t>>("order");
+    if (order.size() < 2) return false;
+    std::swap(order[order.size() - 1], order[order.size() - 2]);
+    return std::is_sorted(order.begin(), order.end());
+  };
+  return when(exchanges, op(Op::permute, std::move(inner)));
+}
+
 Pattern maybe_converted(Pattern inner) {
   auto between_floats = [](const Graph& graph, const Node& node) {
     return is_float(graph.type(node.operands[0]).dtype) &&

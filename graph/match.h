@@ -69,7 +69,8 @@ Pattern op(Op kind, Patterns... operands) {
 }
 Pattern power(Pattern base, double exponent);  // pow, or for 2 also base * base
 Pattern either(Pattern first, Pattern second);
-Pattern maybe_converted(Pattern inner);            // inner, or a float type converted to another
+Pattern swapped(Pattern inner);          // a permute that exchanges the last two axes of inner
+Pattern maybe_converted(Pattern inner);  // inner, or a float type converted to another
 Pattern when(Condition condition, Pattern inner);  // and the producing node satisfies it
 Pattern named(std::string name, Pattern inner);    // also binds the value itself
 Pattern shared(Pattern inner);  // a view: its value may have other readers, it costs nothing

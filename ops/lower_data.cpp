@@ -136,6 +136,7 @@ Status Lowering::lower_largest(const graph::Node& node) {
   task.rows = dim(graph::element_count({source.shape.begin(), source.shape.end() - 1}));
   task.columns = dim(source.shape.back());
   task.count = node.attribute<std::int64_t>("count");
+  if (task.count > TopTask::most) return Error{"it asks for more than a router would"};
   task.indices = node.op == graph::Op::top_indices;
   task.dtype = source.dtype;
   const Layout x = contiguous(layout(node.operands[0]), source.dtype);

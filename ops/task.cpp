@@ -2,10 +2,9 @@
 #include "ops/task.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
-#include <utility>
-#include <vector>
 
 #include "ops/scalar_type.h"
 #include "ops/threads.h"
@@ -409,17 +408,23 @@ void run(const TopTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t columns = frame.dim(task.columns);
   const WorkRange rows = share_rows(frame.dim(task.rows), columns, thread, threads);
   const std::int64_t bytes = graph::size_in_bytes(task.dtype);
-  std::vector<std::pair<double, std::int64_t>> best;  // descending
+  struct Candidate {
+    double value;
+    std::int64_t index;
+  };
+  std::array<Candidate, TopTask::most> best;  // descending
   for (std::int64_t row = rows.begin; row < rows.end; ++row) {
     const char* x = task.x.address(frame) + row * columns * bytes;
-    best.clear();
+    std::int64_t found = 0;
     for (std::int64_t i = 0; i < columns; ++i) {
       const double value = read_scalar(task.dtype, x + i * bytes);
-      const auto place = std::find_if(best.begin(), best.end(),
-                                      [&](const auto& other) { return value > other.first; });
-      if (place == best.end() && std::ssize(best) == task.count) continue;
-      best.emplace(place, value, i);
-      if (std::ssize(best) > task.count) best.pop_back();
+      std::int64_t place = found;
+      while (place > 0 && value > best[static_cast<std::size_t>(place - 1)].value) --place;
+      if (place == task.count) continue;
+      found = std::min(found + 1, task.count);
+      const auto at = best.begin() + place;
+      std::copy_backward(at, best.begin() + found - 1, best.begin() + found);
+      *at = {value, i};
     }
     for (std::int64_t i = 0; i < task.count; ++i) {
       const auto& [value, index] = best[static_cast<std::size_t>(i)];

@@ -161,9 +161,10 @@ struct IntegerTask {
 
 // The largest of each row, by the runtime itself: routers choose among few experts.
 struct TopTask {
+  static constexpr std::int64_t most = 64;
   DimIndex rows, columns;
-  std::int64_t count;
-  bool indices;  // else the values
+  std::int64_t count;  // at most `most`
+  bool indices;        // else the values
   graph::DataType dtype;
   Operand x, y;  // row-major
 };

@@ -29,6 +29,7 @@
 #include <utility>
 
 #include "cache/store.h"
+#include "frontends/torch/handles.h"
 #include "frontends/torch/step_call.h"
 #include "graph/graph.h"
 #include "graph/pipeline.h"
@@ -104,55 +105,13 @@ class Fingerprint {
   std::vector<std::pair<Address, std::int64_t>> ranges_;
 };
 
-// Numbers for objects that torch's operators can pass on. A number whose object is gone finds
-// nothing.
-template <class T>
-class Handles {
- public:
-  std::int64_t add(const std::shared_ptr<T>& object) {
-    std::lock_guard lock(mutex_);
-    objects_.emplace(++last_, object);
-    return last_;
-  }
-  void remove(std::int64_t handle) {
-    std::lock_guard lock(mutex_);
-    objects_.erase(handle);
-  }
-  std::shared_ptr<T> find(std::int64_t handle) const {
-    std::lock_guard lock(mutex_);
-    auto found = objects_.find(handle);
-    return found == objects_.end() ? nullptr : found->second.lock();
-  }
+struct HostedProgram : ops::Program {
+  explicit HostedProgram(ops::Program program) : ops::Program(std::move(program)) {}
 
- private:
-  mutable std::mutex mutex_;
-  std::int64_t last_ = 0;
-  std::map<std::int64_t, std::weak_ptr<T>> objects_;
+  ops::HostFunction host;
+  std::mutex running;  // one step at a time uses it
 };
-
-// An object of the core with its number.
-template <class T>
-struct Handled {
-  explicit Handled(T made) : object(std::move(made)) {}
-  ~Handled() { handles.remove(handle); }
-  Handled(const Handled&) = delete;
-  Handled& operator=(const Handled&) = delete;
-
-  template <class... Arguments>
-  static std::shared_ptr<Handled> make(Arguments&&... arguments) {
-    auto made = std::make_shared<Handled>(T(std::forward<Arguments>(arguments)...));
-    made->handle = handles.add(made);
-    return made;
-  }
-
-  T object;
-  std::int64_t handle = 0;
-  std::mutex running;      // one step at a time uses it
-  ops::HostFunction host;  // of a program
-
-  static inline Handles<Handled> handles;
-};
-using Program = Handled<ops::Program>;
+using Program = Handled<HostedProgram>;
 using Cache = Handled<ops::KvCache>;
 
 // What one process shares: the target, the cache on disk and the kernels.
@@ -228,13 +187,19 @@ std::vector<graph::DataType> input_types(const ops::Program& program) {
 // host(function, attributes, inputs, outputs) with (address, dtype, shape) each; what it raises
 // ends the run with that message.
 ops::HostFunction host_function(const nb::object& host) {
-  return [host](const ops::HostCall& call) -> Status {
+  // The last user of a program may be a thread without the interpreter lock.
+  const auto release = [](nb::object* callable) {
+    nb::gil_scoped_acquire locked;
+    delete callable;
+  };
+  const std::shared_ptr<nb::object> callable(new nb::object(host), release);
+  return [callable](const ops::HostCall& call) -> Status {
     nb::gil_scoped_acquire locked;
     try {
       std::vector<TypedAddress> inputs, outputs;
       for (const ops::TensorView& view : call.inputs) inputs.push_back(typed(view));
       for (const ops::TensorView& view : call.outputs) outputs.push_back(typed(view));
-      host(call.function, call.attributes, inputs, outputs);
+      (*callable)(call.function, call.attributes, inputs, outputs);
       return {};
     } catch (nb::python_error& error) {
       return Error{fmt::format("{}: {}", call.function, error.what())};
@@ -243,7 +208,7 @@ ops::HostFunction host_function(const nb::object& host) {
 }
 
 Status run(Program& program, const StepCall& call) {
-  const std::vector<graph::DataType> types = input_types(program.object);
+  const std::vector<graph::DataType> types = input_types(program);
   if (types.size() != static_cast<std::size_t>(call.input_count)) {
     return Error{fmt::format("{} tensors given, {} expected", call.input_count, types.size())};
   }
@@ -257,11 +222,11 @@ Status run(Program& program, const StepCall& call) {
   for (std::int64_t i = 0; i < call.cache_count; ++i) {
     holders.push_back(Cache::handles.find(call.caches[i]));
     if (!holders.back()) return Error{"a cache of this step is gone"};
-    caches.push_back(&holders.back()->object);
+    caches.push_back(holders.back().get());
   }
-  const Result<std::vector<Shape>> shapes = program.object.output_shapes(inputs);
+  const Result<std::vector<Shape>> shapes = program.output_shapes(inputs);
   if (!shapes) return shapes.error();
-  const graph::Graph& graph = program.object.graph();
+  const graph::Graph& graph = program.graph();
   for (std::size_t i = 0; i < shapes->size(); ++i) {
     const graph::DataType type = graph.type(graph.outputs[i]).dtype;
     const Shape& shape = (*shapes)[i];
@@ -277,7 +242,7 @@ Status run(Program& program, const StepCall& call) {
   arguments.phase = call.decode ? ops::Phase::decode : ops::Phase::prefill;
   arguments.threads = static_cast<int>(call.threads);
   std::lock_guard lock(program.running);
-  return program.object.run(arguments);
+  return program.run(arguments);
 }
 
 // What operators.cpp calls: see step_call.h.
@@ -303,8 +268,7 @@ nb::dict counters(const ops::PhaseCounters& phase) {
   return result;
 }
 
-nb::dict report(const Program& self) {
-  const ops::Program& program = self.object;
+nb::dict report(const Program& program) {
   nb::list regions;
   for (const ops::RegionReport& region : program.regions()) {
     nb::dict row;
@@ -328,7 +292,7 @@ nb::dict report(const Program& self) {
 
 std::vector<std::pair<std::string, std::string>> parameters(const Program& program) {
   std::vector<std::pair<std::string, std::string>> result;
-  const graph::Graph& graph = program.object.graph();
+  const graph::Graph& graph = program.graph();
   for (graph::ValueId id : graph.parameters) {
     result.emplace_back(graph.value(id).name, graph::print(graph.type(id)));
   }
@@ -445,24 +409,24 @@ void bind_cache(nb::module_& module) {
         return Cache::make(batch, kv_heads, head_dim, data_type(dtype));
       }))
       .def_ro("handle", &Cache::handle)
-      .def_prop_ro("batch", [](const Cache& self) { return self.object.batch(); })
-      .def_prop_ro("kv_heads", [](const Cache& self) { return self.object.kv_heads(); })
-      .def_prop_ro("head_dim", [](const Cache& self) { return self.object.head_dim(); })
-      .def_prop_ro("length", [](const Cache& self) { return self.object.length(); })
-      .def_prop_ro("bytes", [](const Cache& self) { return self.object.bytes(); })
+      .def_prop_ro("batch", [](const Cache& self) { return self.batch(); })
+      .def_prop_ro("kv_heads", [](const Cache& self) { return self.kv_heads(); })
+      .def_prop_ro("head_dim", [](const Cache& self) { return self.head_dim(); })
+      .def_prop_ro("length", [](const Cache& self) { return self.length(); })
+      .def_prop_ro("bytes", [](const Cache& self) { return self.bytes(); })
       .def("set_first_keys",
            [](Cache& self, const std::vector<std::int64_t>& keys) {
-             check(self.object.set_first_keys(keys));
+             check(self.set_first_keys(keys));
            })
-      .def("truncate", [](Cache& self, std::int64_t length) { self.object.truncate(length); })
+      .def("truncate", [](Cache& self, std::int64_t length) { self.truncate(length); })
       .def("read", [](const Cache& self, Address keys,
-                      Address values) { self.object.read(pointer(keys), pointer(values)); })
+                      Address values) { self.read(pointer(keys), pointer(values)); })
       .def("write",
            [](Cache& self, Address keys, Address values, std::int64_t length) {
-             check(self.object.write(pointer(keys), pointer(values), length));
+             check(self.write(pointer(keys), pointer(values), length));
            })
       .def("reorder", [](Cache& self, const std::vector<std::int64_t>& indices) {
-        check(self.object.reorder(indices));
+        check(self.reorder(indices));
       });
 }
 
@@ -488,15 +452,14 @@ void bind_program(nb::module_& module) {
   nb::class_<Program>(module, "Program", "What runs: steps of kernels and host calls.")
       .def_ro("handle", &Program::handle)
       .def_prop_ro("parameters", &parameters)
-      .def_prop_ro("packed_sources",
-                   [](const Program& self) { return self.object.packed_sources(); })
-      .def_prop_ro("text", [](const Program& self) { return graph::print(self.object.graph()); })
+      .def_prop_ro("packed_sources", [](const Program& self) { return self.packed_sources(); })
+      .def_prop_ro("text", [](const Program& self) { return graph::print(self.graph()); })
       .def("set_host",
            [](Program& self, const nb::object& host) { self.host = host_function(host); })
       .def("prepare",
            [](Program& self) {
              nb::gil_scoped_release unlocked;
-             check(self.object.prepare());
+             check(self.prepare());
            })
       .def("report", &report);
   module.def("step_function", [] { return reinterpret_cast<Address>(&step); });

@@ -10,7 +10,6 @@
 //
 // Tested by filetests/passes/match_alibi.graph.
 #include <algorithm>
-#include <cstdint>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -31,14 +30,10 @@ using match::number;
 using match::op;
 using match::Pattern;
 using match::shared;
-using match::when;
-
-bool swaps_last_two(const Graph&, const Node& node) {
-  return node.attribute<std::vector<std::int64_t>>("order") == std::vector<std::int64_t>{0, 2, 1};
-}
+using match::swapped;
 
 Pattern spelled_out() {
-  Pattern transposed = shared(when(swaps_last_two, op(Op::permute, any("k"))));
+  Pattern transposed = shared(swapped(any("k")));
   Pattern product = op(Op::matmul, any("q"), transposed);
   Pattern scaled = either(op(Op::mul, product, number("scale")), product);
   Pattern scores = op(Op::reshape, op(Op::add, scaled, any("bias")));

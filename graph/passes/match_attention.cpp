@@ -10,7 +10,6 @@
 // are additive masks: one of 16 bits is widened, once for all the attentions that read it.
 //
 // Tested by passes_test, filetests/passes/match_attention.graph.
-#include <cstdint>
 #include <map>
 #include <utility>
 #include <vector>
@@ -31,16 +30,11 @@ using match::number;
 using match::op;
 using match::Pattern;
 using match::shared;
-using match::when;
-
-bool swaps_last_two(const Graph&, const Node& node) {
-  return node.attribute<std::vector<std::int64_t>>("order") ==
-         std::vector<std::int64_t>{0, 1, 3, 2};
-}
+using match::swapped;
 
 // The scale is applied to the product, or to q before it.
 Pattern scores() {
-  Pattern k_transposed = shared(when(swaps_last_two, op(Op::permute, any("k"))));
+  Pattern k_transposed = shared(swapped(any("k")));
   Pattern product = op(Op::matmul, any("q"), k_transposed);
   Pattern scaled_q = op(Op::mul, any("q"), number("scale"));
   return either(
