@@ -32,11 +32,10 @@
 #include "frontends/torch/handles.h"
 #include "frontends/torch/step_call.h"
 #include "graph/graph.h"
-#include "graph/pipeline.h"
 #include "jit/base/env.h"
 #include "jit/base/log.h"
 #include "jit/base/target.h"
-#include "ops/compile.h"
+#include "ops/engine.h"
 #include "ops/kernel_library.h"
 #include "ops/kv_cache.h"
 #include "ops/onednn_fallback.h"
@@ -114,66 +113,19 @@ struct HostedProgram : ops::Program {
 using Program = Handled<HostedProgram>;
 using Cache = Handled<ops::KvCache>;
 
-// What one process shares: the target, the cache on disk and the kernels.
-class Engine {
- public:
-  // An empty rung: this host, capped by TILEWRIGHT_MAX_CPU_ISA. Otherwise exactly that rung, to
-  // fill the cache for another machine.
-  explicit Engine(const std::string& rung) {
-    const Environment& settings = environment();
-    if (!rung.empty()) {
-      target_ = value_or_throw(Target::for_rung(rung));
-    } else if (settings.max_cpu_isa.empty()) {
-      target_ = Target::host();
-    } else {
-      target_ = value_or_throw(Target::host().capped(settings.max_cpu_isa));
-    }
-    auto mode = settings.cache == CacheMode::off         ? cache::Mode::off
-                : settings.cache == CacheMode::read_only ? cache::Mode::read_only
-                                                         : cache::Mode::read_write;
-    store_ = std::make_shared<cache::Store>(cache::Store::open(
-        cache::default_directory(settings.cache_dir), mode, settings.cache_max_bytes));
-    kernels_ = std::make_shared<ops::KernelLibrary>(target_, store_, settings.cache_check);
+using ops::Engine;
+
+std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
+                                 const std::map<std::string, TypedAddress>& constants,
+                                 std::shared_ptr<ops::WeightStore> weights) {
+  nb::gil_scoped_release unlocked;
+  std::map<std::string, ops::TensorView> views;
+  for (const auto& [name, constant] : constants) {
+    const auto& [address, dtype, shape] = constant;
+    views[name] = {pointer(address), data_type(dtype), shape};
   }
-
-  const Target& target() const { return target_; }
-  const cache::Store& store() const { return *store_; }
-  cache::Store& store() { return *store_; }
-  const std::shared_ptr<ops::KernelLibrary>& kernels() const { return kernels_; }
-
-  // Text to text: parse, check, run the passes.
-  std::string optimize(const std::string& text) const { return graph::print(optimized(text)); }
-
-  std::shared_ptr<Program> compile(const std::string& text,
-                                   const std::map<std::string, TypedAddress>& constants,
-                                   std::shared_ptr<ops::WeightStore> weights) const {
-    nb::gil_scoped_release unlocked;
-    if (!target_.has(Isa::avx2)) throw CoreError("this CPU has no AVX2 and FMA");
-    const Environment& settings = environment();
-    ops::CompileOptions options;
-    options.disabled.insert(settings.disable.names.begin(), settings.disable.names.end());
-    options.exact_weights = settings.weights != WeightMode::plain;
-    options.fallback_onednn = settings.fallback == Fallback::onednn;
-    std::map<std::string, ops::TensorView> views;
-    for (const auto& [name, constant] : constants) {
-      const auto& [address, dtype, shape] = constant;
-      views[name] = {pointer(address), data_type(dtype), shape};
-    }
-    return Program::make(value_or_throw(
-        ops::compile(optimized(text), views, target_, options, kernels_, std::move(weights))));
-  }
-
- private:
-  graph::Graph optimized(const std::string& text) const {
-    graph::Graph graph = value_or_throw(graph::parse(text));
-    check(graph::verify(graph));
-    return value_or_throw(graph::optimize(std::move(graph), target_, environment().pass_limit));
-  }
-
-  Target target_;
-  std::shared_ptr<cache::Store> store_;
-  std::shared_ptr<ops::KernelLibrary> kernels_;
-};
+  return Program::make(value_or_throw(engine.compile(text, views, std::move(weights))));
+}
 
 std::vector<graph::DataType> input_types(const ops::Program& program) {
   std::vector<graph::DataType> types;
@@ -464,9 +416,15 @@ void bind_program(nb::module_& module) {
       .def("report", &report);
   module.def("step_function", [] { return reinterpret_cast<Address>(&step); });
   nb::class_<Engine>(module, "Engine", "Target, cache on disk and kernels of one process.")
-      .def(nb::init<const std::string&>(), "rung"_a = "")
-      .def("optimize", &Engine::optimize, "text"_a)
-      .def("compile", &Engine::compile, "text"_a, "constants"_a, "weights"_a)
+      .def(nb::new_([](const std::string& rung) { return value_or_throw(Engine::open(rung)); }),
+           "rung"_a = "")
+      .def(
+          "optimize",
+          [](const Engine& self, const std::string& text) {
+            return value_or_throw(self.optimize(text));
+          },
+          "text"_a)
+      .def("compile", &compile, "text"_a, "constants"_a, "weights"_a)
       .def("kernel_counters", &kernel_counters)
       .def("cache_entries", &cache_entries)
       .def("cache_state", &cache_state)

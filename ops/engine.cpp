@@ -1,0 +1,59 @@
+// See engine.h. Tested by tests/torchscript_test.cpp and tests/python/test_explain.py.
+#include "ops/engine.h"
+
+#include <utility>
+
+#include "graph/pipeline.h"
+#include "jit/base/env.h"
+#include "ops/compile.h"
+
+namespace tilewright::ops {
+
+Result<Engine> Engine::open(const std::string& rung) {
+  const std::string& cap = environment().max_cpu_isa;
+  Result<Target> target = !rung.empty() ? Target::for_rung(rung)
+                          : cap.empty() ? Result<Target>(Target::host())
+                                        : Target::host().capped(cap);
+  if (!target) return target.error();
+  return Engine(std::move(target.value()));
+}
+
+Engine::Engine(Target target) : target_(std::move(target)) {
+  const Environment& settings = environment();
+  const cache::Mode mode = settings.cache == CacheMode::off         ? cache::Mode::off
+                           : settings.cache == CacheMode::read_only ? cache::Mode::read_only
+                                                                    : cache::Mode::read_write;
+  store_ = std::make_shared<cache::Store>(cache::Store::open(
+      cache::default_directory(settings.cache_dir), mode, settings.cache_max_bytes));
+  kernels_ = std::make_shared<KernelLibrary>(target_, store_, settings.cache_check);
+}
+
+Result<std::string> Engine::optimize(const std::string& text) const {
+  Result<graph::Graph> graph = optimized(text);
+  if (!graph) return graph.error();
+  return graph::print(*graph);
+}
+
+Result<Program> Engine::compile(const std::string& text,
+                                const std::map<std::string, TensorView>& constants,
+                                std::shared_ptr<WeightStore> weights) const {
+  if (!target_.has(Isa::avx2)) return Error{"this CPU has no AVX2 and FMA"};
+  Result<graph::Graph> graph = optimized(text);
+  if (!graph) return graph.error();
+  const Environment& settings = environment();
+  CompileOptions options;
+  options.disabled.insert(settings.disable.names.begin(), settings.disable.names.end());
+  options.exact_weights = settings.weights != WeightMode::plain;
+  options.fallback_onednn = settings.fallback == Fallback::onednn;
+  return ops::compile(*graph, constants, target_, options, kernels_, std::move(weights));
+}
+
+Result<graph::Graph> Engine::optimized(const std::string& text) const {
+  Result<graph::Graph> graph = graph::parse(text);
+  if (!graph) return graph.error();
+  const Status valid = graph::verify(*graph);
+  if (!valid) return valid.error();
+  return graph::optimize(std::move(graph.value()), target_, environment().pass_limit);
+}
+
+}  // namespace tilewright::ops

@@ -1,0 +1,52 @@
+// Engine: what every program of a process shares: the machine, the kernel cache on disk, the
+// kernels in memory, and the way from graph text to a Program with the settings of the environment
+// (jit/base/env.h). The front ends (Python, LibTorch) each hold one.
+//
+// Thread-safe but for assignment. Tested by tests/torchscript_test.cpp and
+// tests/python/test_explain.py.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+
+#include "cache/store.h"
+#include "graph/graph.h"
+#include "jit/base/result.h"
+#include "jit/base/target.h"
+#include "ops/kernel_library.h"
+#include "ops/program.h"
+#include "ops/tensor_view.h"
+#include "ops/weights.h"
+
+namespace tilewright::ops {
+
+class Engine {
+ public:
+  // An empty rung: this host, capped by TILEWRIGHT_MAX_CPU_ISA. Otherwise exactly that rung, to
+  // fill the cache for another machine. Error: no such rung.
+  static Result<Engine> open(const std::string& rung);
+
+  const Target& target() const { return target_; }
+  const cache::Store& store() const { return *store_; }
+  cache::Store& store() { return *store_; }
+  const std::shared_ptr<KernelLibrary>& kernels() const { return kernels_; }
+
+  // Text to text: parse, check, run the passes.
+  Result<std::string> optimize(const std::string& text) const;
+
+  // constants: see compile() in compile.h. Error: also a CPU below AVX2.
+  Result<Program> compile(const std::string& text,
+                          const std::map<std::string, TensorView>& constants,
+                          std::shared_ptr<WeightStore> weights) const;
+
+ private:
+  explicit Engine(Target target);
+  Result<graph::Graph> optimized(const std::string& text) const;
+
+  Target target_;
+  std::shared_ptr<cache::Store> store_;
+  std::shared_ptr<KernelLibrary> kernels_;
+};
+
+}  // namespace tilewright::ops
