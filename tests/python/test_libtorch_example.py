@@ -11,8 +11,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
+
+import tiny_models
 
 
 class Logits(torch.nn.Module):
