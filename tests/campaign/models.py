@@ -7,6 +7,7 @@ a time limit, so a crash costs one row. Rows are merged into perf/results/models
     ./dev campaign models                  the architectures of the project's goals
     ./dev campaign models llama gpt2       some of them
     ./dev campaign models --others         every other causal language model of transformers
+    ./dev campaign models --summary        the recorded rows as a table, nothing runs
 
 Tested by running it; the exit code is 1 if a row is wrong.
 """
@@ -20,6 +21,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +38,7 @@ from architectures import ARCHITECTURES, Architecture, build, inputs_for, others
 from torch.overrides import TorchFunctionMode
 
 import tilewright
+from tilewright import core
 
 RESULTS = Path(__file__).resolve().parents[2] / "perf" / "results" / "models.json"
 LENGTHS = (1, 7, 33, 130)
@@ -91,7 +94,9 @@ def outputs_of(
             mask = torch.cat([given["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], 1)
             positions = (mask.cumsum(-1) - 1)[:, -1:]
             step = {"attention_mask": mask, "past_key_values": result.past_key_values}
-            if "position_ids" in inspect.signature(model.forward).parameters:
+            # What torch.compile returns has a forward that takes anything.
+            plain = getattr(model, "_orig_mod", model)
+            if "position_ids" in inspect.signature(plain.forward).parameters:
                 step["position_ids"] = positions
             result = model(input_ids=prompt(3, 1)["input_ids"], **step)
             parts.append(result.logits.double().flatten())
@@ -285,15 +290,11 @@ def _child(architecture: Architecture, mode: str, sender: Any) -> None:
 
 def describe(name: str, mode: str, row: dict[str, Any]) -> str:
     verdict = "skipped" if "skipped" in row else "right" if row["right"] else "WRONG"
-    shares = [
-        f"{100 * phase['own_flops_share']:.1f}" if phase["runs"] else "-"
-        for phase in row.get("phases", {}).values()
-    ]
     ratio = row.get("error_ratio", float("nan"))
     calls = sum(phase["fallback_calls"] for phase in row.get("phases", {}).values())
     parts = [
         f"{name:24s} {mode:8s} {verdict:7s}",
-        f"own {'/'.join(shares):12s}",
+        f"own {phase_shares(row):14s}",
         f"error {ratio:5.2f} bf16 {row.get('bf16_error_ratio', float('nan')):5.2f}",
         f"fallback calls {calls:5d}  {row['seconds']:5.1f} s",
     ]
@@ -314,6 +315,44 @@ def describe(name: str, mode: str, row: dict[str, Any]) -> str:
     return text
 
 
+def commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=RESULTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip()
+
+
+def phase_shares(row: dict[str, Any]) -> str:
+    """Our share of the flops in prefill and decode, in percent."""
+    phases = row.get("phases", {}).values()
+    return " / ".join(f"{100 * p['own_flops_share']:.1f}" for p in phases if p["runs"]) or "-"
+
+
+def summary() -> str:
+    """A Markdown table of the recorded rows, one per architecture."""
+    lines = [
+        "| architecture | own flops %, optimize | own flops %, compile | in PyTorch | error |",
+        "|---|---|---|---|---|",
+    ]
+    for name, modes in json.loads(RESULTS.read_text())["rows"].items():
+        rows = [modes.get("optimize", {}), modes.get("compile", {})]
+        verdict = "" if all(row.get("right", True) for row in rows) else "**WRONG** "
+        calls = [
+            str(sum(phase["fallback_calls"] for phase in row.get("phases", {}).values()))
+            for row in rows
+        ]
+        ratio = rows[0].get("error_ratio", rows[1].get("error_ratio"))
+        lines.append(
+            f"| {name} | {phase_shares(rows[0])} | {phase_shares(rows[1])} | {', '.join(calls)} "
+            f"| {verdict}{'-' if ratio is None else f'{ratio:.2f}x'} |"
+        )
+    return "\n".join(lines)
+
+
 def record(rows: dict[str, dict[str, Any]]) -> None:
     """Merges rows into the file of results."""
     results: dict[str, Any] = {}
@@ -323,6 +362,11 @@ def record(rows: dict[str, dict[str, Any]]) -> None:
     results["torch"] = torch.__version__
     results["transformers"] = transformers.__version__
     merged = results.setdefault("rows", {})
+    target = core.engine().target()
+    for row in rows.values():
+        for measured in row.values():
+            measured["machine"] = f"{target['model_name']}, {target['isa']}"
+            measured["commit"] = commit()
     for name, row in rows.items():
         merged.setdefault(name, {}).update(row)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
@@ -336,7 +380,11 @@ def main() -> int:
     parser.add_argument("--mode", choices=[*MODES, "both"], default="both")
     parser.add_argument("--seconds", type=float, default=240, help="limit of a row")
     parser.add_argument("--no-record", action="store_true")
+    parser.add_argument("--summary", action="store_true", help="print what is recorded")
     options = parser.parse_args()
+    if options.summary:
+        print(summary())
+        return 0
     # Read when the core is first used, in the children.
     cache = tempfile.TemporaryDirectory(prefix="tilewright-campaign-")
     os.environ.setdefault("TILEWRIGHT_CACHE_DIR", os.path.join(cache.name, "cache"))
