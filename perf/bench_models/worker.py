@@ -70,6 +70,17 @@ def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"no request '{what}'")
 
 
+def reason_of(error: BaseException) -> str:
+    """An error in a line, its cause first: "could not load" alone tells no reader why, and tables
+    cut long lines."""
+    parts: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None:
+        parts.append(f"{type(seen).__name__}: {' '.join(str(seen).split())[:300]}")
+        seen = seen.__cause__
+    return "; hence ".join(reversed(parts))
+
+
 def main() -> None:
     """Serves until stdin ends."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
@@ -80,8 +91,7 @@ def main() -> None:
             result = answer(engine, json.loads(line))
         except Exception as error:
             traceback.print_exc()
-            text = " ".join(str(error).split())
-            result = {"error": f"{type(error).__name__}: {text[:300]}"}
+            result = {"error": reason_of(error)}
         channel.write(json.dumps(result) + "\n")
 
 

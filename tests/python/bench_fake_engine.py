@@ -30,7 +30,7 @@ class Engine:
     def load(self, request: dict[str, Any]) -> None:
         self._mode = request["mode"]
         if self._mode == "broken":
-            raise RuntimeError("this one cannot load")
+            raise RuntimeError("this one cannot load") from OSError("libmissing.so: no such file")
         self._random = random.Random(self._mode)
 
     def generate(self, prompts: list[list[int]], new: int) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def test_a_session_measures_marks_and_explains(bench: Path) -> None:
     assert eager["tokens"] == "identical"
     assert not eager["accuracy"]["wrong"]
     assert rows["ipex"]["accuracy"]["wrong"], "a planted numerical error must be flagged"
+    assert rows["vllm"]["reason"].startswith("OSError: libmissing.so"), "the cause comes first"
     assert "this one cannot load" in rows["vllm"]["reason"]
     assert "bench setup zentorch" in rows["zentorch"]["reason"]
     for kind in ("cold", "warm"):
@@ -173,12 +174,12 @@ def check_readers(bench: Path, cell: dict[str, Any]) -> None:
     assert not readme.rewrite(page, bench / "results")
     written = page.read_text()
     assert written.startswith("before\n") and written.endswith("after\n")
-    assert "identical, WRONG" in written and "this one cannot load" in written
-    assert "this one cannot load" in report.cell_table(found[0])
+    assert "identical, WRONG" in written and "libmissing.so" in written
+    assert "libmissing.so" in report.cell_table(found[0])
     console = Console(file=io.StringIO(), width=250)
     table.print_record(record, console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "WRONG" in printed and "this one cannot load" in printed
+    assert "WRONG" in printed and "libmissing.so" in printed
     # Wrong systems are no peers to be ahead of.
     peer = report.best_peer(found[0], "decode")
     assert peer is not None and peer["system"] == "eager"
