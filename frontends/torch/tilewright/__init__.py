@@ -17,16 +17,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tilewright import llm
+    from tilewright.compare import Comparison, compare
     from tilewright.explain import Explanation, explain
     from tilewright.stats import stats
 
-__all__ = ["Explanation", "explain", "llm", "stats"]
+__all__ = ["Comparison", "Explanation", "compare", "explain", "llm", "stats"]
+
+_HOMES = {
+    "Comparison": "compare",
+    "compare": "compare",
+    "Explanation": "explain",
+    "explain": "explain",
+    "stats": "stats",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name == "llm":
         return importlib.import_module("tilewright.llm")
-    home = {"explain": "explain", "Explanation": "explain", "stats": "stats"}.get(name)
+    home = _HOMES.get(name)
     if home is not None:
         module = importlib.import_module(f"tilewright.{home}")
         # The submodule and the function share a name: the function is what users mean.
