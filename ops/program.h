@@ -38,8 +38,8 @@ using HostFunction = std::function<Status(const HostCall&)>;
 
 enum class Phase : std::uint8_t { prefill, decode };
 
-// Called in the front of each step, and at the end with the number of steps; nothing runs meanwhile.
-struct Frame;
+struct Frame;  // task.h
+// Called before each step, and at the end with the number of steps; nothing runs meanwhile.
 using StepObserver = std::function<void(std::size_t step, const Frame& frame)>;
 
 struct RunArguments {

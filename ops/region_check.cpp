@@ -1,6 +1,6 @@
 // RegionCheck: cuts a region out of the program's graph with sizes put in, interprets it, compares.
 //
-// Tested by program_test, tests/python/test_compare.py.
+// Tested by tests/python/test_compare.py.
 #include "ops/region_check.h"
 
 #include <fmt/format.h>
@@ -55,8 +55,8 @@ Result<Tensor> read_view(const TensorView& view) {
 }
 
 Result<Tensor> read_cache(const KvCache& cache, std::int64_t tokens) {
-  Result<Tensor> tensor = Tensor::make(
-      cache.dtype(), {2, cache.batch(), cache.kv_heads(), tokens, cache.head_dim()});
+  Result<Tensor> tensor =
+      Tensor::make(cache.dtype(), {2, cache.batch(), cache.kv_heads(), tokens, cache.head_dim()});
   if (!tensor) return tensor;
   const auto row = static_cast<std::size_t>(cache.token_stride());
   std::byte* out = tensor->bytes.data();
@@ -195,9 +195,9 @@ std::string as_text(const graph::Graph& graph, const std::vector<graph::Argument
   text += fmt::format("; tolerance {}\n{}", bound, graph::print(graph));
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     const auto* tensor = std::get_if<Tensor>(&arguments[i]);
-    text += fmt::format("; input %{} = {}\n", graph.value(graph.parameters[i]).name,
-                        graph::print(tensor ? *tensor
-                                            : std::get<graph::Cache>(arguments[i]).contents()));
+    text += fmt::format(
+        "; input %{} = {}\n", graph.value(graph.parameters[i]).name,
+        graph::print(tensor ? *tensor : std::get<graph::Cache>(arguments[i]).contents()));
   }
   for (const auto& [name, tensor] : constants) {
     text += fmt::format("; const \"{}\" = {}\n", name, graph::print(tensor));
@@ -330,8 +330,8 @@ Status RegionCheck::add_operand(Case& run, ValueId value, const Frame& frame) co
       if (!tensor) return tensor.error();
       run.constants[name] = std::move(*tensor);
     }
-    run.mapped[value] = run.graph.add_constant(producer->attribute<std::string>("source"),
-                                               given.type, given.name);
+    run.mapped[value] =
+        run.graph.add_constant(producer->attribute<std::string>("source"), given.type, given.name);
     run.graph.nodes.back().attributes = producer->attributes;
     return {};
   }
@@ -375,10 +375,9 @@ Result<RegionCheck::Case> RegionCheck::begin(const Region& region, const Frame& 
         return Error{"attention over a padded cache"};
       }
     }
-    Result<ValueId> result =
-        run.graph.append(node.op, std::move(operands),
-                         concrete(node.attributes, sizes(program_.state())),
-                         source.value(node.results[0]).name);
+    Result<ValueId> result = run.graph.append(node.op, std::move(operands),
+                                              concrete(node.attributes, sizes(program_.state())),
+                                              source.value(node.results[0]).name);
     if (!result) return result.error();
     run.mapped[node.results[0]] = *result;
   }

@@ -8,7 +8,7 @@
 // million weights. Regions of other nodes than ours (external ones), and attention over a padded
 // cache, which the interpreter does not know, are named and not compared.
 //
-// Not thread-safe; observes one run. Tested by program_test, tests/python/test_compare.py.
+// Not thread-safe; observes one run. Tested by tests/python/test_compare.py.
 #pragma once
 
 #include <map>
@@ -27,7 +27,8 @@ struct RegionResult {
   std::string reason;  // why it was not compared; empty: it was
   double error = 0;    // the largest of an output element; infinite for a NaN or another integer
   double bound = 0;
-  std::string text;  // beyond its bound: a run case (graph/run_case.h); its outputs are the program's
+  std::string
+      text;  // beyond its bound: a run case (graph/run_case.h); its outputs are the program's
   bool differs() const { return reason.empty() && !(error <= bound); }
 };
 

@@ -34,7 +34,8 @@ def test_an_optimised_model_is_right(dtype: torch.dtype) -> None:
     for name in ("linear", "rms_norm", "attention", "gated_mlp_up", "kv_append"):
         assert name in names
     assert all(not region.reason for region in comparison.regions), str(comparison)
-    assert any(region.error > 0 for region in comparison.regions)
+    if dtype == torch.float32:  # results in bf16 are often equal
+        assert any(region.error > 0 for region in comparison.regions)
     assert "every compared region is within its bound" in str(comparison)
 
 
@@ -57,7 +58,12 @@ def test_packed_weights_stay_packed() -> None:
 
 
 def test_compiled_modules() -> None:
-    layers = (torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8), torch.nn.Softmax(-1))
+    layers = (
+        torch.nn.Linear(32, 64),
+        torch.nn.GELU(),
+        torch.nn.Linear(64, 8),
+        torch.nn.Softmax(-1),
+    )
     model = torch.compile(torch.nn.Sequential(*layers).eval(), backend="tilewright")
     comparison = tilewright.compare(model, torch.randn(5, 32))
     assert comparison.first is None and len(comparison.regions) >= 2, str(comparison)
@@ -75,6 +81,7 @@ def test_a_padded_cache_is_named() -> None:
 def test_what_runs_in_pytorch_is_named() -> None:
     comparison = tilewright.compare(torch.nn.Linear(3, 3).eval(), torch.randn(2, 3))
     assert "nothing ran in a program of ours" in str(comparison)
+    assert callable(tilewright.explain)  # the function, though compare's module imports explain's
     with pytest.raises(ValueError, match="no region differs"):
         comparison.save("never.graph")
 

@@ -118,4 +118,6 @@ def compare(model: nn.Module, inputs: Any) -> Comparison:
     finally:
         for executable in begun:
             rows += executable.end_check()
-    return Comparison(type(original).__name__, [Region(**row) for row in rows], explanation.fallbacks)
+    return Comparison(
+        type(original).__name__, [Region(**row) for row in rows], explanation.fallbacks
+    )
