@@ -76,7 +76,9 @@ Result<Program> Lowering::run() {
     while (region >= 0 && end < graph_.nodes.size() && graph_.nodes[end].region == region) ++end;
     std::vector<NodeId> nodes;
     for (std::size_t i = begin; i < end; ++i) nodes.push_back(static_cast<NodeId>(i));
+    const std::size_t first_step = state_->steps.size();
     if (Status lowered = lower_region(nodes); !lowered) return lowered.error();
+    state_->lowered.push_back({begin, end, first_step, state_->steps.size()});
     begin = end;
   }
   if (Status finished = finish_outputs(); !finished) return finished.error();
@@ -88,6 +90,8 @@ Result<Program> Lowering::run() {
   std::set_difference(packed_.begin(), packed_.end(), read_in_place_.begin(), read_in_place_.end(),
                       std::back_inserter(state_->packed_sources));
   if (Status made = kernels_->flush(); !made) return made.error();
+  state_->layouts = std::move(layouts_);
+  state_->cache_of = std::move(cache_indices_);
   return Program(std::move(state_));
 }
 
@@ -356,7 +360,11 @@ int Lowering::constant_buffer(const void* data, graph::DataType dtype) {
 std::vector<std::string> Lowering::constant_sources(ValueId value) const {
   const graph::Node* node = graph_.producer(value);
   if (node == nullptr || node->op != Op::constant) return {};
-  const auto& source = node->attribute<std::string>("source");
+  return joined_constants(*node);
+}
+
+std::vector<std::string> joined_constants(const graph::Node& node) {
+  const auto& source = node.attribute<std::string>("source");
   std::vector<std::string> names;
   std::size_t begin = 0;
   while (true) {

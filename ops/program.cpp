@@ -328,6 +328,7 @@ Status Program::run(const RunArguments& arguments) {
   State& state = *state_;
   Result<std::vector<std::int64_t>> symbols = bind_symbols(state, arguments.inputs);
   if (!symbols) return symbols.error();
+  state.symbol_values = *symbols;
   state.dims.evaluate(*symbols, state.dim_values);
   const std::span<const std::int64_t> dims = state.dim_values;
   if (Status fit = check_shapes(state, arguments.inputs, dims); !fit) return fit;
@@ -369,6 +370,7 @@ Status Program::run(const RunArguments& arguments) {
   PhaseCounters& counters = state.counters[static_cast<std::size_t>(arguments.phase)];
   std::size_t next = 0;
   while (next < state.steps.size()) {
+    if (arguments.observer != nullptr) (*arguments.observer)(next, frame);
     const auto start = Clock::now();
     if (state.steps[next].host) {
       const Status done =
@@ -379,13 +381,16 @@ Status Program::run(const RunArguments& arguments) {
       next += 1;
       continue;
     }
-    std::size_t end = next;
-    while (end < state.steps.size() && !state.steps[end].host) end += 1;
+    std::size_t end = next + 1;
+    while (arguments.observer == nullptr && end < state.steps.size() && !state.steps[end].host) {
+      end += 1;
+    }
     run_steps(state, next, end, frame, arguments.threads);
     counters.own_seconds += seconds(Clock::now() - start);
     next = end;
     if (problem.load() != nullptr) return Error{problem.load()};
   }
+  if (arguments.observer != nullptr) (*arguments.observer)(next, frame);
   for (RegionReport& region : state.regions) region.flops = 0;
   for (const Step& step : state.steps) {
     double flops = static_cast<double>(frame.dim(step.work));

@@ -38,6 +38,10 @@ using HostFunction = std::function<Status(const HostCall&)>;
 
 enum class Phase : std::uint8_t { prefill, decode };
 
+struct Frame;  // task.h
+// Called before each step, and at the end with the number of steps; nothing runs meanwhile.
+using StepObserver = std::function<void(std::size_t step, const Frame& frame)>;
+
 struct RunArguments {
   std::span<const TensorView> inputs;   // the tensor parameters, in order
   std::span<KvCache* const> caches;     // the cache parameters, in order
@@ -45,6 +49,7 @@ struct RunArguments {
   const HostFunction* host = nullptr;   // may be null if the program has no host calls
   Phase phase = Phase::decode;          // for the counters only
   int threads = 1;
+  const StepObserver* observer = nullptr;  // with one, each step is a parallel region of its own
 };
 
 // Counted while running.
@@ -92,8 +97,9 @@ class Program {
   int layer_count() const;            // attention steps
   std::uint64_t arena_bytes() const;  // of the last run
 
-  struct State;  // program_state.h, for compile() only
+  struct State;  // program_state.h
   explicit Program(std::unique_ptr<State> state);
+  const State& state() const { return *state_; }  // for region_check
 
  private:
   std::unique_ptr<State> state_;

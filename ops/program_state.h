@@ -5,10 +5,12 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "ops/dim_table.h"
+#include "ops/layout.h"
 #include "ops/program.h"
 #include "ops/task.h"
 
@@ -52,6 +54,11 @@ struct TensorOutput {
   std::vector<DimIndex> dims;
 };
 
+// Consecutive nodes and the steps that compute them.
+struct LoweredRegion {
+  std::size_t first_node, end_node, first_step, end_step;
+};
+
 struct Program::State {
   graph::Graph graph;
   std::shared_ptr<KernelLibrary> kernels;
@@ -67,7 +74,13 @@ struct Program::State {
 
   std::vector<std::string> packed_sources;  // constants whose own memory no step reads
 
+  // For who observes a run (region_check.h): where values lie, by ValueId.
+  std::vector<LoweredRegion> lowered;
+  std::vector<std::optional<Layout>> layouts;
+  std::map<graph::ValueId, int> cache_of;
+
   // Of the last run.
+  std::vector<std::int64_t> symbol_values;
   std::vector<std::int64_t> dim_values;
   std::vector<std::int64_t> arena_sizes, arena_offsets;
   std::unique_ptr<char, void (*)(void*)> arena{nullptr, nullptr};
@@ -76,6 +89,9 @@ struct Program::State {
   std::int64_t scratch_capacity = 0;
   PhaseCounters counters[2];
 };
+
+// The names of what a constant joins (one, mostly).
+std::vector<std::string> joined_constants(const graph::Node& node);
 
 // Offsets for buffers with lifetimes [first_step, last_step] and sizes (bytes), reusing memory
 // greedily, 64-byte aligned; returns the total. offsets.size() == sizes.size() afterwards.

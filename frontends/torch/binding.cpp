@@ -40,6 +40,7 @@
 #include "ops/kv_cache.h"
 #include "ops/onednn_fallback.h"
 #include "ops/program.h"
+#include "ops/region_check.h"
 #include "ops/weights.h"
 
 namespace nb = nanobind;
@@ -72,6 +73,16 @@ graph::DataType data_type(const std::string& name) {
   auto found = graph::data_type(name);
   if (!found) throw CoreError(fmt::format("unknown element type '{}'", name));
   return *found;
+}
+
+std::map<std::string, ops::TensorView> views_of(
+    const std::map<std::string, TypedAddress>& constants) {
+  std::map<std::string, ops::TensorView> views;
+  for (const auto& [name, constant] : constants) {
+    const auto& [address, dtype, shape] = constant;
+    views[name] = {pointer(address), data_type(dtype), shape};
+  }
+  return views;
 }
 
 TypedAddress typed(const ops::TensorView& view) {
@@ -109,6 +120,11 @@ struct HostedProgram : ops::Program {
 
   ops::HostFunction host;
   std::mutex running;  // one step at a time uses it
+
+  // Of compare(): guarded by `running`.
+  bool checked = false;
+  std::map<std::string, ops::TensorView> constants;
+  std::vector<ops::RegionResult> check_results;  // of all runs since set_check
 };
 using Program = Handled<HostedProgram>;
 using Cache = Handled<ops::KvCache>;
@@ -119,12 +135,8 @@ std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
                                  const std::map<std::string, TypedAddress>& constants,
                                  std::shared_ptr<ops::WeightStore> weights) {
   nb::gil_scoped_release unlocked;
-  std::map<std::string, ops::TensorView> views;
-  for (const auto& [name, constant] : constants) {
-    const auto& [address, dtype, shape] = constant;
-    views[name] = {pointer(address), data_type(dtype), shape};
-  }
-  return Program::make(value_or_throw(engine.compile(text, views, std::move(weights))));
+  return Program::make(
+      value_or_throw(engine.compile(text, views_of(constants), std::move(weights))));
 }
 
 std::vector<graph::DataType> input_types(const ops::Program& program) {
@@ -194,7 +206,16 @@ Status run(Program& program, const StepCall& call) {
   arguments.phase = call.decode ? ops::Phase::decode : ops::Phase::prefill;
   arguments.threads = static_cast<int>(call.threads);
   std::lock_guard lock(program.running);
-  return program.run(arguments);
+  if (!program.checked) return program.run(arguments);
+  ops::RegionCheck region_check(program, program.constants);
+  const ops::StepObserver observer = [&](std::size_t at, const ops::Frame& frame) {
+    region_check.observe(at, frame);
+  };
+  arguments.observer = &observer;
+  const Status done = program.run(arguments);
+  const auto& results = region_check.results();
+  program.check_results.insert(program.check_results.end(), results.begin(), results.end());
+  return done;
 }
 
 // What operators.cpp calls: see step_call.h.
@@ -240,6 +261,38 @@ nb::dict report(const Program& program) {
   result["layers"] = program.layer_count();
   result["arena_bytes"] = program.arena_bytes();
   return result;
+}
+
+// Every later run is checked region by region against these constants, until end_check.
+void begin_check(Program& program, const std::map<std::string, TypedAddress>& constants) {
+  nb::gil_scoped_release unlocked;  // a running step may wait for the lock
+  std::lock_guard lock(program.running);
+  program.checked = true;
+  program.constants = views_of(constants);
+  program.check_results.clear();
+}
+
+nb::list end_check(Program& program) {
+  std::vector<ops::RegionResult> results;
+  {
+    nb::gil_scoped_release unlocked;
+    std::lock_guard lock(program.running);
+    program.checked = false;
+    program.constants.clear();
+    results.swap(program.check_results);
+  }
+  nb::list rows;
+  for (const ops::RegionResult& result : results) {
+    nb::dict row;
+    row["name"] = result.name;
+    row["kernel"] = result.kernel;
+    row["reason"] = result.reason;
+    row["error"] = result.error;
+    row["bound"] = result.bound;
+    row["graph"] = result.text;
+    rows.append(row);
+  }
+  return rows;
 }
 
 std::vector<std::pair<std::string, std::string>> parameters(const Program& program) {
@@ -413,6 +466,8 @@ void bind_program(nb::module_& module) {
              nb::gil_scoped_release unlocked;
              check(self.prepare());
            })
+      .def("begin_check", &begin_check, "constants"_a)
+      .def("end_check", &end_check)
       .def("report", &report);
   module.def("step_function", [] { return reinterpret_cast<Address>(&step); });
   nb::class_<Engine>(module, "Engine", "Target, cache on disk and kernels of one process.")

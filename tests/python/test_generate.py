@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -210,3 +212,28 @@ def test_threads_take_turns() -> None:
     for thread in threads:
         thread.join()
     assert [results[i] for i in range(3)] == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_prefix_is_reused_by_copies_of_its_cache(duplicate: Callable[[Any], Any]) -> None:
+    """Also of a padded one: a copy knows where its sequences begin."""
+    plain, model = tiny_llama(3), tilewright.llm.optimize(tiny_llama(3))
+    prefix = padded([9, 5])
+    expected, actual = (m(**prefix).past_key_values for m in (plain, model))
+    for seed in (3, 4):
+        ids = prompt(2, seed)
+        mask = torch.cat([prefix["attention_mask"], torch.ones_like(ids)], dim=-1)
+        positions = (mask.cumsum(-1) - 1)[:, -seed:]
+        logits, wanted = (
+            m(
+                ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=duplicate(cache),
+            ).logits
+            for m, cache in ((model, actual), (plain, expected))
+        )
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    assert actual.get_seq_length() == 9
+    assert not tilewright.explain(model).fallbacks

@@ -13,23 +13,35 @@ Tested by tests/python/test_packaging.py.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tilewright import llm
+    from tilewright.compare import Comparison, compare
     from tilewright.explain import Explanation, explain
     from tilewright.stats import stats
 
-__all__ = ["Explanation", "explain", "llm", "stats"]
+__all__ = ["Comparison", "Explanation", "compare", "explain", "llm", "stats"]
+
+_HOMES = {
+    "Comparison": "compare",
+    "compare": "compare",
+    "Explanation": "explain",
+    "explain": "explain",
+    "stats": "stats",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name == "llm":
         return importlib.import_module("tilewright.llm")
-    home = {"explain": "explain", "Explanation": "explain", "stats": "stats"}.get(name)
-    if home is not None:
-        module = importlib.import_module(f"tilewright.{home}")
-        # The submodule and the function share a name: the function is what users mean.
-        globals()[home] = getattr(module, home)
-        return getattr(module, name)
-    raise AttributeError(f"module 'tilewright' has no attribute '{name}'")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tilewright' has no attribute '{name}'")
+    importlib.import_module(f"tilewright.{_HOMES[name]}")
+    # A submodule and its function share a name, and one submodule imports another: the functions
+    # are what users mean.
+    for public, home in _HOMES.items():
+        if (module := sys.modules.get(f"tilewright.{home}")) is not None:
+            globals()[public] = getattr(module, public)
+    return globals()[name]

@@ -50,6 +50,23 @@ class BlockLayer(CacheLayerMixin):
         layers_alive.add(self)
         super().__init__()
 
+    # Copies and pickles hold the contents: a prefix may be reused, each time by a copy.
+
+    def __getstate__(self) -> dict[str, Any]:
+        contents = None if self.blocks is None else self.read()
+        return {
+            "max_length": self.max_length,
+            "first_keys": self.first_keys,
+            "contents": contents,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        BlockLayer.__init__(self, state["max_length"])
+        if state["contents"] is not None:
+            self.write(*state["contents"])
+            if state["first_keys"]:
+                self.set_first_keys(list(state["first_keys"]))
+
     # --- what the program uses
 
     def prepare(self, batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:

@@ -108,7 +108,7 @@ def explain(model: nn.Module) -> Explanation:
     """What happened to `model` so far: optimised, compiled, or both."""
     original = getattr(model, "_orig_mod", model)
     explanation = Explanation(type(original).__name__)
-    reports = [executable.program.report() for executable in _executables(original, explanation)]
+    reports = [executable.program.report() for executable in executables_of(original, explanation)]
     for report in reports:
         explanation.regions += [_region(region) for region in report["regions"]]
     explanation.phases = {name: _phase(report[name] for report in reports) for name in PHASES}
@@ -129,7 +129,7 @@ def explain(model: nn.Module) -> Explanation:
     return explanation
 
 
-def _executables(model: nn.Module, explanation: Explanation) -> list[Executable]:
+def executables_of(model: nn.Module, explanation: Explanation) -> list[Executable]:
     """The model's programs; fills in what ran in PyTorch instead."""
     import sys
 

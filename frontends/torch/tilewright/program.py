@@ -105,6 +105,18 @@ class Weights:
         """REQUIRES: the tensors live."""
         return bool(self._fingerprint.value() != self._value)
 
+    def readable(self, store: Any) -> dict[str, torch.Tensor]:
+        """The constants; packed ones as copies, so that they stay packed."""
+        found: dict[str, torch.Tensor] = {}
+        for name, (reference, place, _) in self._marks.items():
+            tensor: Any = reference()
+            if isinstance(tensor, PackedParameter) and tensor.token is not None:
+                tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+                store.unpack(place, tensor.data_ptr())
+            if tensor is not None:
+                found[name] = tensor.detach()
+        return found
+
     def places(self) -> list[int]:
         """Addresses; not tokens, which end with their parameters."""
         return [place for _, place, _ in self._marks.values() if place >> 63 == 0]
@@ -144,6 +156,7 @@ class Executable:
         self.lock = threading.RLock()
         self._results = [Sizes(type_) for type_ in lowered.results]
         self._symbols: dict[str, int] = {}
+        self._checked: dict[str, torch.Tensor] = {}
         self.store = store
         self._frees = frees
         executables.add(self)
@@ -175,6 +188,23 @@ class Executable:
         compute = weakref.WeakMethod(self._host)
         self.program.set_host(lambda *call: compute()(*call))  # type: ignore[misc]
         operators.register(self.program.handle, self)
+
+    def begin_check(self) -> None:
+        """Each later run is compared with the reference, region by region, until `end_check`."""
+        tensors = self.weights.readable(self.store) | self._copies
+        self._checked = tensors  # the core reads them meanwhile
+        self.program.begin_check(
+            {
+                name: (tensor.data_ptr(), DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+                for name, tensor in tensors.items()
+            }
+        )
+
+    def end_check(self) -> list[dict[str, Any]]:
+        """The regions of all runs since, in order."""
+        rows = self.program.end_check()
+        self._checked = {}
+        return rows
 
     def forget_weights(self) -> None:
         for place in self.weights.places():
