@@ -68,9 +68,6 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    cos: torch.Tensor
-    sin: torch.Tensor
-
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.norm = nn.Embedding(50, 32), nn.RMSNorm(32, 1e-6)
@@ -101,9 +98,14 @@ def example(name: str) -> torch.Tensor:
 
 
 def normalised(text: str) -> str:
-    """Values renamed by first appearance."""
+    """Values renamed by first use; constants at the end, without their names."""
+    constant = re.compile(r'^ *(%[\w.]+) = const "[^"]*" : (.*)\n', re.MULTILINE)
+    types = dict(constant.findall(text))
     names: dict[str, str] = {}
-    return re.sub(r"[%@][\w.]+", lambda m: names.setdefault(m[0], f"{m[0][0]}{len(names)}"), text)
+    body = re.sub(
+        r"%[\w.]+", lambda m: names.setdefault(m[0], f"%{len(names)}"), constant.sub("", text)
+    )
+    return body + "\n".join(sorted(f"{names[name]} : {type_}" for name, type_ in types.items()))
 
 
 def text_of(optimized: Any) -> str:
@@ -160,8 +162,6 @@ def test_export_with_a_symbolic_batch() -> None:
 
 
 class Counting(nn.Module):
-    count: torch.Tensor
-
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros(1))

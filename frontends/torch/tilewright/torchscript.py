@@ -186,6 +186,10 @@ class Interpreter:
     def _call(self, node: Any, kind: str, inputs: list[Any]) -> Any:
         if kind in _ANY:
             return _ANY[kind](*inputs)
+        if kind == "aten::_convolution" and not inputs[6] and 3 <= inputs[1].dim() <= 5:
+            # What a trace makes of conv1d, conv2d and conv3d.
+            convolution = getattr(torch.ops.aten, f"conv{inputs[1].dim() - 2}d")
+            return convolution(*inputs[:6], inputs[8])
         if not any(_has_tensor(x) for x in inputs) and kind in _PLAIN:
             # Trailing numbers are `alpha` and the like; a trace counts sizes with them.
             two = kind in ("aten::add", "aten::sub") and len(inputs) == 3
@@ -205,22 +209,20 @@ def _aten(node: Any, kind: str, inputs: list[Any]) -> Any:
         raise UnsupportedError(f"no overload {kind}.{schema.overload_name}")
     first = inputs[0] if inputs else None
     if kind in _TAKES_NUMBER and isinstance(first, torch.Tensor) and first.is_floating_point():
-        inputs = [x.item() if i == 1 and _is_number(x) and first.dim() else x
-                  for i, x in enumerate(inputs)]
+        inputs = [
+            x.item() if i == 1 and _is_number(x) and first.dim() else x
+            for i, x in enumerate(inputs)
+        ]
     formals = overload._schema.arguments
     positional = [x for x, formal in zip(inputs, formals, strict=True) if not formal.kwarg_only]
-    named = {
-        formal.name: x for x, formal in zip(inputs, formals, strict=True) if formal.kwarg_only
-    }
+    named = {formal.name: x for x, formal in zip(inputs, formals, strict=True) if formal.kwarg_only}
     return (packet if overload._schema.overload_name == "Tensor" else overload)(
         *positional, **named
     )
 
 
 def _is_number(x: Any) -> bool:
-    return (
-        type(x) is torch.Tensor and x.dim() == 0 and x.dtype in (torch.int64, torch.float64)
-    )
+    return type(x) is torch.Tensor and x.dim() == 0 and x.dtype in (torch.int64, torch.float64)
 
 
 def _has_tensor(x: Any) -> bool:
