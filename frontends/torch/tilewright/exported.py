@@ -24,6 +24,7 @@ from tilewright import capture, core, torchscript
 from tilewright.backend import CompiledGraph, check_inputs, first_line
 from tilewright.dims import Dim
 from tilewright.graph_text import UnsupportedError
+from tilewright.outputs import storage_key
 
 MAX_PROGRAMS = 16  # per TorchScript module: one for each signature of shapes
 
@@ -109,6 +110,14 @@ def _refusal(inputs: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> str:
     return ""
 
 
+def _shares_written(graph: CompiledGraph, inputs: Sequence[Any]) -> bool:
+    """The program writes an input, and two inputs share memory: it was captured without that."""
+    if graph.executable is None or not graph.executable.lowered.mutated:
+        return False
+    keys = [storage_key(x) for x in inputs if isinstance(x, torch.Tensor)]
+    return len(set(keys)) < len(keys)
+
+
 class OptimizedExport(Optimized):
     """One program for all sizes that the exported program allows."""
 
@@ -118,6 +127,10 @@ class OptimizedExport(Optimized):
         self._graph: CompiledGraph | None = None
         self._reason = ""
         self._guards: list[Any] = []
+
+    def train(self, mode: bool = True) -> OptimizedExport:
+        """An exported program has one mode, that of its export."""
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         spec = self._program.call_spec.in_spec
@@ -142,7 +155,7 @@ class OptimizedExport(Optimized):
                     self._reason = first_line(error)
         if self._graph is None:
             return self._decline(self._reason, *args, **kwargs)
-        if not self._fits(flat):
+        if _shares_written(self._graph, flat) or not self._fits(flat):
             return self._decline("inputs that it was not exported for", *args, **kwargs)
         leaves = self._graph(*tensors.values(), *flat)
         assert self._program.call_spec.out_spec is not None
@@ -180,6 +193,14 @@ class OptimizedExport(Optimized):
             lambda *values: pytree.tree_leaves(self._original_flat(values)),
         )
         self._fakes = fakes[len(tensors) :]
+        lowered = graph.executable.lowered if graph.executable is not None else None
+        self._needs_row_major = lowered is not None and (
+            bool(lowered.mutated) or any(o.kind == "view_of_input" for o in lowered.outputs)
+        )
+        tensors_in = [fake for fake in self._fakes if isinstance(fake, torch.Tensor)]
+        if self._needs_row_major and not all(fake.is_contiguous() for fake in tensors_in):
+            self.graphs.remove(graph)
+            raise UnsupportedError("it writes or returns an input that is not row-major")
         self._guards = [g.expr for g in shape_env.guards[before:]] if shape_env is not None else []
         return graph
 
@@ -201,7 +222,7 @@ class OptimizedExport(Optimized):
                 continue
             if not isinstance(value, torch.Tensor) or fake.dtype != value.dtype:
                 return False
-            if fake.dim() != value.dim():
+            if fake.dim() != value.dim() or (self._needs_row_major and not value.is_contiguous()):
                 return False
             pairs += [(Dim.of(d), n) for d, n in zip(fake.shape, value.shape, strict=True)]
         for size, number in pairs:
@@ -214,8 +235,8 @@ class OptimizedExport(Optimized):
         except KeyError:
             return False
         for symbol, limits in self._program.range_constraints.items():
-            number = symbols.get(str(symbol))
-            if number is not None and not bool(limits.lower <= number <= limits.upper):
+            actual = symbols.get(str(symbol))
+            if actual is not None and not bool(limits.lower <= actual <= limits.upper):
                 return False
         return all(
             bool(guard.xreplace({s: symbols[s.name] for s in guard.free_symbols}))
@@ -231,6 +252,7 @@ class OptimizedScript(Optimized):
         self._script = torchscript.inlined_graph(module)
         self._read = torchscript.constants(module, self._script)
         self._programs: dict[Any, tuple[CompiledGraph | None, Any]] = {}
+        self._attributes: list[tuple[Any, str, Any]] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -244,6 +266,8 @@ class OptimizedScript(Optimized):
             return self._decline(refusal, *args, **kwargs)
         key = (str(tree), tuple(map(_signature, flat)))
         with self._lock:
+            if any(getattr(owner, name) != value for owner, name, value in self._attributes):
+                self._forget_programs()
             if key not in self._programs:
                 if len(self._programs) >= MAX_PROGRAMS:
                     reason = f"more than {MAX_PROGRAMS} signatures of shapes"
@@ -257,7 +281,16 @@ class OptimizedScript(Optimized):
             graph, detail = self._programs[key]
         if graph is None:
             return self._decline(detail, *args, **kwargs)
+        if _shares_written(graph, flat):
+            return self._decline("it writes an input that shares memory", *args, **kwargs)
         return pytree.tree_unflatten(graph(*tensors.values(), *flat), detail)
+
+    def _forget_programs(self) -> None:
+        """A number, flag or mode that they were made with has changed."""
+        used = [graph for graph, _ in self._programs.values() if graph is not None]
+        self.graphs = [graph for graph in self.graphs if graph not in used]
+        self._programs.clear()
+        self._attributes.clear()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """As they are now: a parameter may have been replaced."""
@@ -265,7 +298,8 @@ class OptimizedScript(Optimized):
         return {name: now.get(name, tensor) for name, tensor in self._read.items()}
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        formals = self.original.forward.schema.arguments[1:]
+        script: Any = self.original
+        formals = script.forward.schema.arguments[1:]
         bound = list(args)
         for formal in formals[len(args) :]:
             if formal.name in kwargs:
@@ -291,6 +325,7 @@ class OptimizedScript(Optimized):
             interpreter = torchscript.Interpreter(self.original, self._script, named)
             inputs = pytree.tree_unflatten(list(values[len(tensors) :]), tree)
             leaves, result = pytree.tree_flatten(interpreter.run(inputs))
+            self._attributes += interpreter.attributes
             trees.append(result)
             return leaves
 

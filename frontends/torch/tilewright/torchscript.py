@@ -61,6 +61,7 @@ _ANY: dict[str, Callable[..., Any]] = {
     "prim::DictConstruct": lambda *items: dict(zip(items[::2], items[1::2], strict=True)),
 }
 _UNPACK = ("prim::ListUnpack", "prim::TupleUnpack")
+_CONTAINERS = ("prim::ListConstruct", "prim::TupleConstruct", "prim::DictConstruct")
 _READS_DATA = (
     "aten::Int",
     "aten::Float",
@@ -106,8 +107,7 @@ def constants(module: torch.jit.ScriptModule, graph: Any) -> dict[str, torch.Ten
 
 
 def _constant_name(node: Any) -> str:
-    name = str(node.output().debugName())
-    return name.removeprefix("self.") if not name.isdigit() else f"constant.{name}"
+    return f"constant.{node.output().debugName()}"
 
 
 class Interpreter:
@@ -116,6 +116,7 @@ class Interpreter:
     def __init__(self, module: Any, graph: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         self._module, self._graph, self._tensors = module, graph, tensors
         self._values: dict[str, Any] = {}
+        self.attributes: list[tuple[Any, str, Any]] = []  # read: module, name, value; no tensors
 
     def run(self, arguments: Sequence[Any]) -> Any:
         inputs = list(self._graph.inputs())
@@ -123,6 +124,8 @@ class Interpreter:
         for value, argument in zip(inputs[1:], arguments, strict=True):
             self._values[value.debugName()] = argument
         outputs = self._block(self._graph)
+        for value, result in zip(self._graph.outputs(), outputs, strict=True):
+            _check_kept(value, result)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _block(self, block: Any) -> list[Any]:
@@ -149,6 +152,11 @@ class Interpreter:
             raise UnsupportedError(f"the module raises: {inputs[0]}")
         if kind in _UNPACK:
             return list(inputs[0])
+        if kind in _CONTAINERS:
+            for value, x in zip(node.inputs(), inputs, strict=True):
+                _check_kept(value, x)
+            if kind == "prim::TupleConstruct" and not str(node.output().type()).startswith("("):
+                raise UnsupportedError("a named tuple")
         result = self._call(node, kind, inputs)
         return [] if node.outputsSize() == 0 else [result]
 
@@ -168,6 +176,7 @@ class Interpreter:
             return (full, value)
         if isinstance(value, torch.Tensor):
             raise UnsupportedError(f"the attribute {full} is a tensor but no buffer")
+        self.attributes.append((module, name, value))
         return value
 
     def _loop(self, node: Any, inputs: list[Any]) -> list[Any]:
@@ -216,9 +225,15 @@ def _aten(node: Any, kind: str, inputs: list[Any]) -> Any:
     formals = overload._schema.arguments
     positional = [x for x, formal in zip(inputs, formals, strict=True) if not formal.kwarg_only]
     named = {formal.name: x for x, formal in zip(inputs, formals, strict=True) if formal.kwarg_only}
-    return (packet if overload._schema.overload_name == "Tensor" else overload)(
-        *positional, **named
-    )
+    # A number in a tensor's place needs the packet's choice of overload.
+    call: Any = packet if overload._schema.overload_name == "Tensor" else overload
+    return call(*positional, **named)
+
+
+def _check_kept(value: Any, result: Any) -> None:
+    """Sizes that a trace holds in tensors are numbers here; as results they would differ."""
+    if value.type().kind() == "TensorType" and not isinstance(result, torch.Tensor):
+        raise UnsupportedError("a size is returned as a tensor")
 
 
 def _is_number(x: Any) -> bool:
