@@ -20,15 +20,17 @@ if TYPE_CHECKING:
     from tilewright import llm
     from tilewright.compare import Comparison, compare
     from tilewright.explain import Explanation, explain
+    from tilewright.exported import optimize
     from tilewright.stats import stats
 
-__all__ = ["Comparison", "Explanation", "compare", "explain", "llm", "stats"]
+__all__ = ["Comparison", "Explanation", "compare", "explain", "llm", "optimize", "stats"]
 
 _HOMES = {
     "Comparison": "compare",
     "compare": "compare",
     "Explanation": "explain",
     "explain": "explain",
+    "optimize": "exported",
     "stats": "stats",
 }
 

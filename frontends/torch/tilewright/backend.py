@@ -45,14 +45,15 @@ def backend(
     except Exception as error:
         if core.settings()["strict"]:
             raise
-        graph.decline(_reason(error))
+        graph.decline(first_line(error))
     return graph
 
 
 class CompiledGraph:
     """What Dynamo calls instead of one graph. Thread-safe."""
 
-    def __init__(self, gm: GraphModule, inputs: Sequence[Any]) -> None:
+    def __init__(self, gm: Any, inputs: Sequence[Any]) -> None:
+        """`gm.forward` takes the graph's inputs and is what runs if we cannot."""
         self._gm = gm
         self.executable: Executable | None = None
         self.reason = ""  # why torch runs this graph
@@ -77,6 +78,10 @@ class CompiledGraph:
             for i, (node, value) in enumerate(zip(placeholders, inputs, strict=True))
             if i not in written and is_constant(node, value)
         }
+        self.adopt(captured, inputs, names)
+
+    def adopt(self, captured: GraphModule, inputs: Sequence[Any], names: dict[int, str]) -> None:
+        """Takes pre-dispatch ATen; `names`: of the inputs that are constants, by position."""
         lowered = lower(captured, "graph", {i: (name, inputs[i]) for i, name in names.items()})
         self._frozen = {i: name for i, name in names.items() if name in lowered.constants}
         self._attributes = {
@@ -88,7 +93,7 @@ class CompiledGraph:
 
     def decline(self, reason: str) -> None:
         self.reason = reason
-        core.say_once(f"a graph of torch.compile runs in PyTorch: {reason}")
+        core.say_once(f"a graph runs in PyTorch: {reason}")
 
     def owns(self, parameter_ids: set[int]) -> bool:
         """Whether this graph belongs to the model with these parameters."""
@@ -170,7 +175,8 @@ def constant_name(node: Node) -> str:
     return ".".join(names[1:]) or node.name
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The reason that a user reads."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
 

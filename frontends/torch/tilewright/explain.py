@@ -145,7 +145,7 @@ def executables_of(model: nn.Module, explanation: Explanation) -> list[Executabl
     if backends is not None:
         parameters = {id(parameter) for parameter in model.parameters()}
         for graph in list(backends.graphs):
-            if not graph.owns(parameters):
+            if not (graph.owns(parameters) or graph in getattr(model, "graphs", ())):
                 continue
             if graph.executable is not None:
                 found.append(graph.executable)
