@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "frontends/torch/libtorch/graph_writer.h"
+#include "frontends/torch/libtorch/nodes.h"
 #include "frontends/torch/libtorch/optimize.h"
 
 namespace tilewright {
@@ -175,6 +177,32 @@ TEST(TorchScript, ATupleStaysATuple) {
     EXPECT_TRUE(at::allclose(result->elements()[0].toTensor(), x + y));
     EXPECT_TRUE(at::allclose(result->elements()[1].toTensor(), x * y));
   }
+}
+
+// view(dtype) has the name and the shape of a reshape. TorchScript's parser does not take it; a
+// trace has it.
+TEST(TorchScript, AViewAsAnotherTypeIsNoReshape) {
+  const at::Tensor x = at::randn({3, 8}), bits = x.view(at::kInt), row = x.view({24});
+  libtorch::GraphWriter writer;
+  writer.add_input(x);
+  EXPECT_FALSE(libtorch::write_node(writer, "aten::view", {x, at::kInt}, bits));
+  EXPECT_FALSE(writer.knows(bits));
+  EXPECT_TRUE(libtorch::write_node(writer, "aten::view", {x, std::vector<std::int64_t>{24}}, row));
+  EXPECT_TRUE(writer.knows(row));
+}
+
+TEST(TorchScript, ARefusedCallRefusesItsOwnShapesOnly) {
+  Module module =
+      of_source("def forward(self, x: Tensor, y: Tensor) -> Tensor:\n    return x + y\n");
+  ASSERT_TRUE(optimize(module).ok());
+  const at::Tensor x = at::randn({2, 3}), y = at::randn({2, 3}), wide = x.to(at::kDouble);
+  EXPECT_TRUE(at::allclose(module.forward({wide, wide}).toTensor(), wide + wide));
+  EXPECT_NE(report_of(module).reason, "");
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_TRUE(at::allclose(module.forward({x, x}).toTensor(), x + x));
+    EXPECT_TRUE(at::allclose(module.forward({x, y}).toTensor(), x + y));
+  }
+  EXPECT_EQ(report_of(module).runs, 3u);
 }
 
 // They run through LibTorch, and the reason is told.

@@ -124,7 +124,7 @@ struct HostedProgram : ops::Program {
   // Of compare(): guarded by `running`.
   bool checked = false;
   std::map<std::string, ops::TensorView> constants;
-  std::vector<ops::RegionResult> check_results;  // of all runs since set_check
+  std::vector<ops::RegionResult> check_results;  // of all runs since begin_check
 };
 using Program = Handled<HostedProgram>;
 using Cache = Handled<ops::KvCache>;

@@ -353,8 +353,8 @@ def summary() -> str:
     return "\n".join(lines)
 
 
-def record(rows: dict[str, dict[str, Any]]) -> None:
-    """Merges rows into the file of results."""
+def record(rows: dict[str, dict[str, Any]], origin: dict[str, str]) -> None:
+    """Merges rows into the file of results; `origin`: the machine and commit they came from."""
     results: dict[str, Any] = {}
     if RESULTS.exists():
         results = json.loads(RESULTS.read_text())
@@ -362,13 +362,9 @@ def record(rows: dict[str, dict[str, Any]]) -> None:
     results["torch"] = torch.__version__
     results["transformers"] = transformers.__version__
     merged = results.setdefault("rows", {})
-    target = core.engine().target()
-    for row in rows.values():
-        for measured in row.values():
-            measured["machine"] = f"{target['model_name']}, {target['isa']}"
-            measured["commit"] = commit()
     for name, row in rows.items():
-        merged.setdefault(name, {}).update(row)
+        stamped = {mode: {**measured, **origin} for mode, measured in row.items()}
+        merged.setdefault(name, {}).update(stamped)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
@@ -385,9 +381,12 @@ def main() -> int:
     if options.summary:
         print(summary())
         return 0
-    # Read when the core is first used, in the children.
+    # Read when the core is first used.
     cache = tempfile.TemporaryDirectory(prefix="tilewright-campaign-")
     os.environ.setdefault("TILEWRIGHT_CACHE_DIR", os.path.join(cache.name, "cache"))
+    target = core.engine().target()
+    # Asked once: recording makes the tree dirty.
+    origin = {"machine": f"{target['model_name']}, {target['isa']}", "commit": commit()}
     table = {**others(), **ARCHITECTURES}
     listed = others() if options.others else ARCHITECTURES
     wrong = 0
@@ -398,7 +397,7 @@ def main() -> int:
             print(describe(name, mode, rows[mode]), flush=True)
             wrong += not rows[mode]["right"]
         if not options.no_record:
-            record({name: rows})
+            record({name: rows}, origin)
     print(f"{wrong} wrong")
     return wrong != 0
 

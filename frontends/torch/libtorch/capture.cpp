@@ -24,8 +24,9 @@ class Interpreter {
 
   void run(const torch::jit::Graph& graph, const std::vector<at::Tensor>& inputs) {
     for (std::size_t i = 0; i < inputs.size(); ++i) {
-      writer_.add_input(inputs[i]);
-      values_[graph.inputs().at(i + 1)] = inputs[i];
+      const at::Tensor input = at::alias(inputs[i]);  // one tensor may be given twice
+      writer_.add_input(input);
+      values_[graph.inputs().at(i + 1)] = input;
     }
     run_block(*graph.block());
     for (const Value* output : graph.outputs()) collect(value(output));

@@ -32,6 +32,7 @@ std::string number_text(double value);
 
 class GraphWriter {
  public:
+  // REQUIRES: a tensor object of its own for each input.
   void add_input(const at::Tensor& tensor);
 
   bool knows(const at::Tensor& tensor) const;

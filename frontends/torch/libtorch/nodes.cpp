@@ -105,6 +105,7 @@ bool same(const Call& call, const char*) { return call.alias(call.operand(0)); }
 bool dropout(const Call& call, const char* op) { return !call[2].toBool() && same(call, op); }
 
 bool reshape(const Call& call, const char*) {
+  if (call.dtype() != call.tensor(0).scalar_type()) return false;  // view(dtype): other bits
   return call.alias(call.writer.reshape(call.operand(0), call.tensor(0).sizes(),
                                         call.result.sizes(), call.dtype()));
 }

@@ -7,6 +7,7 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -70,8 +71,11 @@ struct Compiled {
       alive.push_back(input.contiguous());
       in.push_back(view_of(alive.back()));
     }
-    for (const at::Tensor& like : captured.results) {
-      results.push_back(at::empty(like.sizes(), like.options()));
+    const auto shapes = program.output_shapes(in);
+    TORCH_CHECK(shapes.ok(), "tilewright: ", shapes.error().message);
+    for (std::size_t i = 0; i < shapes->size(); ++i) {
+      const graph::Graph& graph = program.graph();
+      results.push_back(at::empty((*shapes)[i], scalar_type(graph.type(graph.outputs[i]).dtype)));
       out.push_back(view_of(results.back()));
     }
     const ops::HostFunction host = [this](const ops::HostCall& call) { return run_host(call); };
@@ -113,23 +117,20 @@ class CompiledModule : public torch::CustomClassHolder {
     const c10::NoGradGuard no_gradients;
     std::lock_guard lock(mutex_);
     const std::string wanted = signature(inputs);
-    if (reason_.empty()) {
-      for (auto entry = programs_.begin(); entry != programs_.end(); ++entry) {
-        if (entry->signature != wanted) continue;
-        programs_.splice(programs_.begin(), programs_, entry);
-        ++report_.runs;
-        return programs_.front().run(inputs);
-      }
+    for (auto entry = programs_.begin(); entry != programs_.end(); ++entry) {
+      if (entry->signature != wanted) continue;
+      programs_.splice(programs_.begin(), programs_, entry);
+      ++report_.runs;
+      return programs_.front().run(inputs);
     }
     ++report_.captures;
-    return reason_.empty() ? compile(wanted, inputs) : run_frozen(inputs);
+    return refused_.contains(wanted) ? run_frozen(inputs) : compile(wanted, inputs);
   }
 
   ModuleReport report() {
     std::lock_guard lock(mutex_);
     ModuleReport report = report_;
     report.programs = programs_.size();
-    report.reason = reason_;
     double own = own_flops_, all = own_flops_ + fallback_flops_;
     for (const Compiled& compiled : programs_) {
       const ops::PhaseCounters& counters = compiled.program.counters(ops::Phase::prefill);
@@ -146,14 +147,15 @@ class CompiledModule : public torch::CustomClassHolder {
   // A forward of LibTorch that becomes a program for these shapes.
   Tensors compile(const std::string& wanted, const Tensors& inputs) {
     Result<Captured> captured = libtorch::capture(*graph_, inputs);
-    if (!captured) return give_up(captured.error().message, inputs);
+    if (!captured) return refuse(wanted, captured.error().message, inputs);
     std::map<std::string, ops::TensorView> constants;
     for (const auto& [name, tensor] : captured->constants) constants[name] = view_of(tensor);
     Result<ops::Program> program = engine()->compile(captured->text, constants, weights_);
-    if (!program) return give_up(program.error().message, inputs);
+    if (!program) return refuse(wanted, program.error().message, inputs);
     if (programs_.size() == kMostPrograms) drop_oldest();
+    Tensors results = std::move(captured->results);  // the caller's, not to be kept
     programs_.push_front({wanted, std::move(captured.value()), std::move(program.value())});
-    return programs_.front().captured.results;
+    return results;
   }
 
   void drop_oldest() {
@@ -164,9 +166,11 @@ class CompiledModule : public torch::CustomClassHolder {
     programs_.pop_back();
   }
 
-  Tensors give_up(const std::string& reason, const Tensors& inputs) {
+  Tensors refuse(const std::string& wanted, const std::string& reason, const Tensors& inputs) {
     TORCH_CHECK(!environment().strict, "tilewright: ", reason);
-    reason_ = reason;
+    report_.reason = reason;
+    if (refused_.size() == kMostPrograms) refused_.clear();
+    refused_.insert(wanted);
     return run_frozen(inputs);
   }
 
@@ -184,9 +188,9 @@ class CompiledModule : public torch::CustomClassHolder {
   torch::jit::Module frozen_;
   std::shared_ptr<torch::jit::Graph> graph_;
   std::shared_ptr<ops::WeightStore> weights_ = std::make_shared<ops::WeightStore>();
-  std::list<Compiled> programs_;  // the newest first
-  std::string reason_;            // why LibTorch runs this module from now on
-  ModuleReport report_;           // what is not counted by a program that lives
+  std::list<Compiled> programs_;   // the newest first
+  std::set<std::string> refused_;  // signatures that run through LibTorch
+  ModuleReport report_;            // what is not counted by a program that lives
   double own_flops_ = 0, fallback_flops_ = 0;
 };
 

@@ -5,10 +5,11 @@
 //   tilewright::Status status = tilewright::optimize(model);   // or: why not; model is as it was
 //   model.forward({tokens});
 //
-// Weights are frozen into the module as they are now. Each new combination of input shapes and
-// types costs one forward through LibTorch, whose result is returned, and compilation; the last
-// kMostPrograms of them are kept. Forward runs without gradients. The module cannot be saved again:
-// keep the file that it came from.
+// Weights are frozen into the module as they are now, and packed besides: memory is about twice the
+// weights. Each new combination of input shapes and types costs one forward through LibTorch, whose
+// result is returned, and compilation; the last kMostPrograms of them are kept. A combination that
+// cannot be captured runs through LibTorch. Forward runs without gradients. The module cannot be
+// saved again: keep the file that it came from.
 //
 // forward() of the result is thread-safe: calls of one module wait for one another. optimize() is
 // not, for one module. Tested by torchscript_test and tests/python/test_libtorch_example.py.
@@ -33,10 +34,10 @@ Status optimize(torch::jit::Module& model);
 struct ModuleReport {
   std::uint64_t programs = 0;        // combinations of shapes that were compiled
   std::uint64_t runs = 0;            // forwards in our programs
-  std::uint64_t captures = 0;        // forwards through LibTorch, to capture them or since
+  std::uint64_t captures = 0;        // forwards through LibTorch, to capture, or refused
   std::uint64_t fallback_calls = 0;  // ops that our programs left to LibTorch
   double own_flops_share = 0;        // of the programs' runs
-  std::string reason;                // why LibTorch ran, "" if it did not have to
+  std::string reason;                // the last refusal, "" if there was none
   std::string graph;                 // the text of the newest program, after the passes
 };
 
