@@ -106,6 +106,13 @@ QUICK = (
     Cell("smollm2-135m", "fp32", 128, 17, 1),
     Cell("smollm2-135m", "bf16", 128, 17, 1),
 )
+
+
+def share_of_time(now: float, end: float, groups: int) -> float:
+    """Until when the first of these groups of cells may begin rounds: each has the same share."""
+    return now + max(0.0, end - now) / groups
+
+
 FULL = tuple(
     Cell(model, dtype, prompt, 33, batch)
     for model, dtypes in (

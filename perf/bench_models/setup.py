@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 
 from bench_models import cells, gate, models, places, session, text
-from bench_models.systems import ENVIRONMENTS, SYSTEMS, Environment
+from bench_models.systems import ENVIRONMENTS, QUICK_SYSTEMS, SYSTEMS, Environment
 
 NOTE = "bench-note.txt"
 Say = Callable[[str], None]
@@ -80,8 +80,25 @@ def _check_instructions(name: str, pip: list[str], environment: Environment, say
     return ""
 
 
+def _load_quick(say: Say) -> None:
+    """Loads each system of --quick once, so that its converted models and Inductor's compiled code
+    are there: they take minutes, and every later --quick must end within five."""
+    for cell in cells.QUICK:
+        directory = models.directory_of(cell.model)
+        for name in QUICK_SYSTEMS:
+            plan = session.Plan([name], 2, kept_caches=places.home() / "caches", say=say)
+            row = session.start(plan, name, cell, directory, text.prompts_of(cell, directory))
+            if row.worker is not None:
+                row.worker.close()
+            else:
+                say(f"{name}: {row.reason}")
+
+
 def make_all(names: list[str], say: Say = print) -> dict[str, str]:
-    """name -> reason of what failed. Also builds the probe of the machine's limits."""
+    """name -> reason of what failed. Also builds the probe of the machine's limits, and loads the
+    systems of --quick once when their environment is asked for."""
     gate.program()
-    failed = {name: make(name, say) for name in names}
-    return {name: reason for name, reason in failed.items() if reason}
+    reasons = {name: make(name, say) for name in names}
+    if "openvino" in names:
+        _load_quick(say)
+    return {name: reason for name, reason in reasons.items() if reason}

@@ -274,6 +274,12 @@ def test_limits_agree_with_those_computed_by_hand(model: str, read: float, prefi
     assert limit.decode_seconds == pytest.approx(2 * read / 25e9, rel=0.1)
 
 
+def test_each_group_of_cells_has_the_same_share_of_the_time() -> None:
+    assert cells.share_of_time(10.0, 40.0, 2) == 25.0
+    assert cells.share_of_time(30.0, 40.0, 1) == 40.0
+    assert cells.share_of_time(50.0, 40.0, 1) == 50.0
+
+
 def test_unknown_names_are_refused_with_what_there_is() -> None:
     with pytest.raises(ValueError, match="there are smollm2-135m"):
         cells.make_cells(["gpt5"], ["fp32"], [1], 2, [1])

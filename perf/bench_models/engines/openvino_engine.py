@@ -121,15 +121,16 @@ class Engine:
                 return "not told"
             return str(getattr(value, "get_type_name", lambda: value)())
 
-        weights = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8 sym", "int4": "int4 g64"}
-        head = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int8"}
         arithmetic = told("INFERENCE_PRECISION_HINT")
+        # Plain weights are kept in the type of the arithmetic: fp32 on a CPU without bf16 products.
+        weights = {"int8": "int8 sym", "int4": "int4 g64"}.get(self._dtype, arithmetic)
+        head = {"int8": "int8", "int4": "int8"}.get(self._dtype, arithmetic)
         return {
-            "weights": weights[self._dtype],
+            "weights": weights,
             "activations": arithmetic,
             "arithmetic": arithmetic,
             "kv": told("KV_CACHE_PRECISION"),
-            "head": head[self._dtype],
+            "head": head,
         }
 
     def versions(self) -> dict[str, str]:
