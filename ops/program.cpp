@@ -181,8 +181,8 @@ Status prepare_scratch(State& state, const Frame& frame, int threads) {
   std::int64_t needed = 64;
   for (const Step& step : state.steps) {
     for (const Task& task : step.tasks) {
-      if (const auto* linear = std::get_if<LinearTask>(&task); linear && linear->experts) {
-        needed = std::max(needed, expert_scratch_bytes(*linear, frame.dim(linear->rows)));
+      if (const auto* linear = std::get_if<LinearTask>(&task)) {
+        needed = std::max(needed, scratch_bytes(*linear, frame.dim(linear->rows)));
       }
       const auto* attention = std::get_if<AttentionTask>(&task);
       if (attention == nullptr) continue;

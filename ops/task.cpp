@@ -21,18 +21,6 @@ std::int64_t padded_bytes(std::int64_t columns, graph::DataType type) {
   return (columns * graph::size_in_bytes(type) + 63) / 64 * 64;
 }
 
-// A call's arguments, with the memory that a linear kernel works in.
-struct LinearArguments {
-  LinearArguments() { slots[LinearArgs::partial_sums] = argument(partial_sums); }
-  LinearArguments(const LinearArguments&) = delete;
-  LinearArguments& operator=(const LinearArguments&) = delete;
-
-  std::int64_t& operator[](LinearArgs::Slot slot) { return slots[slot]; }
-
-  std::int64_t slots[LinearArgs::count] = {};
-  alignas(64) char partial_sums[kPartialSumsBytes];
-};
-
 // Rows that are multiplied by the same expert, one thread's panels of their results. A block of
 // rows is gathered, because a kernel wants rows at one stride, and its results are scattered.
 class ExpertRun {
@@ -43,6 +31,8 @@ class ExpertRun {
     const std::int64_t rows = frame.dim(task.rows);
     x_ = reinterpret_cast<char*>(rows_) + (rows * 8 + 63) / 64 * 64;
     y_ = x_ + task.variants[0].rows * padded_bytes(task.spec.k, task.spec.input);
+    char* sums = y_ + task.variants[0].rows * padded_bytes(task.spec.n, task.spec.output);
+    arguments_[LinearArgs::partial_sums] = argument(sums);
     arguments_[LinearArgs::weight] = argument(task.weight->data.get());
     arguments_[LinearArgs::panel_count] = panels.end - panels.begin;
     arguments_[LinearArgs::block_count] = 1;
@@ -86,7 +76,7 @@ class ExpertRun {
     arguments_[LinearArgs::y] =
         argument(y_) - first_panel_ * panel_columns() * task_.y.element_bytes;
     arguments_[LinearArgs::y_row_stride] = pitch;
-    variant.kernel->function(arguments_.slots);
+    variant.kernel->function(arguments_);
     const std::int64_t begin = panels_.begin * panel_columns() * task_.y.element_bytes;
     const std::int64_t end = panels_.end * panel_columns() * task_.y.element_bytes;
     const std::int64_t y_stride = frame_.dim(task_.y_stride) * task_.y.element_bytes;
@@ -103,7 +93,7 @@ class ExpertRun {
   std::int64_t* rows_;
   char *x_, *y_;
   std::int64_t first_panel_ = 0;
-  LinearArguments arguments_;
+  std::int64_t arguments_[LinearArgs::count] = {};
 };
 
 void run_experts(const LinearTask& task, const Frame& frame, int thread, WorkRange panels) {
@@ -126,12 +116,12 @@ void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t rows = frame.dim(task.rows);
   const std::int64_t x_stride = frame.dim(task.x_stride) * task.x.element_bytes;
   const std::int64_t y_stride = frame.dim(task.y_stride) * task.y.element_bytes;
-  LinearArguments arguments;
+  std::int64_t arguments[LinearArgs::count] = {};
+  arguments[LinearArgs::partial_sums] =
+      argument(frame.scratch[static_cast<std::size_t>(thread)]);
   arguments[LinearArgs::x_row_stride] = x_stride;
   arguments[LinearArgs::weight] = argument(task.weight->data.get());
   arguments[LinearArgs::y_row_stride] = y_stride;
-  arguments[LinearArgs::panel_begin] = panels.begin;
-  arguments[LinearArgs::panel_count] = panels.end - panels.begin;
   if (task.spec.epilogue.bias) arguments[LinearArgs::bias] = argument(task.bias.address(frame));
   std::int64_t residual_stride = 0;
   const char* residual = nullptr;
@@ -140,14 +130,23 @@ void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
     residual_stride = frame.dim(task.residual_stride) * task.residual.element_bytes;
     arguments[LinearArgs::residual_row_stride] = residual_stride;
   }
-  for_row_blocks(task.variants, rows,
-                 [&](const LinearTask::Variant& variant, std::int64_t first, std::int64_t blocks) {
-                   arguments[LinearArgs::x] = argument(task.x.address(frame) + first * x_stride);
-                   arguments[LinearArgs::y] = argument(task.y.address(frame) + first * y_stride);
-                   arguments[LinearArgs::residual] = argument(residual + first * residual_stride);
-                   arguments[LinearArgs::block_count] = blocks;
-                   variant.kernel->function(arguments.slots);
-                 });
+  // Rows that need several kernels take the panels one by one: each is still in cache for the next
+  // kernel, where a second pass over all of them would read the weights from memory again.
+  const bool one_kernel = rows % task.variants[0].rows == 0 || rows <= task.variants.back().rows;
+  const std::int64_t panels_at_once = one_kernel ? panels.end - panels.begin : 1;
+  arguments[LinearArgs::panel_count] = panels_at_once;
+  for (std::int64_t panel = panels.begin; panel < panels.end; panel += panels_at_once) {
+    arguments[LinearArgs::panel_begin] = panel;
+    for_row_blocks(
+        task.variants, rows,
+        [&](const LinearTask::Variant& variant, std::int64_t first, std::int64_t blocks) {
+          arguments[LinearArgs::x] = argument(task.x.address(frame) + first * x_stride);
+          arguments[LinearArgs::y] = argument(task.y.address(frame) + first * y_stride);
+          arguments[LinearArgs::residual] = argument(residual + first * residual_stride);
+          arguments[LinearArgs::block_count] = blocks;
+          variant.kernel->function(arguments);
+        });
+  }
 }
 
 // Runs the nest of `loops` for the rows [begin, end) of its flattened iteration space;
@@ -442,10 +441,12 @@ void run(const HostTask&, const Frame&, int, int) {}
 
 }  // namespace
 
-std::int64_t expert_scratch_bytes(const LinearTask& task, std::int64_t rows) {
+std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {
+  if (!task.experts) return rows * kPartialSumsBytesPerRow;
   return (rows * 8 + 63) / 64 * 64 +
-         task.variants[0].rows * (padded_bytes(task.spec.k, task.spec.input) +
-                                  padded_bytes(task.spec.n, task.spec.output));
+         task.variants[0].rows *
+             (padded_bytes(task.spec.k, task.spec.input) +
+              padded_bytes(task.spec.n, task.spec.output) + kPartialSumsBytesPerRow);
 }
 
 KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence,

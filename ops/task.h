@@ -195,8 +195,8 @@ struct KeyRange {
 KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence,
                  std::int64_t query);
 
-// Bytes of scratch that a thread needs to gather the rows of one expert.
-std::int64_t expert_scratch_bytes(const LinearTask& task, std::int64_t rows);
+// Bytes of scratch that a thread needs for its partial sums, and to gather the rows of one expert.
+std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows);
 
 // Calls part(variant, first row, blocks of variant.rows rows) for pieces that cover `rows` rows.
 template <class Variants, class Part>

@@ -1,8 +1,13 @@
-// The linear kernel's loops: panels, then blocks of rows, then k. The epilogue is in epilogue.cpp.
+// The linear kernel's loops: panels, stretches of k, blocks of rows, k. The epilogue is in
+// epilogue.cpp.
 //
-// A panel of 32 columns is cut into parts, each of which passes over k with as many accumulators as
-// the registers hold: with AVX2 up to 3 rows x 32 columns or 6 rows x 16, with AVX-512 12 x 32. The
-// halves of a panel are different cache lines, so cutting it reads no byte twice.
+// A stretch is one partial sum's length of k: a panel's piece of it (16 KB in fp32) and a block's x
+// stay in L1 while all blocks of rows pass by, whose sums wait in memory meanwhile. All of k per
+// block would fetch the panel from L2 for each block.
+//
+// A panel of 32 columns is cut into parts, each with as many accumulators as the registers hold:
+// with AVX2 up to 3 rows x 32 columns or 6 rows x 16, with AVX-512 12 x 32. The halves of a panel
+// are different cache lines, so cutting it reads no byte twice.
 //
 // Tested by linear_test.
 #include "ops/gemm/linear_kernel.h"
@@ -60,14 +65,12 @@ class LinearBuilder {
   }
 
   jit::vir::Function run() && {
-    Reg first_panel = b_.arg(LinearArgs::panel_begin);
     weight_ = b_.arg(LinearArgs::weight);
-    b_.add_to(weight_, b_.mul(first_panel, panel_bytes()));
-    output_offset_ = b_.mul(first_panel, panel_output_bytes());
-    b_.loop(b_.arg(LinearArgs::panel_count), [&] {
-      for (int part = 0; part < panel_vectors() / vectors_; ++part) emit_part(part);
+    b_.add_to(weight_, b_.mul(b_.arg(LinearArgs::panel_begin), panel_bytes()));
+    panels_left_ = b_.arg(LinearArgs::panel_count);
+    b_.loop(panels_left_, [&] {
+      emit_panel();
       b_.add_to(weight_, panel_bytes());
-      b_.add_to(output_offset_, panel_output_bytes());
     });
     return std::move(b_).finish();
   }
@@ -102,71 +105,77 @@ class LinearBuilder {
     return list;
   }
 
-  void emit_part(int part) {
-    const std::vector<int> columns = part_vectors(part);
-    x_.clear();
-    for (int i = 0; i < pointer_count(); ++i) {
-      x_.push_back(i == 0 ? b_.arg(LinearArgs::x) : b_.copy(x_.back()));
-      if (i > 0) b_.add_to(x_.back(), b_.mul(b_.arg(LinearArgs::x_row_stride), kRowsPerPointer));
+  int part_count() const { return panel_vectors() / vectors_; }
+
+  void emit_panel() {
+    // All but the last stretch of k leave their sums in memory: there are no registers for them.
+    const std::int64_t stretches = (spec_.k - 1) / kPartialSumLength;
+    const std::int64_t rest = spec_.k - stretches * kPartialSumLength;
+    x_offset_ = b_.constant(0);
+    if (stretches > 0) {
+      clear_sums();
+      b_.loop(b_.constant(stretches), [&] {
+        each_block([&] {
+          for (int part = 0; part < part_count(); ++part) {
+            emit_products(part, kPartialSumLength);
+            add_partial_sums(part);
+            each_sum(part, [&](std::size_t row, std::size_t j, Address sum) {
+              b_.store(Element::f32, sum, accumulators_[row][j]);
+            });
+          }
+        });
+        b_.add_to(weight_, kPartialSumLength / step_length() * kStepBytes);
+        b_.add_to(x_offset_, kPartialSumLength * input_bytes());
+      });
     }
-    OutputRow row;
-    row.y = b_.arg(LinearArgs::y);
-    b_.add_to(row.y, output_offset_);
-    if (spec_.epilogue.residual) {
-      row.residual = b_.arg(LinearArgs::residual);
-      b_.add_to(row.residual, output_offset_);
-    }
+    each_block([&] {
+      for (int part = 0; part < part_count(); ++part) {
+        emit_products(part, rest);
+        if (stretches > 0) add_partial_sums(part);
+        emit_epilogues(part_vectors(part));
+      }
+    });
+    b_.add_to(weight_, -stretches * kPartialSumLength / step_length() * kStepBytes);
+  }
+
+  // The body for each block of rows, with x_[0] and sums_ at it.
+  template <class Body>
+  void each_block(const Body& body) {
+    x_ = {b_.add(b_.arg(LinearArgs::x), x_offset_)};
+    sums_ = b_.arg(LinearArgs::partial_sums);
     b_.loop(b_.mul(b_.arg(LinearArgs::block_count), spec_.rows / rows_), [&] {
-      emit_products(part);
-      emit_epilogues(columns, row);
-      Reg advance = b_.mul(b_.arg(LinearArgs::x_row_stride), rows_);
-      for (Reg pointer : x_) b_.add_to(pointer, advance);
+      body();
+      b_.add_to(x_[0], b_.mul(b_.arg(LinearArgs::x_row_stride), rows_));
+      b_.add_to(sums_, rows_ * kPartialSumsBytesPerRow);
     });
   }
 
-  // --- the sum over k
+  // --- the sums so far
 
-  void emit_products(int part) {
-    if (rows_ > 1) x_stride_ = b_.arg(LinearArgs::x_row_stride);
-    if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
-    // All but the last block of k leave their sums in memory: there are no registers for them.
-    const std::int64_t blocks = (spec_.k - 1) / kPartialSumLength;
-    const std::int64_t rest = spec_.k - blocks * kPartialSumLength;
-    if (blocks > 0) {
-      Reg zero = b_.zero();
-      each_sum([&](std::size_t, std::size_t, Address sum) { b_.store(Element::f32, sum, zero); });
-      b_.loop(b_.constant(blocks), [&] {
-        emit_partial_products(part, kPartialSumLength);
-        add_partial_sums();
-        each_sum([&](std::size_t row, std::size_t j, Address sum) {
-          b_.store(Element::f32, sum, accumulators_[row][j]);
-        });
-        advance_k(kPartialSumLength);
-      });
-    }
-    emit_partial_products(part, rest);
-    if (blocks > 0) {
-      add_partial_sums();
-      advance_k(-blocks * kPartialSumLength);
-    }
+  void clear_sums() {
+    Reg zero = b_.zero();
+    sums_ = b_.arg(LinearArgs::partial_sums);
+    b_.loop(b_.mul(b_.arg(LinearArgs::block_count), spec_.rows), [&] {
+      for (int i = 0; i < panel_vectors(); ++i) {
+        b_.store(Element::f32, b_.at(sums_, i * b_.vector_bytes()), zero);
+      }
+      b_.add_to(sums_, kPartialSumsBytesPerRow);
+    });
   }
 
-  // Their address is read anew each time: a register for it would be one too many in the inner
-  // loop.
   template <class Visit>
-  void each_sum(const Visit& visit) {
-    Reg sums = b_.arg(LinearArgs::partial_sums);
+  void each_sum(int part, const Visit& visit) {
+    std::int64_t index = std::int64_t{part} * rows_ * vectors_;
     for (std::size_t row = 0; row < static_cast<std::size_t>(rows_); ++row) {
       for (std::size_t j = 0; j < static_cast<std::size_t>(vectors_); ++j) {
-        const auto index = static_cast<std::int64_t>(row) * vectors_ + static_cast<std::int64_t>(j);
-        visit(row, j, b_.at(sums, index * b_.vector_bytes()));
+        visit(row, j, b_.at(sums_, index++ * b_.vector_bytes()));
       }
     }
   }
 
-  void add_partial_sums() {
+  void add_partial_sums(int part) {
     Reg one = b_.splat(1.0f);
-    each_sum([&](std::size_t row, std::size_t j, Address sum) {
+    each_sum(part, [&](std::size_t row, std::size_t j, Address sum) {
       b_.fma_load(accumulators_[row][j], one, sum);
     });
   }
@@ -180,8 +189,16 @@ class LinearBuilder {
   // A step is one line run of the panel: one k, or a pair.
   int step_length() const { return is_f32() ? 1 : 2; }
 
+  // --- the sum over k
+
   // The accumulators: the sums over the next `count` of k. The pointers stay.
-  void emit_partial_products(int part, std::int64_t count) {
+  void emit_products(int part, std::int64_t count) {
+    x_.resize(1);  // the others only live here: an epilogue has no registers for them
+    x_stride_ = b_.arg(LinearArgs::x_row_stride);
+    while (static_cast<int>(x_.size()) < pointer_count()) {
+      x_.push_back(b_.add(x_.back(), b_.mul(x_stride_, kRowsPerPointer)));
+    }
+    if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
     accumulators_.assign(static_cast<std::size_t>(rows_), {});
     for (auto& row : accumulators_) {
       for (int j = 0; j < vectors_; ++j) row.push_back(b_.zero());
@@ -228,9 +245,18 @@ class LinearBuilder {
     return spec_.weight == DataType::f16 ? 4096 : 1024;
   }
 
-  // The first part asks for the whole line run: two parts with every other line each would both
-  // miss the stream that the hardware looks for.
+  // Few rows: the first part asks for the whole line run, since two parts with every other line
+  // each would both miss the stream that the hardware looks for. Many rows: all blocks pass over a
+  // stretch while the next one comes from memory; it goes to L2, because L1 is full.
   void prefetch_step(int part, int step) {
+    if (rows_ == max_rows(spec_.lanes)) {
+      const std::int64_t stretch = kPartialSumLength / step_length() * kStepBytes;
+      const int share = kStepBytes / part_count();
+      for (int line = part * share; line < (part + 1) * share; line += kLineBytes) {
+        b_.prefetch(b_.at(weight_, stretch + step * kStepBytes + line), 1);
+      }
+      return;
+    }
     const std::int64_t distance = prefetch_distance();
     if (part != 0 || distance == 0) return;
     for (int line = 0; line < kStepBytes; line += kLineBytes) {
@@ -293,13 +319,13 @@ class LinearBuilder {
 
   // --- epilogues
 
-  void emit_epilogues(const std::vector<int>& columns, const OutputRow& row) {
+  void emit_epilogues(const std::vector<int>& columns) {
     const std::int64_t tail = outputs() % panel_outputs();
-    if (tail == 0) return emit_stores(columns, row, panel_outputs());
+    if (tail == 0) return emit_stores(columns, panel_outputs());
     const std::int64_t last = outputs() / panel_outputs() * panel_output_bytes();
     b_.if_nonzero(
-        b_.add(output_offset_, -last), [&] { emit_stores(columns, row, panel_outputs()); },
-        [&] { emit_stores(columns, row, static_cast<int>(tail)); });
+        b_.add(output_offset(), -last), [&] { emit_stores(columns, panel_outputs()); },
+        [&] { emit_stores(columns, static_cast<int>(tail)); });
   }
 
   // Columns of the panel's vector that exist when the panel has `width` outputs.
@@ -311,7 +337,7 @@ class LinearBuilder {
   // would take, and a spill anywhere costs the inner loop three of its registers.
   void add_bias(const std::vector<int>& columns, int width) {
     Reg bias = b_.arg(LinearArgs::bias);
-    b_.add_to(bias, output_offset_);
+    b_.add_to(bias, output_offset());
     Reg one = b_.splat(1.0f);
     for (std::size_t j = 0; j < columns.size(); ++j) {
       int first = columns[j] * spec_.lanes;
@@ -327,11 +353,31 @@ class LinearBuilder {
     }
   }
 
-  // Stores the block's rows, whose panel has `width` outputs, and moves `row` to the next block.
-  void emit_stores(const std::vector<int>& columns, const OutputRow& row, int width) {
+  // Bytes from a row's start to the panel's outputs. Computed anew from counters that are there
+  // anyway, as the addresses below: pointers that moved along would need registers in the inner
+  // loop.
+  Reg output_offset() {
+    Reg end = b_.add(b_.arg(LinearArgs::panel_begin), b_.arg(LinearArgs::panel_count));
+    return b_.mul(b_.sub(end, panels_left_), panel_output_bytes());
+  }
+
+  // Where the block's first row has the panel's columns. The sums' address tells which block it is.
+  Reg panel_of_block(LinearArgs::Slot base, LinearArgs::Slot row_stride) {
+    static_assert(kPartialSumsBytesPerRow == 1 << 7);
+    Reg row = b_.shift_right(b_.sub(sums_, b_.arg(LinearArgs::partial_sums)), 7);
+    Reg address = b_.add(b_.arg(base), output_offset());
+    b_.add_to(address, b_.mul(row, b_.arg(row_stride)));
+    return address;
+  }
+
+  // Stores the block's rows, whose panel has `width` outputs.
+  void emit_stores(const std::vector<int>& columns, int width) {
+    OutputRow row;
+    row.y = panel_of_block(LinearArgs::y, LinearArgs::y_row_stride);
+    if (spec_.epilogue.residual) {
+      row.residual = panel_of_block(LinearArgs::residual, LinearArgs::residual_row_stride);
+    }
     if (spec_.epilogue.bias) add_bias(columns, width);
-    Reg y_stride = b_.arg(LinearArgs::y_row_stride), residual_stride;
-    if (spec_.epilogue.residual) residual_stride = b_.arg(LinearArgs::residual_row_stride);
     const std::size_t stored = columns.size() / (spec_.epilogue.gated ? 2 : 1);
     for (const std::vector<Reg>& values : accumulators_) {
       for (std::size_t j = 0; j < stored; ++j) {
@@ -342,8 +388,8 @@ class LinearBuilder {
         vector.count = count_columns(columns[j] * spec_.lanes, width);
         if (vector.count > 0) finish_vector(b_, spec_, vector, row);
       }
-      b_.add_to(row.y, y_stride);
-      if (spec_.epilogue.residual) b_.add_to(row.residual, residual_stride);
+      b_.add_to(row.y, b_.arg(LinearArgs::y_row_stride));
+      if (spec_.epilogue.residual) b_.add_to(row.residual, b_.arg(LinearArgs::residual_row_stride));
     }
   }
 
@@ -351,8 +397,10 @@ class LinearBuilder {
   int rows_;  // computed at a time: spec.rows or half of them
   Builder b_;
   int vectors_;         // accumulators of a row in one part
-  Reg weight_;          // the panel, then moved along k
-  Reg output_offset_;   // bytes from a row's start to the panel's outputs
+  Reg weight_;          // the panel's stretch, then moved along k
+  Reg panels_left_;     // this one included
+  Reg x_offset_;        // bytes from a row's start to the stretch
+  Reg sums_;            // of the block
   std::vector<Reg> x_;  // rows 0, 3, 6, 9 of the block, moved along k
   Reg x_stride_, odd_mask_;
   std::vector<std::vector<Reg>> accumulators_;  // [row][vector of the part]

@@ -47,8 +47,8 @@ struct LinearKernel {
 
 // Argument slots. Strides in bytes. A panel is panel_columns() columns of the packed weight.
 // The kernel computes, for each panel in [panel_begin, panel_begin + panel_count) and each of
-// block_count blocks of `rows` rows, its piece of y. Panels are the outer loop, so that a panel
-// stays in cache over all row blocks.
+// block_count blocks of `rows` rows, its piece of y. Panels are the outer loop, so that the weights
+// are read from memory once.
 struct LinearArgs {
   enum Slot {
     x,
@@ -62,12 +62,12 @@ struct LinearArgs {
     panel_begin,
     panel_count,
     block_count,
-    partial_sums,  // memory of kPartialSumsBytes, aligned to 64, that no other thread uses
+    partial_sums,  // kPartialSumsBytesPerRow for each row, aligned to 64, of this thread alone
     count
   };
 };
 
-inline constexpr int kPartialSumsBytes = 12 * 32 * 4;  // the most rows x a panel's columns
+inline constexpr int kPartialSumsBytesPerRow = 32 * 4;  // a panel's columns
 std::int64_t partial_sum_length();
 
 int max_rows(int lanes);       // 6 with AVX2 (6 x 16), 12 with AVX-512 (12 x 32)
