@@ -23,6 +23,25 @@ void load_narrow(Site& s) {
   s.as.vmovd(s.vd().low(), kScratch);
 }
 
+// A half of each i64: two vectors of them, whose wanted halves a shuffle joins within each 128 bits
+// (two of the first vector, two of the second); then those pairs are put in order.
+void load_halves(Site& s) {
+  const bool low = s.element() == vir::Element::i64_low;
+  Memory second = s.memory;
+  second.disp += 4 * s.lanes;
+  s.as.vmovups(s.vd(), s.memory);
+  s.as.vmovups(s.temp(), second);
+  s.as.vshufps(s.vd(), s.vd(), s.temp(), low ? 0x88 : 0xDD);
+  std::array<std::uint32_t, 16> order;
+  const auto lanes = static_cast<std::uint32_t>(s.lanes);
+  for (std::uint32_t i = 0; i < lanes; ++i) {
+    const std::uint32_t part = i % (lanes / 2) / 2, from_second = i / (lanes / 2);
+    order[i] = 4 * part + 2 * from_second + i % 2;
+  }
+  s.as.vmovups(s.temp(), s.as.table(std::as_bytes(std::span(order).first(lanes))));
+  s.as.vpermps(s.vd(), s.temp(), s.vd());
+}
+
 }  // namespace
 
 int temporary_count(const vir::Instruction& instruction, int lanes) {
@@ -32,6 +51,7 @@ int temporary_count(const vir::Instruction& instruction, int lanes) {
   // AVX2 has no truncating stores: the low parts are gathered in a temporary first.
   const bool truncates = element == Element::u16 || element == Element::u8;
   if (instruction.op == Op::vstore && lanes == 8 && truncates) return 1;
+  if (element == Element::i64_low || element == Element::i64_high) return 1;
   // One half is converted to a register: the instruction's memory form would store 8 bytes.
   if (instruction.op == Op::vstore1 && element == Element::f16) return 1;
   return 0;
@@ -85,6 +105,9 @@ void vload(Site& s) {
       return s.as.vcvtph2ps(s.vd(), s.memory);
     case vir::Element::u8:
       return s.as.vpmovzxbd(s.vd(), s.memory);
+    case vir::Element::i64_low:
+    case vir::Element::i64_high:
+      return load_halves(s);
     default:
       return s.as.vmovups(s.vd(), s.memory);
   }

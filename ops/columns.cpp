@@ -35,6 +35,8 @@ Element store_element(DataType type) {
   return type == DataType::bf16 ? Element::u16 : load_element(type);
 }
 
+constexpr int kHalfBytes = 4;  // of an i64; the low half comes first
+
 int log2_of(int power) { return std::countr_zero(static_cast<unsigned>(power)); }
 
 // `turns` of a loop over full vectors; a constant count needs no loop for 0 and 1.
@@ -120,6 +122,7 @@ void for_columns(Builder& builder, const ColumnCount& columns, int unroll, Block
 }
 
 bool has_masked_moves(DataType type, int lanes) {
+  if (type == DataType::i64) return false;
   return lanes == 16 || type == DataType::f32 || type == DataType::i32;
 }
 
@@ -144,6 +147,20 @@ Reg load(Builder& builder, DataType type, Reg base, const Block& block) {
       break;
   }
   return builder.load(element, from);
+}
+
+Reg load_half(Builder& builder, Reg base, const Block& block, bool high) {
+  assert(block.part != Block::Part::masked);
+  jit::vir::Address from = address(builder, base, size_in_bytes(DataType::i64), block);
+  if (block.part == Block::Part::vector) {
+    return builder.load(high ? Element::i64_high : Element::i64_low, from);
+  }
+  if (high) from.disp += kHalfBytes;
+  return builder.load_one(Element::i32, from);
+}
+
+Reg load_broadcast_half(Builder& builder, Reg base, bool high) {
+  return builder.broadcast(Element::i32, builder.at(base, high ? kHalfBytes : 0));
 }
 
 void store(Builder& builder, DataType type, Reg base, const Block& block, Reg value) {

@@ -45,6 +45,12 @@ void for_columns(jit::vir::Builder& builder, const ColumnCount& columns, int unr
 // Whether a tail in this element type can be masked with that many lanes.
 bool has_masked_moves(graph::DataType type, int lanes);
 
+// A half of each i64, as i32 lanes. The block is not masked.
+jit::vir::Reg load_half(jit::vir::Builder& builder, jit::vir::Reg base, const Block& block,
+                        bool high);
+// One i64's half in all lanes.
+jit::vir::Reg load_broadcast_half(jit::vir::Builder& builder, jit::vir::Reg base, bool high);
+
 // Element types that load and store know: f32, bf16, f16 (as f32 in registers), i32, and boolean
 // (as the integers 0 and 1). `base` is the address of the row's first element.
 bool has_vector_form(graph::DataType type);

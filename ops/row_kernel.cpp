@@ -95,7 +95,7 @@ class RowBuilder {
     for (int output : expansion_.outputs) needed[static_cast<std::size_t>(output)] = true;
     std::vector<int> reductions;
     for (int id = static_cast<int>(steps_.size()) - 1; id >= 0; --id) {
-      if (!needed[static_cast<std::size_t>(id)] || step(id).kind == Kind::input) continue;
+      if (!needed[static_cast<std::size_t>(id)] || step(id).is_input()) continue;
       if (step(id).is_reduction()) reductions.push_back(id);
       for (int i = 0; i < step(id).operand_count(); ++i) {
         needed[static_cast<std::size_t>(step(id).operands[static_cast<std::size_t>(i)])] = true;
@@ -127,7 +127,7 @@ class RowBuilder {
     int cost = 0;
     for (int id : pass.varying) {
       const Step& s = step(id);
-      if (s.kind == Kind::input) {
+      if (s.is_input()) {
         pass.masked_tail &= has_masked_moves(s.dtype, b_.lanes());
       } else {
         cost += is_transcendental(s.op) ? kUnrolledSteps + 1 : 1;
@@ -156,7 +156,7 @@ class RowBuilder {
   void compute_row_value(int id) {
     const Step& s = step(id);
     if (row_value(id).valid() || s.kind == Kind::literal) return;
-    if (s.kind == Kind::input) {
+    if (s.is_input()) {
       row_value(id) = load_row_input(s);
     } else if (s.kind == Kind::column_count) {
       row_value(id) = spec_.columns >= 0 ? b_.splat(static_cast<float>(spec_.columns))
@@ -171,6 +171,7 @@ class RowBuilder {
 
   Reg load_row_input(const Step& s) {
     Reg base = pointers_[static_cast<std::size_t>(s.operands[0])];
+    if (s.kind != Kind::input) return load_broadcast_half(b_, base, s.kind == Kind::high_half);
     if (s.dtype == DataType::i64) {
       return b_.splat_converted(b_.load_gpr(jit::vir::Element::i64, b_.at(base)));
     }
@@ -211,14 +212,20 @@ class RowBuilder {
                             std::span(registers).first(static_cast<std::size_t>(count)), s.flag);
   }
 
+  Reg load_input(const Step& s, const Block& block) {
+    Reg base = pointers_[static_cast<std::size_t>(s.operands[0])];
+    if (s.kind == Kind::input) return load(b_, s.dtype, base, block);
+    return load_half(b_, base, block, s.kind == Kind::high_half);
+  }
+
   // All varying steps of a pass for one block, in order; the result also has the row values.
   Values compute(const Pass& pass, const Block& block) {
     Values values = row_values_;
     for (int id : pass.varying) {
       const Step& s = step(id);
       Reg& value = values[static_cast<std::size_t>(id)];
-      if (s.kind == Kind::input) {
-        value = load(b_, s.dtype, pointers_[static_cast<std::size_t>(s.operands[0])], block);
+      if (s.is_input()) {
+        value = load_input(s, block);
         if (s.form == Form::mask) value = change_form(b_, value, Form::integer, Form::mask);
       } else {
         value = emit_step(s, values);

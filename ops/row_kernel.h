@@ -3,7 +3,9 @@
 //
 // Floating values are f32 in registers whatever their type: bf16 and f16 round where they are
 // stored or converted, not between fused ops. i32 is exact (add, sub, mul, neg, compares, where);
-// where it meets a float it is rounded to f32, as an i64 is. All stores come in the last pass over
+// where it meets a float it is rounded to f32, as an i64 that does not vary along the row is. i64
+// is exact, too (add, sub, neg, abs, compares, where, conversions to i32 and boolean), but is not
+// stored: positions end in masks. All stores come in the last pass over
 // a row, so an output's row may be an input's row of the same element size.
 //
 // A region is a small straight-line program over rows [rows, columns]. Elementwise results live in
@@ -32,8 +34,7 @@ enum class ColumnAccess : std::uint8_t {
 };
 
 struct RowOperand {
-  graph::DataType dtype =
-      graph::DataType::f32;  // f32, bf16, f16; boolean and i32; i64 only as broadcast
+  graph::DataType dtype = graph::DataType::f32;  // f32, bf16, f16; boolean, i32; inputs: i64
   ColumnAccess access = ColumnAccess::contiguous;
 };
 

@@ -32,6 +32,14 @@ bool has_integer_form(Op op) {
          op == Op::convert;
 }
 
+bool has_wide_form(Op op) {
+  return is_compare(op) || op == Op::add || op == Op::sub || op == Op::neg || op == Op::abs ||
+         op == Op::where || op == Op::convert;
+}
+
+// where's condition is not of its result's type.
+std::size_t first_value(Op op) { return op == Op::where ? 1 : 0; }
+
 struct OperandRange {
   std::size_t minimum, maximum;
 };
@@ -65,7 +73,7 @@ struct Known {
   DataType dtype = DataType::f32;
   bool literal = false;
   double value = 0;
-  bool wide_input = false;  // an i64 input: in registers it is rounded to f32
+  bool row_input = false;  // an i64 may be rounded to f32
   bool varies = false;
 };
 
@@ -107,12 +115,11 @@ class Check {
 
   Status check_input(const RowOperand& input) {
     const bool contiguous = input.access == ColumnAccess::contiguous;
-    const bool wide = input.dtype == DataType::i64 && !contiguous;
-    if (!wide && !has_vector_form(input.dtype)) {
+    if (input.dtype != DataType::i64 && !has_vector_form(input.dtype)) {
       return error("a {} {} input has no vector form", contiguous ? "contiguous" : "broadcast",
                    name(input.dtype));
     }
-    known_.push_back({.dtype = input.dtype, .wide_input = wide, .varies = contiguous});
+    known_.push_back({.dtype = input.dtype, .row_input = !contiguous, .varies = contiguous});
     return {};
   }
 
@@ -134,7 +141,7 @@ class Check {
       return {};
     }
     if (Status status = check_op(instruction); !status) return status;
-    if (Status status = check_wide_inputs(instruction); !status) return status;
+    if (Status status = check_wide(instruction); !status) return status;
     result.varies = op_class(op) != graph::OpClass::reduction && any_varies(instruction);
     known_.push_back(result);
     return {};
@@ -158,14 +165,16 @@ class Check {
     const DataType type = instruction.dtype;
     const bool gives_boolean = is_compare(op) || is_logical(op);
     const bool keeps_boolean = op == Op::where || op == Op::convert;
+    if (type == DataType::i64) return {};  // see check_wide
     if (!has_vector_form(type) || gives_boolean != (type == DataType::boolean)) {
       if (!(keeps_boolean && type == DataType::boolean)) {
         return error("{} to {} has no vector form", name(op), name(type));
       }
     }
-    if (type != DataType::i32) return {};
+    const bool narrows = op == Op::convert && at(instruction.operands[0]).dtype == DataType::i64;
+    if (type != DataType::i32 || narrows) return {};
     if (!has_integer_form(op)) return error("{} of i32 has no vector form", name(op));
-    for (std::size_t i = op == Op::where ? 1 : 0; i < instruction.operands.size(); ++i) {
+    for (std::size_t i = first_value(op); i < instruction.operands.size(); ++i) {
       if (const Known& operand = at(instruction.operands[i]); !fits_i32(operand)) {
         return error("{} of {} to i32 has no vector form", name(op), name(operand.dtype));
       }
@@ -173,17 +182,25 @@ class Check {
     return {};
   }
 
-  // An i64 is exact in an f32 only up to 2^24. ATen rounds it too where it meets a float.
-  Status check_wide_inputs(const RowInstruction& instruction) {
-    if (is_float(instruction.dtype)) return {};
-    bool wide = false, meets_float = false;
-    for (int operand : instruction.operands) {
-      const Known& known = at(operand);
-      wide |= known.wide_input;
-      meets_float |= is_float(known.dtype) && !known.literal;
+  // Where an i64 meets a float it is rounded, as ATen does it; only an input that does not vary has
+  // that form. Elsewhere all operands are integers.
+  Status check_wide(const RowInstruction& instruction) {
+    bool wide = instruction.dtype == DataType::i64, meets_float = is_float(instruction.dtype);
+    bool only_rows = true;
+    for (std::size_t i = first_value(instruction.op); i < instruction.operands.size(); ++i) {
+      const Known& known = at(instruction.operands[i]);
+      meets_float |= known.literal ? known.value != std::trunc(known.value) : is_float(known.dtype);
+      if (known.literal || known.dtype != DataType::i64) continue;
+      wide = true;
+      only_rows &= known.row_input;
     }
-    if (!wide || meets_float) return {};
-    return error("{} of i64 has no exact vector form", name(instruction.op));
+    if (!wide) return {};
+    if (!meets_float) {
+      if (has_wide_form(instruction.op)) return {};
+      return error("{} of i64 has no vector form", name(instruction.op));
+    }
+    if (only_rows && instruction.dtype != DataType::i64) return {};
+    return error("{} of i64 and float has no vector form", name(instruction.op));
   }
 
   Status check_output(int output, const RowOperand& operand) {
@@ -194,8 +211,9 @@ class Check {
     if (!has_vector_form(operand.dtype)) {
       return error("an output of {} has no vector form", name(operand.dtype));
     }
-    if (operand.dtype == DataType::i32 && !fits_i32(value)) {
-      return error("{} to i32 has no vector form", name(value.dtype));
+    const bool wide = value.dtype == DataType::i64 && !value.literal;
+    if (wide || (operand.dtype == DataType::i32 && !fits_i32(value))) {
+      return error("{} to {} has no vector form", name(value.dtype), name(operand.dtype));
     }
     if (operand.access == ColumnAccess::broadcast && value.varies) {
       return error("output %{} varies along the row and is stored once", output);

@@ -19,27 +19,44 @@ bool is_integer_literal(const Step& step) {
          std::abs(step.value) <= std::numeric_limits<std::int32_t>::max();
 }
 
+// The low 32 bits and the rest.
+double half_of(double value, bool high) {
+  const auto bits = static_cast<std::int64_t>(value);
+  return static_cast<double>(high ? bits >> 32 : static_cast<std::int32_t>(bits));
+}
+
+bool is_compare(Op op) { return op >= Op::eq && op <= Op::ge; }
+
+bool is_exact_integer(const Step& s) {
+  return s.kind == Kind::literal ? s.value == std::trunc(s.value) : s.form != Form::real;
+}
+
 class Expansion {
  public:
   explicit Expansion(const RowKernel& spec) : spec_(spec) {}
 
   RowSteps run() {
-    for (std::size_t i = 0; i < spec_.inputs.size(); ++i) {
-      Step input{.kind = Kind::input, .dtype = spec_.inputs[i].dtype};
-      input.operands[0] = static_cast<int>(i);
-      input.form = form_of(input.dtype);
-      input.varies = spec_.inputs[i].access == ColumnAccess::contiguous;
-      values_.push_back(append(input));
+    for (int i = 0; i < static_cast<int>(spec_.inputs.size()); ++i) values_.push_back(input(i));
+    for (const RowInstruction& instruction : spec_.body) {
+      values_.push_back(is_wide(instruction) ? expand_wide(instruction)
+                                             : Value{.step = expand(instruction)});
     }
-    for (const RowInstruction& instruction : spec_.body) values_.push_back(expand(instruction));
     for (std::size_t i = 0; i < spec_.outputs.size(); ++i) {
-      const int value = values_[static_cast<std::size_t>(spec_.outputs[i])];
+      const int value = values_[static_cast<std::size_t>(spec_.outputs[i])].step;
       result_.outputs.push_back(without_double_rounding(value, spec_.output_operands[i].dtype));
     }
     return std::move(result_);
   }
 
  private:
+  // An i64 is its halves. As an input that does not vary it is also a step, rounded to f32, for
+  // where it meets a float.
+  struct Value {
+    int step = -1;
+    int low = -1, high = -1;
+    bool wide() const { return low >= 0; }
+  };
+
   const Step& step(int id) const { return result_.steps[static_cast<std::size_t>(id)]; }
 
   int append(Step added) {
@@ -56,6 +73,24 @@ class Expansion {
     }
     result_.steps.push_back(added);
     return static_cast<int>(result_.steps.size()) - 1;
+  }
+
+  Value input(int number) {
+    const RowOperand& operand = spec_.inputs[static_cast<std::size_t>(number)];
+    Step added{.kind = Kind::input, .dtype = operand.dtype};
+    added.operands[0] = number;
+    added.varies = operand.access == ColumnAccess::contiguous;
+    if (operand.dtype != DataType::i64) {
+      added.form = form_of(operand.dtype);
+      return {.step = append(added)};
+    }
+    Step low = added, high = added;
+    low.kind = Kind::low_half;
+    high.kind = Kind::high_half;
+    low.form = high.form = Form::integer;
+    Value value{.low = append(low), .high = append(high)};
+    if (!added.varies) value.step = append(added);
+    return value;
   }
 
   int literal(double value) { return append({.kind = Kind::literal, .value = value}); }
@@ -112,7 +147,127 @@ class Expansion {
   }
 
   int value(const RowInstruction& instruction, std::size_t operand) const {
+    return whole(instruction, operand).step;
+  }
+
+  const Value& whole(const RowInstruction& instruction, std::size_t operand) const {
     return values_[static_cast<std::size_t>(instruction.operands[operand])];
+  }
+
+  // --- i64
+
+  // Whether halves are computed: not where an i64 meets a float and is rounded.
+  bool is_wide(const RowInstruction& instruction) const {
+    if (instruction.op == Op::scalar) return false;
+    if (instruction.dtype == DataType::i64) return true;
+    if (is_float(instruction.dtype)) return false;
+    bool wide = false;
+    for (std::size_t i = 0; i < instruction.operands.size(); ++i) {
+      const Value& operand = whole(instruction, i);
+      wide |= operand.wide();
+      if (!operand.wide() && !is_exact_integer(step(operand.step))) return false;
+    }
+    return wide;
+  }
+
+  int primitive(Op op, Form operand_form, Form form, std::array<int, 3> operands) {
+    return append({.op = op, .operands = operands, .form = form, .operand_form = operand_form});
+  }
+
+  int integer(Op op, int a, int b) {
+    return primitive(op, Form::integer, Form::integer, {a, b, -1});
+  }
+
+  int compare(Op op, int a, int b) { return primitive(op, Form::integer, Form::mask, {a, b, -1}); }
+  int both(int a, int b) { return primitive(Op::logical_and, Form::mask, Form::mask, {a, b, -1}); }
+  int either(int a, int b) { return primitive(Op::logical_or, Form::mask, Form::mask, {a, b, -1}); }
+  int negation(int a) { return primitive(Op::logical_not, Form::mask, Form::mask, {a, -1, -1}); }
+
+  // a < b as unsigned integers: as signed ones after the sign bit is flipped.
+  int below(int a, int b) {
+    const int flip = literal(std::numeric_limits<std::int32_t>::min());
+    return compare(Op::lt, integer(Op::add, a, flip), integer(Op::add, b, flip));
+  }
+
+  Value widened(const RowInstruction& instruction, std::size_t operand) {
+    const Value given = whole(instruction, operand);
+    if (given.wide()) return given;
+    const Step narrow = step(given.step);
+    if (narrow.kind == Kind::literal) {
+      const int low = literal(half_of(narrow.value, false));
+      return {.low = low, .high = literal(half_of(narrow.value, true))};
+    }
+    const int zero = literal(0);
+    if (narrow.form == Form::mask) return {.low = integer(Op::add, given.step, zero), .high = zero};
+    return {.low = given.step, .high = integer(Op::sub, zero, compare(Op::lt, given.step, zero))};
+  }
+
+  Value wide_sum(const Value& a, const Value& b) {
+    const int low = integer(Op::add, a.low, b.low);
+    const int carry = below(low, a.low);
+    return {.low = low, .high = integer(Op::add, integer(Op::add, a.high, b.high), carry)};
+  }
+
+  Value difference(const Value& a, const Value& b) {
+    const int borrow = below(a.low, b.low);
+    const int low = integer(Op::sub, a.low, b.low);
+    return {.low = low, .high = integer(Op::sub, integer(Op::sub, a.high, b.high), borrow)};
+  }
+
+  Value chosen(int condition, const Value& a, const Value& b) {
+    const auto half = [&](int x, int y) {
+      return primitive(Op::where, Form::integer, Form::integer, {condition, x, y});
+    };
+    const int low = half(a.low, b.low);
+    return {.low = low, .high = half(a.high, b.high)};
+  }
+
+  int equal(const Value& a, const Value& b) {
+    const int high = compare(Op::eq, a.high, b.high);
+    return both(high, compare(Op::eq, a.low, b.low));
+  }
+
+  int less(const Value& a, const Value& b) {
+    const int high = compare(Op::lt, a.high, b.high);
+    const int same = compare(Op::eq, a.high, b.high);
+    return either(high, both(same, below(a.low, b.low)));
+  }
+
+  int compared(Op op, const Value& a, const Value& b) {
+    switch (op) {
+      case Op::eq:
+        return equal(a, b);
+      case Op::ne:
+        return negation(equal(a, b));
+      case Op::lt:
+        return less(a, b);
+      case Op::ge:
+        return negation(less(a, b));
+      case Op::gt:
+        return less(b, a);
+      default:  // le
+        return negation(less(b, a));
+    }
+  }
+
+  Value expand_wide(const RowInstruction& instruction) {
+    const Op op = instruction.op;
+    if (op == Op::where) {
+      const Value a = widened(instruction, 1);
+      return chosen(value(instruction, 0), a, widened(instruction, 2));
+    }
+    const Value x = widened(instruction, 0);
+    if (is_compare(op)) return {.step = compared(op, x, widened(instruction, 1))};
+    if (op == Op::add) return wide_sum(x, widened(instruction, 1));
+    if (op == Op::sub) return difference(x, widened(instruction, 1));
+    const int none = literal(0);
+    const Value zero{.low = none, .high = none};
+    if (op == Op::neg) return difference(zero, x);
+    if (op == Op::abs) return chosen(compare(Op::lt, x.high, none), difference(zero, x), x);
+    // convert
+    if (instruction.dtype == DataType::i64) return x;
+    if (instruction.dtype == DataType::i32) return {.step = integer(Op::add, x.low, none)};
+    return {.step = negation(equal(x, zero))};
   }
 
   int expand(const RowInstruction& instruction) {
@@ -181,7 +336,7 @@ class Expansion {
 
   const RowKernel& spec_;
   RowSteps result_;
-  std::vector<int> values_;  // the step of each input and instruction
+  std::vector<Value> values_;  // of each input and instruction
 };
 
 }  // namespace

@@ -5,6 +5,9 @@
 // result has the level of its operand plus one), and whether it varies along the columns. Steps
 // that do not vary are computed once per row, with equal lanes.
 //
+// An i64 is two integers, its halves: arithmetic carries from one to the other, compares look at
+// both. So it is exact, and the builder knows nothing wider than 32 bits.
+//
 // Tested by row_kernel_test.
 #pragma once
 
@@ -19,7 +22,9 @@ namespace tilewright::ops {
 
 struct Step {
   enum class Kind : std::uint8_t {
-    input,                 // the region's input of that number: operands[0]
+    input,     // the region's input of that number: operands[0]
+    low_half,  // of an i64 input, as an integer
+    high_half,
     literal,               // value, in whatever form its user needs
     column_count,          // of the row, as a real
     elementwise,           // op
@@ -39,6 +44,7 @@ struct Step {
   bool varies = false;
   int level = 0;
 
+  bool is_input() const { return kind <= Kind::high_half; }
   bool is_reduction() const { return kind >= Kind::sum; }
   int operand_count() const;
 };

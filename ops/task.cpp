@@ -117,8 +117,7 @@ void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t x_stride = frame.dim(task.x_stride) * task.x.element_bytes;
   const std::int64_t y_stride = frame.dim(task.y_stride) * task.y.element_bytes;
   std::int64_t arguments[LinearArgs::count] = {};
-  arguments[LinearArgs::partial_sums] =
-      argument(frame.scratch[static_cast<std::size_t>(thread)]);
+  arguments[LinearArgs::partial_sums] = argument(frame.scratch[static_cast<std::size_t>(thread)]);
   arguments[LinearArgs::x_row_stride] = x_stride;
   arguments[LinearArgs::weight] = argument(task.weight->data.get());
   arguments[LinearArgs::y_row_stride] = y_stride;

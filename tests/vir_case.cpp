@@ -136,6 +136,8 @@ std::size_t element_bytes(Element element) {
     case Element::i32:
       return 4;
     case Element::i64:
+    case Element::i64_low:
+    case Element::i64_high:
       return 8;
     case Element::u8:
       return 1;
@@ -211,8 +213,8 @@ void add_op_cases(Op op, int lanes, Random& random, std::vector<VirCase>& cases)
   const Signature& signature = jit::vir::signature(op);
   std::vector<Element> elements = {Element::none};
   if (signature.has_element) {
-    elements = {Element::f32, Element::bf16, Element::f16, Element::i64,
-                Element::i32, Element::u16,  Element::u8};
+    elements = {Element::f32, Element::bf16, Element::f16,     Element::i64,     Element::i32,
+                Element::u16, Element::u8,   Element::i64_low, Element::i64_high};
   }
   const bool can_alias =
       signature.definition != 0 && signature.source_count > 0 &&

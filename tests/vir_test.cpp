@@ -171,8 +171,9 @@ class RandomFunction {
       if (op == Op::vconst) instruction.immediate = static_cast<std::uint32_t>(random_());
     }
     if (form.has_element) {
-      instruction.element = one_of({Element::f32, Element::bf16, Element::f16, Element::i64,
-                                    Element::i32, Element::u16, Element::u8});
+      instruction.element =
+          one_of({Element::f32, Element::bf16, Element::f16, Element::i64, Element::i32,
+                  Element::u16, Element::u8, Element::i64_low, Element::i64_high});
     }
     if (form.has_address) {
       instruction.address.base = reg();

@@ -42,6 +42,8 @@ int element_bytes(Element element) {
     case Element::i32:
       return 4;
     case Element::i64:
+    case Element::i64_low:
+    case Element::i64_high:
       return 8;
   }
   return 0;
@@ -93,6 +95,8 @@ Bits read_lane(Element element, const std::byte* address) {
       return as_bits(f16_to_float(read<std::uint16_t>(address)));
     case Element::u8:
       return read<std::uint8_t>(address);
+    case Element::i64_high:
+      return read<Bits>(address + sizeof(Bits));
     default:
       return read<Bits>(address);
   }

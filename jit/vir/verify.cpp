@@ -36,12 +36,14 @@ using Elements = std::vector<Element>;
 const Elements& legal_elements(Op op, int lanes) {
   using enum Element;
   static const Elements kNone = {}, kGpr = {i64, i32, u16, u8}, kLoad = {f32, i32, bf16, f16, u8},
+                        kFullLoad = {f32, i32, bf16, f16, u8, i64_low, i64_high},
                         kStore = {f32, i32, f16, u16, u8}, kMasked8 = {f32, i32};
   switch (op) {
     case Op::gload:
     case Op::gstore:
       return kGpr;
     case Op::vload:
+      return kFullLoad;
     case Op::vload1:
     case Op::vbroadcast:
       return kLoad;

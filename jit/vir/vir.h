@@ -28,7 +28,18 @@ enum class Op : std::uint8_t {
 
 // Kinds of registers, and element types in memory.
 enum class Kind : std::uint8_t { gpr, vec, mask };
-enum class Element : std::uint8_t { none, f32, bf16, f16, i64, i32, u16, u8 };
+enum class Element : std::uint8_t {
+  none,
+  f32,
+  bf16,
+  f16,
+  i64,
+  i32,
+  u16,
+  u8,
+  i64_low,
+  i64_high,  // half of each i64, as a lane
+};
 
 // A virtual register: its number within its kind. Strong type, printed %g3, %v7, %m0.
 struct Reg {
