@@ -245,18 +245,9 @@ class LinearBuilder {
     return spec_.weight == DataType::f16 ? 4096 : 1024;
   }
 
-  // Few rows: the first part asks for the whole line run, since two parts with every other line
-  // each would both miss the stream that the hardware looks for. Many rows: all blocks pass over a
-  // stretch while the next one comes from memory; it goes to L2, because L1 is full.
+  // The first part asks for the whole line run: two parts with every other line each would both
+  // miss the stream that the hardware looks for.
   void prefetch_step(int part, int step) {
-    if (rows_ == max_rows(spec_.lanes)) {
-      const std::int64_t stretch = kPartialSumLength / step_length() * kStepBytes;
-      const int share = kStepBytes / part_count();
-      for (int line = part * share; line < (part + 1) * share; line += kLineBytes) {
-        b_.prefetch(b_.at(weight_, stretch + step * kStepBytes + line), 1);
-      }
-      return;
-    }
     const std::int64_t distance = prefetch_distance();
     if (part != 0 || distance == 0) return;
     for (int line = 0; line < kStepBytes; line += kLineBytes) {
