@@ -117,7 +117,9 @@ def models(
             shutil.rmtree(old)
     probe = gate.Gate(threads)
     try:
-        groups = [list(group) for _, group in groupby(wanted, lambda cell: (cell.model, cell.dtype))]
+        groups = [
+            list(group) for _, group in groupby(wanted, lambda cell: (cell.model, cell.dtype))
+        ]
         for index, group in enumerate(groups):
             deadline = cells.share_of_time(time.monotonic(), end, len(groups) - index)
             kind = group[0].dtype
