@@ -93,21 +93,20 @@ def models(
         chosen_names = list(systems.SYSTEMS)
     try:
         chosen = systems.chosen(chosen_names)
-        if model:
-            wanted = cells.make_cells(
-                _split(model),
-                _split(dtype),
-                [int(part) for part in _split(prompt)],
-                new,
-                [int(part) for part in _split(batch)],
-            )
-        else:
-            wanted = list(cells.QUICK if quick else cells.FULL)
+        wanted = cells.make_cells(
+            _split(model),
+            _split(dtype),
+            [int(part) for part in _split(prompt)],
+            new,
+            [int(part) for part in _split(batch)],
+        )
     except ValueError as error:
         messages.print(str(error))
         raise typer.Exit(2) from None
     _say("measuring the machine's limits ...")
     limits = gate.measure(threads)
+    if not model:
+        wanted = cells.quick_cells(limits["arithmetic"]) if quick else list(cells.FULL)
     record = results.new_record("models", limits, threads)
     record["read_gb_per_second"] = gate.best_read(limits, threads)
     record["cells"] = []
@@ -130,6 +129,7 @@ def models(
                 starts=starts and not quick,
                 kept_caches=places.home() / "caches" if quick else None,
                 accuracy=accuracy,
+                without_logits=systems.SLOW_LOGITS if quick else (),
                 say=_say,
                 out_of_time=functools.partial(_is_past, deadline),
             )

@@ -40,6 +40,7 @@ class Plan:
     retries: int = 3
     starts: bool = True
     accuracy: bool = True
+    without_logits: tuple[str, ...] = ()  # systems that are judged by their tokens only
     # Kept between runs if given; else fresh, so that every first start is a cold one.
     kept_caches: Path | None = None
     caches: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="bench-caches-")))
@@ -160,6 +161,9 @@ def _accuracy(plan: Plan, rows: list[Row], cell: Cell, directory: Path) -> None:
         wanted = numpy.load(path)
         for row in rows:
             if row.worker is None:
+                continue
+            if row.name in plan.without_logits:
+                row.accuracy = {"reason": "only its tokens are compared"}
                 continue
             own = Path(folder) / "own.npy"
             try:

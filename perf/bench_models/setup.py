@@ -83,7 +83,7 @@ def _check_instructions(name: str, pip: list[str], environment: Environment, say
 def _load_quick(say: Say) -> None:
     """Loads each system of --quick once, so that its converted models and Inductor's compiled code
     are there: they take minutes, and every later --quick must end within five."""
-    for cell in cells.QUICK:
+    for cell in cells.quick_cells(gate.measure(threads=2)["arithmetic"]):
         directory = models.directory_of(cell.model)
         for name in QUICK_SYSTEMS:
             plan = session.Plan([name], 2, kept_caches=places.home() / "caches", say=say)

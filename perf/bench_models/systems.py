@@ -128,6 +128,8 @@ SYSTEMS = {
     "zentorch": System("torch", "zentorch", "zentorch", note="static cache; made for AMD"),
     "zentorch:freezing": System("torch", "zentorch", "zentorch_freezing", note="static cache"),
 }
+# Their logits of a text take another compile.
+SLOW_LOGITS = tuple(name for name in SYSTEMS if name.startswith(("inductor", "zentorch")))
 QUICK_SYSTEMS = ("tilewright", "eager", "inductor", "openvino")
 
 
