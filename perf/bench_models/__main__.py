@@ -126,6 +126,7 @@ def models(
                 chosen,
                 threads,
                 rounds=rounds or (5 if quick else 7),
+                retries=1000 if quick else 3,  # --quick has a limit of time instead
                 starts=starts and not quick,
                 kept_caches=places.home() / "caches" if quick else None,
                 accuracy=accuracy,
