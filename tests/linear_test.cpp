@@ -71,7 +71,8 @@ struct Problem {
     residual = guarded(m, outputs(), spec.output, flush);
     fill_rows(*bias, spec.output, 1, spec.n, fill, random);
     fill_rows(*residual, spec.output, m, outputs(), fill, random);
-    partial_sums = guarded(1, m * ops::kPartialSumsBytesPerRow / 4, DataType::f32, GuardedRows::Flush::end);
+    partial_sums =
+        guarded(1, m * ops::kPartialSumsBytesPerRow / 4, DataType::f32, GuardedRows::Flush::end);
     packed = guarded(1, ops::packed_bytes(spec.n, spec.k, spec.weight) / size_in_bytes(spec.weight),
                      spec.weight, flush);
     std::vector<ops::WeightBlock> stacked{{w->row(0), spec.n, w->stride()}};

@@ -194,7 +194,8 @@ Status run(Program& program, const StepCall& call) {
   for (std::size_t i = 0; i < shapes->size(); ++i) {
     const graph::DataType type = graph.type(graph.outputs[i]).dtype;
     const Shape& shape = (*shapes)[i];
-    void* data = call.allocate(call.context, static_cast<std::int64_t>(i), static_cast<int>(type),
+    // The names are literals, so they end in a zero.
+    void* data = call.allocate(call.context, static_cast<std::int64_t>(i), graph::name(type).data(),
                                shape.data(), static_cast<std::int64_t>(shape.size()));
     outputs.push_back({data, type, shape});
   }

@@ -11,6 +11,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
 #include "frontends/torch/step_call.h"
@@ -23,16 +24,25 @@ using torch::stable::Tensor;
 
 StepFunction step_function = nullptr;
 
-// In the order of graph::DataType; binding.cpp checks that there are as many.
-constexpr std::array kScalarTypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
-                                     ScalarType::Long,  ScalarType::Int,      ScalarType::Char,
-                                     ScalarType::Byte,  ScalarType::Bool};
+ScalarType scalar_type(std::string_view name) {
+  if (name == "f32") return ScalarType::Float;
+  if (name == "bf16") return ScalarType::BFloat16;
+  if (name == "f16") return ScalarType::Half;
+  if (name == "f64") return ScalarType::Double;
+  if (name == "i64") return ScalarType::Long;
+  if (name == "i32") return ScalarType::Int;
+  if (name == "i16") return ScalarType::Short;
+  if (name == "i8") return ScalarType::Char;
+  if (name == "u8") return ScalarType::Byte;
+  STD_TORCH_CHECK(name == "bool", "tilewright::step: an output of an unknown dtype");
+  return ScalarType::Bool;
+}
 
-void* allocate(void* context, std::int64_t, int dtype, const std::int64_t* sizes,
+void* allocate(void* context, std::int64_t, const char* dtype, const std::int64_t* sizes,
                std::int64_t rank) {
   auto& outputs = *static_cast<std::vector<Tensor>*>(context);
-  outputs.push_back(torch::stable::empty({sizes, static_cast<std::size_t>(rank)},
-                                         kScalarTypes.at(static_cast<std::size_t>(dtype))));
+  outputs.push_back(
+      torch::stable::empty({sizes, static_cast<std::size_t>(rank)}, scalar_type(dtype)));
   return outputs.back().mutable_data_ptr();
 }
 

@@ -25,8 +25,9 @@ struct StepCall {
   std::int64_t cache_count;
   std::int64_t threads;
   bool decode;
-  // Makes output `index` of a graph::DataType and gives its memory; null ends the call.
-  void* (*allocate)(void* context, std::int64_t index, int dtype, const std::int64_t* sizes,
+  // Makes output `index` and gives its memory; null ends the call. `dtype`: as in graph text, so
+  // that the two libraries need not agree on numbers.
+  void* (*allocate)(void* context, std::int64_t index, const char* dtype, const std::int64_t* sizes,
                     std::int64_t rank);
   void* context;
 };

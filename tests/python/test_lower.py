@@ -88,6 +88,17 @@ CASES = {
     "stack": (lambda x, y: (torch.stack([x, y]), torch.stack([x, y], -1)), (X, Y)),
     "repeat": (lambda x: (x.repeat(1, 2, 1), x.repeat(2, 1, 1, 1)), (X,)),
     "index": (lambda w, i: (w[i], w[:, [-2]]), (W, I64)),
+    # How transformers reads a padding mask.
+    "index_everything": (
+        lambda i: (
+            i[
+                torch.arange(i.shape[0])[:, None, None, None],
+                (torch.arange(i.shape[1]) + 0)[None, None, None, :],
+            ]
+            + 1
+        ),
+        (I64.clone(),),
+    ),
     "gather": (
         lambda w, i: w[None].repeat(2, 1, 1).gather(1, i[:, :, None].repeat(1, 1, w.shape[1])),
         (W, I64),
@@ -165,6 +176,17 @@ def test_values_outside_an_entry_become_external() -> None:
         "aten.pow.Tensor_Scalar": "pow with exponent 1.5",
         "aten.sum.dim_IntList": "sum over other axes than the last",
     }
+
+
+def test_an_index_that_is_not_everything_in_order_is_external() -> None:
+    rows, columns = torch.arange(W.shape[0]), torch.arange(W.shape[1])
+    for first, second in (
+        (rows[None, :], columns[:, None]),  # transposed
+        (rows[:, None], columns[None, 1:]),
+        (rows[:, None], (columns - 1)[None, :]),
+    ):
+        function = lambda w, a=first, b=second: w[a, b] * 1  # noqa: E731
+        assert check(function, W).externals == ["aten.index.Tensor"]
 
 
 def test_external_arguments_with_symbols() -> None:

@@ -53,6 +53,27 @@ def test_the_operator_runs_the_program(executable: Executable) -> None:
     assert executable.program.report()["prefill"]["runs"] == before + 1
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32,
+        torch.int16, torch.int8, torch.uint8, torch.bool,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_results_have_the_dtype_that_eager_gives(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    x = torch.randint(0, 2, (70, 3)).to(dtype)
+
+    def shifted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat([x, x], 1), x.clone()
+
+    compiled = torch.compile(shifted, backend=backend.backend)
+    for got, expected in zip(compiled(x), shifted(x), strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+
+
 def test_fake_tensors_and_tracing_see_its_shape(executable: Executable) -> None:
     with FakeTensorMode():
         (y,) = step(executable, torch.empty(11, 32))

@@ -23,6 +23,7 @@ from tilewright.dims import Dim
 from tilewright.graph_text import Type, UnsupportedError, Value
 
 if TYPE_CHECKING:
+    from tilewright.graph_text import Node
     from tilewright.lower import Call
 
 Lowering = Callable[..., Any]
@@ -619,9 +620,50 @@ def gather(call: Call, x: Value, axis: int, indices: Value, sparse: bool = False
     return call.emit("embedding", table, call.convert(rows, torch.int64))
 
 
+def _is_everything(call: Call, x: Value, indices: Sequence[Value | None]) -> bool:
+    """Whether x[i, j, ...] is all of x in order: each index counts its axis from 0 to the end,
+    along an axis of its own. So a padding mask is read: mask[batch[:, None, None, None], key]."""
+    if len(indices) != len(x.shape):
+        return False
+    rank = len(call.type.shape)
+    places: list[int] = []
+    for size, value in zip(x.shape, indices, strict=True):
+        if value is None or value.dtype != torch.int64:
+            return False
+        wide = [axis for axis, dim in enumerate(value.shape) if dim.constant != 1]
+        if len(wide) > 1 or not _counts(call, value, size):
+            return False
+        # An axis of one element may lie anywhere.
+        places += [rank - len(value.shape) + axis for axis in wide]
+    return places == sorted(set(places))
+
+
+def _counts(call: Call, value: Value, end: Dim) -> bool:
+    """Whether the elements are 0, 1, ... end - 1."""
+    node = call.builder.producer(value)
+    while node is not None and node.op != "arange":
+        plus_zero = node.op == "add" and any(
+            _is_zero(call.builder.producer(operand)) for operand in node.operands
+        )
+        if node.op != "reshape" and not plus_zero:
+            return False
+        kept = [o for o in node.operands if not _is_zero(call.builder.producer(o))]
+        node = call.builder.producer(kept[0]) if len(kept) == 1 else None
+    if node is None:
+        return False
+    start, stop = node.attributes["start"][0], node.attributes["end"][0]
+    return bool(start.constant == 0 and stop == end)
+
+
+def _is_zero(node: Node | None) -> bool:
+    return node is not None and node.op == "scalar" and node.attributes["value"] == 0
+
+
 @lowers("index.Tensor")
 def index(call: Call, x: Value, indices: Sequence[Value | None]) -> Value:
     """Rows of a table; or one place, given as a constant."""
+    if _is_everything(call, x, indices):
+        return call.reshape(x, call.type.shape)
     given = [(axis, value) for axis, value in enumerate(indices) if value is not None]
     if len(given) != 1 or given[0][1].dtype != torch.int64:
         raise UnsupportedError("an index of several axes, or by a mask")
