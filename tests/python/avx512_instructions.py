@@ -282,6 +282,22 @@ def _vshuff32x4(machine: Machine, i: Instruction) -> None:
     machine.put_lanes(i, result)
 
 
+@step("VSHUFPS")
+def _vshufps(machine: Machine, i: Instruction) -> None:
+    control, first, second = i.immediate(3), machine.lanes(i, 1), machine.lanes(i, 2)
+    result: Lanes = []
+    for begin in range(0, 16, 4):  # 128 bits each: the lower two from the first source
+        for n in range(4):
+            result.append((first if n < 2 else second)[begin + (control >> 2 * n & 3)])
+    machine.put_lanes(i, result)
+
+
+@step("VPERMPS")
+def _vpermps(machine: Machine, i: Instruction) -> None:
+    places, values = machine.lanes(i, 1), machine.lanes(i, 2)
+    machine.put_lanes(i, [values[place & 15] for place in places])
+
+
 @step("VMOVUPS")
 def _vmovups(machine: Machine, i: Instruction) -> None:
     if i.op0_kind == OpKind.MEMORY:

@@ -95,3 +95,4 @@ def test_fused_rounds_once() -> None:
     assert tie == 2.0**24
     assert round_to_f32(Fraction(3, 2**150)) == 2 * 2.0**-149
     assert round_to_f32(Fraction(2**128)) == float("inf")
+    assert round_to_f32(Fraction(-(2**2000))) == float("-inf")
