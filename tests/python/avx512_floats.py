@@ -35,7 +35,7 @@ def round_to_f32(value: Fraction) -> float:
     if magnitude < Fraction(2) ** exponent:
         exponent -= 1
     if exponent >= 128:  # beyond what a double holds, too, with vscalefps
-        return math.copysign(math.inf, value)
+        return -math.inf if value < 0 else math.inf
     unit = max(exponent - 23, -149)
     result = math.ldexp(round(magnitude / Fraction(2) ** unit), unit)
     if result >= 2.0**128:
