@@ -329,8 +329,9 @@ def commit() -> str:
 
 def phase_shares(row: dict[str, Any]) -> str:
     """Our share of the flops in prefill and decode, in percent."""
-    phases = row.get("phases", {}).values()
-    return " / ".join(f"{100 * p['own_flops_share']:.1f}" for p in phases if p["runs"]) or "-"
+    phases = row.get("phases", {})
+    ran = [phases[name] for name in ("prefill", "decode") if phases.get(name, {}).get("runs")]
+    return " / ".join(f"{100 * phase['own_flops_share']:.1f}" for phase in ran) or "-"
 
 
 def summary() -> str:
