@@ -5,8 +5,8 @@
 // stored or converted, not between fused ops. i32 is exact (add, sub, mul, neg, compares, where);
 // where it meets a float it is rounded to f32, as an i64 that does not vary along the row is. i64
 // is exact, too (add, sub, neg, abs, compares, where, conversions to i32 and boolean), but is not
-// stored: positions end in masks. All stores come in the last pass over
-// a row, so an output's row may be an input's row of the same element size.
+// stored: positions end in masks. All stores come in the last pass over a row, so an output's row
+// may be an input's row of the same element size.
 //
 // A region is a small straight-line program over rows [rows, columns]. Elementwise results live in
 // registers; a reduction ends a pass over the row, and later passes recompute or reload what they

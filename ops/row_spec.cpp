@@ -32,6 +32,9 @@ bool has_integer_form(Op op) {
          op == Op::convert;
 }
 
+// A literal is a double: beyond this it may stand for another integer than the one written.
+constexpr double kLargestExact = 9007199254740992.0;
+
 bool has_wide_form(Op op) {
   return is_compare(op) || op == Op::add || op == Op::sub || op == Op::neg || op == Op::abs ||
          op == Op::where || op == Op::convert;
@@ -157,6 +160,9 @@ class Check {
     if (op == Op::pow && !jit::math::pow_supported(instruction.value)) {
       return error("pow with exponent {} has no vector form", instruction.value);
     }
+    if (op == Op::where && at(instruction.operands[0]).dtype == DataType::i64) {
+      return error("where on an i64 condition has no vector form");
+    }
     return check_result_type(instruction);
   }
 
@@ -186,16 +192,18 @@ class Check {
   // that form. Elsewhere all operands are integers.
   Status check_wide(const RowInstruction& instruction) {
     bool wide = instruction.dtype == DataType::i64, meets_float = is_float(instruction.dtype);
-    bool only_rows = true;
+    bool only_rows = true, exact = true;
     for (std::size_t i = first_value(instruction.op); i < instruction.operands.size(); ++i) {
       const Known& known = at(instruction.operands[i]);
       meets_float |= known.literal ? known.value != std::trunc(known.value) : is_float(known.dtype);
+      exact &= !known.literal || std::abs(known.value) <= kLargestExact;
       if (known.literal || known.dtype != DataType::i64) continue;
       wide = true;
       only_rows &= known.row_input;
     }
     if (!wide) return {};
     if (!meets_float) {
+      if (!exact) return error("{} of i64 and a literal beyond 2^53", name(instruction.op));
       if (has_wide_form(instruction.op)) return {};
       return error("{} of i64 has no vector form", name(instruction.op));
     }

@@ -131,7 +131,9 @@ void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
   }
   // Rows that need several kernels take the panels one by one: each is still in cache for the next
   // kernel, where a second pass over all of them would read the weights from memory again.
-  const bool one_kernel = rows % task.variants[0].rows == 0 || rows <= task.variants.back().rows;
+  const bool one_kernel = rows % task.variants[0].rows == 0 ||
+                          std::any_of(task.variants.begin(), task.variants.end(),
+                                      [&](const auto& variant) { return variant.rows == rows; });
   const std::int64_t panels_at_once = one_kernel ? panels.end - panels.begin : 1;
   arguments[LinearArgs::panel_count] = panels_at_once;
   for (std::int64_t panel = panels.begin; panel < panels.end; panel += panels_at_once) {

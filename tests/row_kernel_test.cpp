@@ -449,6 +449,12 @@ TEST(RowKernel, SaysWhatHasNoVectorForm) {
             "row kernel: convert of i64 and float has no vector form");
   EXPECT_EQ(reason(region(8, {wide}, {{Op::neg, {0}, 0, false, DataType::i64}}, DataType::i64)),
             "row kernel: an output of i64 has no vector form");
+  for (double value : {9.3e18, -9.3e18, std::numeric_limits<double>::infinity()}) {
+    EXPECT_EQ(
+        reason(region(8, {wide}, {{Op::scalar, {}, value}, {Op::lt, {0, 1}, 0, false, boolean}},
+                      boolean)),
+        "row kernel: lt of i64 and a literal beyond 2^53");
+  }
   EXPECT_EQ(reason(region(8, {wide}, {{Op::mul, {0, 0}, 0, false, DataType::i64}}, f32)),
             "row kernel: mul of i64 has no vector form");
   EXPECT_EQ(reason(region(8, {wide_row}, {{Op::convert, {0}}}, f32)), "supported");

@@ -37,8 +37,8 @@ enum class Element : std::uint8_t {
   i32,
   u16,
   u8,
-  i64_low,
-  i64_high,  // half of each i64, as a lane
+  i64_low,  // a half of each i64, as a 32-bit lane
+  i64_high,
 };
 
 // A virtual register: its number within its kind. Strong type, printed %g3, %v7, %m0.
