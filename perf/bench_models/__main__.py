@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 messages = Console(stderr=True)
 
 
-QUICK_MINUTES = 4.3  # the last round and the table still fit into five
+QUICK_MINUTES = 4.3  # the last block and the table still fit into five
 
 
 def _is_past(deadline: float) -> bool:
@@ -78,11 +78,12 @@ def models(
     prompt: Annotated[str, typer.Option("--prompts")] = "128",
     batch: Annotated[str, typer.Option("--batches")] = "1",
     new: Annotated[int, typer.Option(help="new tokens")] = 33,
-    rounds: Annotated[int, typer.Option(help="rounds to keep; 0: 5 if quick, else 7")] = 0,
+    rounds: Annotated[int, typer.Option(help="blocks of each system; 0: 5 if quick, else 7")] = 0,
     threads: Annotated[int, typer.Option()] = 2,
     starts: Annotated[bool, typer.Option(help="also warm starts")] = True,
     accuracy: Annotated[bool, typer.Option(help="also logits")] = True,
-    minutes: Annotated[float, typer.Option(help="no new round after this; 0: 4.3 if quick")] = 0,
+    minutes: Annotated[float, typer.Option(help="no new block after this; 0: 4.3 if quick")] = 0,
+    load_seconds: Annotated[float, typer.Option(help="give up a system that loads longer")] = 900,
     label: Annotated[str, typer.Option(help="a part of the file's name")] = "",
     output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
 ) -> None:
@@ -127,6 +128,7 @@ def models(
                 threads,
                 rounds=rounds or (5 if quick else 7),
                 retries=1000 if quick else 3,  # --quick has a limit of time instead
+                load_seconds=load_seconds,
                 starts=starts and not quick,
                 kept_caches=places.home() / "caches" if quick else None,
                 accuracy=accuracy,
@@ -156,7 +158,8 @@ def compare(
     model: Annotated[str, typer.Option("--models")] = "smollm2-135m",
     dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",
     mode: Annotated[str, typer.Option(help="optimize, compile or both")] = "optimize",
-    rounds: Annotated[int, typer.Option(help="rounds to keep")] = 9,
+    processes: Annotated[int, typer.Option(help="processes of each build")] = 6,
+    rounds: Annotated[int, typer.Option(help="blocks to keep of each pair of processes")] = 2,
     threads: Annotated[int, typer.Option()] = 2,
 ) -> None:
     """Is NEW slower than OLD? Exit code 1 if so, 2 if that could not be measured."""
@@ -171,7 +174,7 @@ def compare(
     probe = gate.Gate(threads)
     try:
         verdicts, problems = comparing.run_compare(
-            builds, wanted, probe, rounds, threads, margin, mode, _say
+            builds, wanted, probe, processes, rounds, threads, margin, mode, _say
         )
     finally:
         probe.close()
@@ -212,7 +215,7 @@ def ops(
     dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",
     row: Annotated[str, typer.Option("--rows", help="M of each case; none: 1,4,16,128,512")] = "",
     match: Annotated[str, typer.Option(help="only cases whose title contains this")] = "",
-    rounds: Annotated[int, typer.Option(help="rounds to keep")] = 5,
+    rounds: Annotated[int, typer.Option(help="blocks to keep of each implementation")] = 5,
     threads: Annotated[int, typer.Option()] = 2,
     label: Annotated[str, typer.Option(help="a part of the file's name")] = "",
     output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,

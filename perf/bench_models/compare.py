@@ -3,17 +3,20 @@
 A build is a directory that holds the package, or a git revision, built once into the cache.
 A slowdown is flagged when the median of paired ratios new / old exceeds 1 + margin and the whole
 interval lies above 1; so noise alone does not fail a build, and neither does a change too small to
-state. Wrong answers fail it, too. Tested by tests/python/test_bench_models.py.
+state. Two processes of one build differ by up to 5 %, by where their memory lies: so each build
+gets several, and a pair of processes counts as one ratio. Wrong answers fail a build, too.
+Tested by tests/python/test_bench_models.py.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,8 @@ from typing import Any
 from bench_models import models, places, text
 from bench_models.cells import Cell
 from bench_models.client import Worker
-from bench_models.intervals import Interval, paired_ratio
-from bench_models.rounds import Probe, Rounds, Sample, run_rounds
+from bench_models.intervals import Interval, bootstrap
+from bench_models.rounds import Blocks, Probe, Rounds, Sample, run_rounds
 
 MARGIN = 0.05
 
@@ -48,17 +51,21 @@ class Verdict:
         return f"{self.what:48} new/old {self.ratio}  {word}"
 
 
-def judge(rounds: Rounds, what: str, margin: float = MARGIN) -> list[Verdict]:
-    """Verdicts of the systems "old" and "new"."""
-    old, new = rounds.samples["old"], rounds.samples["new"]
-    if not old:
+def judge(pairs: Sequence[Blocks], what: str, margin: float = MARGIN) -> list[Verdict]:
+    """Verdicts of pairs of processes; each pair's blocks have the new build's samples as their own
+    and the old one's as the baseline's."""
+    kept = [blocks for blocks in pairs if blocks.kept]
+    if not kept:
         return []
-    return [
-        Verdict(
-            f"{what} {part}",
-            paired_ratio([getattr(s, part) for s in new], [getattr(s, part) for s in old]),
-            margin,
+
+    def ratio(blocks: Blocks, part: str) -> float:
+        return statistics.median(
+            getattr(new, part) / getattr(old, part)
+            for new, old in zip(blocks.own, blocks.baseline, strict=True)
         )
+
+    return [
+        Verdict(f"{what} {part}", bootstrap([ratio(blocks, part) for blocks in kept]), margin)
         for part in ("prefill", "decode")
     ]
 
@@ -100,6 +107,7 @@ def run_compare(
     builds: Sequence[Path],
     cells: Sequence[Cell],
     probe: Probe,
+    processes: int,
     rounds: int,
     threads: int,
     margin: float,
@@ -110,46 +118,70 @@ def run_compare(
     verdicts: list[Verdict] = []
     problems: list[str] = []
     for cell in cells:
-        say(f"comparing on {cell.name} ...")
-        directory = models.directory_of(cell.model)
-        prompts = text.prompts_of(cell, directory)
-        workers: dict[str, Worker] = {}
-        tokens: dict[str, Any] = {}
+        pairs: list[Blocks] = []
+        same = True
         with tempfile.TemporaryDirectory(prefix="bench-compare-") as caches:
-            try:
-                for name, build in zip(("old", "new"), builds, strict=True):
-                    log = places.home() / "logs" / f"compare-{name}.log"
-                    worker = Worker("tilewright", threads, Path(caches) / name, log, build)
-                    workers[name] = worker
-                    worker.ask(
-                        {
-                            "do": "load",
-                            "mode": mode,
-                            "model": str(directory),
-                            "dtype": cell.dtype,
-                            "prompts": prompts,
-                            "new": cell.new,
-                        }
-                    )
-                    tokens[name] = worker.ask(_generate(cell, prompts))["tokens"]
-
-                measure = functools.partial(_measure, workers, _generate(cell, prompts))
-                found = run_rounds(("old", "new"), measure, probe, rounds)
-            finally:
-                for worker in workers.values():
-                    worker.close()
-        if tokens["old"] != tokens["new"]:
+            for index in range(processes):
+                say(f"comparing on {cell.name}, processes {index + 1} of {processes} ...")
+                # Who loads first gets the better memory: take turns.
+                order = ("old", "new") if index % 2 == 0 else ("new", "old")
+                blocks, agreed = _compare_processes(
+                    dict(zip(("old", "new"), builds, strict=True)),
+                    order,
+                    cell,
+                    functools.partial(run_rounds, probe=probe, count=rounds),
+                    threads,
+                    mode,
+                    Path(caches),
+                )
+                pairs.append(blocks)
+                same = same and agreed
+        if not same:
             problems.append(f"{cell.name}: other tokens than before")
-        if not found.kept:
+        found = judge(pairs, cell.name, margin)
+        if not found:
             problems.append(f"{cell.name}: the machine never held still")
-        verdicts += judge(found, cell.name, margin)
+        verdicts += found
     return verdicts, problems
 
 
-def _measure(workers: dict[str, Worker], request: dict[str, Any], name: str) -> Sample:
-    answer = workers[name].ask(request)
-    return Sample(answer["first_seconds"], answer["decode_seconds"])
+def _compare_processes(
+    builds: Mapping[str, Path],
+    order: Sequence[str],
+    cell: Cell,
+    measured: Callable[..., Rounds],
+    threads: int,
+    mode: str,
+    caches: Path,
+) -> tuple[Blocks, bool]:
+    """The blocks of one process of each build, and whether they gave the same tokens."""
+    directory = models.directory_of(cell.model)
+    prompts = text.prompts_of(cell, directory)
+    generate = {"do": "generate", "prompts": prompts, "new": cell.new}
+    workers: dict[str, Worker] = {}
+    tokens: dict[str, Any] = {}
+    try:
+        for name in order:
+            log = places.home() / "logs" / f"compare-{name}.log"
+            worker = Worker("tilewright", threads, caches / name, log, builds[name])
+            workers[name] = worker
+            worker.ask(
+                {
+                    "do": "load",
+                    "mode": mode,
+                    "model": str(directory),
+                    "dtype": cell.dtype,
+                    "prompts": prompts,
+                    "new": cell.new,
+                }
+            )
+            tokens[name] = worker.ask(generate)["tokens"]
 
+        def measure(name: str) -> Sample:
+            answer = workers[name].ask(generate)
+            return Sample(answer["first_seconds"], answer["decode_seconds"])
 
-def _generate(cell: Cell, prompts: list[list[int]]) -> dict[str, Any]:
-    return {"do": "generate", "prompts": prompts, "new": cell.new}
+        return measured(("old", "new"), measure).blocks["new"], tokens["old"] == tokens["new"]
+    finally:
+        for worker in workers.values():
+            worker.close()

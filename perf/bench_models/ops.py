@@ -184,12 +184,13 @@ def run_case(
             return Sample(0.0, time_calls(calls[name], orders[name], counts[name]))
 
         found = run_rounds(list(calls), measure, probe, rounds, retries)
-    record |= {"rounds_kept": found.kept, "rounds_dropped": found.dropped, "limit_seconds": limit}
-    times = {name: [s.decode for s in samples] for name, samples in found.samples.items()}
-    for name, seconds in times.items():
-        if not seconds:
-            continue
+    record["limit_seconds"] = limit
+    for name, blocks in found.blocks.items():
         row = record["implementations"][name]
+        row |= {"kept": blocks.kept, "dropped": blocks.dropped}
+        if not blocks.kept:
+            continue
+        seconds = [sample.decode for sample in blocks.own]
         median = bootstrap(seconds).median
         row |= {
             "seconds": bootstrap(seconds).to_dict(),
@@ -197,7 +198,8 @@ def run_case(
             "gflops": case.flops / median / 1e9,
             "share_of_limit": limit / median,
         }
-        if name != "tilewright" and times.get("tilewright"):
+        if name != "tilewright" and "tilewright" in calls:
             # Above 1: we are faster.
-            row["ratio"] = paired_ratio(seconds, times["tilewright"]).to_dict()
+            ours = [sample.decode for sample in blocks.baseline]
+            row["ratio"] = paired_ratio(seconds, ours).to_dict()
     return record

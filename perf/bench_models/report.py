@@ -450,7 +450,7 @@ def ops_table(record: dict[str, Any]) -> str:
         own = case["implementations"]["tilewright"]
         peers = case["implementations"]
         if "seconds" not in own:
-            reason = html.escape(own.get("reason", "no round was kept"))
+            reason = html.escape(own.get("reason", "no block was kept"))
             lines.append(
                 f'<tr class="failed"><td>{html.escape(case["case"])}</td>'
                 f'<td colspan="7" style="text-align:left">{reason}</td></tr>'

@@ -14,10 +14,11 @@ from bench_models import places
 
 SCHEMA = 1
 METHOD = (
-    "One process per system on the same CPUs, stopped while not asked; rounds A B B A; a round is "
-    "dropped when read bandwidth or FMA rate moved by more than 10 % across it; medians of paired "
-    "ratios with 95 % bootstrap intervals; greedy, fixed number of tokens, no end token. Time to "
-    "first token is one prefill; decode is the slope from the first to the last token."
+    "One process per system on the same CPUs, stopped while not asked; blocks A B B A of a system "
+    "and the baseline; a block is dropped when read bandwidth or FMA rate moved by more than 10 % "
+    "across it; medians of paired ratios with 95 % bootstrap intervals; greedy, fixed number of "
+    "tokens, no end token. Time to first token is one prefill; decode is the slope from the first "
+    "to the last token."
 )
 
 

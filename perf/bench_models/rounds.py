@@ -1,8 +1,10 @@
-"""The order of measurements: A B B A rounds between probes of the machine.
+"""The order of measurements: blocks A B B A between probes of the machine, in rounds over systems.
 
-One round measures every system twice, forwards and then backwards, and yields one number each: the
-mean of the two, in which a linear drift is the same for all. A round in which the machine's limits
-moved by more than 10 % is dropped and tried again, at most `retries` times in all.
+A block measures a system beside the baseline (the first system), twice each, forwards and
+backwards, and yields one number for each: the mean of the two, in which a linear drift is the same
+for both. A block across which the machine's limits moved by more than 10 % is dropped and tried
+again. Blocks, not rounds, are dropped: a round over nine systems takes minutes, and no shared
+machine holds still that long. The price is that the baseline runs in every block.
 Tested by tests/python/test_bench_models.py.
 """
 
@@ -30,13 +32,24 @@ class Sample:
 
 
 @dataclass
-class Rounds:
-    """What was kept, and what it cost."""
+class Blocks:
+    """One system's kept blocks: its own numbers, and the baseline's beside each."""
 
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
-    probes: list[Mapping[str, float]] = field(default_factory=list)
-    kept: int = 0
+    own: list[Sample] = field(default_factory=list)
+    baseline: list[Sample] = field(default_factory=list)
     dropped: int = 0
+
+    @property
+    def kept(self) -> int:
+        return len(self.own)
+
+
+@dataclass
+class Rounds:
+    """What was kept, and what it cost. The baseline's own blocks are those of all others."""
+
+    blocks: dict[str, Blocks]
+    probes: list[Mapping[str, float]] = field(default_factory=list)
     movements: list[float] = field(default_factory=list)
 
 
@@ -45,39 +58,69 @@ def movement(before: Mapping[str, float], after: Mapping[str, float]) -> float:
     return max((abs(after[name] / before[name] - 1) for name in before), default=0.0)
 
 
+def _mean(samples: Sequence[Sample]) -> Sample:
+    return Sample(
+        sum(sample.prefill for sample in samples) / len(samples),
+        sum(sample.decode for sample in samples) / len(samples),
+    )
+
+
 def run_rounds(
     names: Sequence[str],
-    measure: Callable[[str], Sample],
+    measure: Callable[[str], Sample | None],
     probe: Probe,
     count: int,
     retries: int = 3,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Rounds:
-    """`count` kept rounds, or fewer when the retries or the time are used up."""
-    result = Rounds({name: [] for name in names})
-    attempts = count + retries
-    while result.kept < count and result.kept + result.dropped < attempts:
-        if out_of_time() and result.kept + result.dropped > 0:
-            break
-        before = probe.read()
-        measured: dict[str, list[Sample]] = {name: [] for name in names}
-        # Alternate which system is at the ends of the round: neighbours differ otherwise.
-        order = list(names) if result.kept % 2 == 0 else list(reversed(names))
-        for name in [*order, *reversed(order)]:
-            measured[name].append(measure(name))
-        after = probe.read()
-        moved = movement(before, after)
-        result.movements.append(moved)
-        if moved > MOVEMENT:
-            result.dropped += 1
-            continue
-        result.kept += 1
-        result.probes += [before, after]
-        for name, samples in measured.items():
-            result.samples[name].append(
-                Sample(
-                    sum(sample.prefill for sample in samples) / len(samples),
-                    sum(sample.decode for sample in samples) / len(samples),
-                )
-            )
+    """`count` kept blocks of each system, or fewer when its retries or the time are used up; a
+    system without any gets a second chance even then. A system for which `measure` has no sample
+    any more is left out from there on; without the baseline nothing is left to measure."""
+    if not names:
+        return Rounds({})
+    baseline, *others = names
+    found = {name: Blocks() for name in others or [baseline]}
+    result = Rounds(found)
+    gone: set[str] = set()
+
+    def wants_more(name: str) -> bool:
+        if gone & {name, baseline}:
+            return False
+        blocks = found[name]
+        tried = blocks.kept + blocks.dropped
+        if out_of_time() and (blocks.kept > 0 or tried > 1):
+            return False
+        return blocks.kept < count and tried < count + retries
+
+    before = probe.read()
+    while pending := [name for name in found if wants_more(name)]:
+        for name in pending:
+            if not wants_more(name):  # time may have run out since
+                continue
+            blocks = found[name]
+            # Alternate who is at the ends of the block: neighbours differ otherwise.
+            pair = (baseline, name) if blocks.kept % 2 == 0 else (name, baseline)
+            measured: dict[str, list[Sample]] = {baseline: [], name: []}
+            for turn in (*pair, *reversed(pair)):
+                sample = measure(turn)
+                if sample is None:
+                    gone.add(turn)
+                    break
+                measured[turn].append(sample)
+            if gone & {name, baseline}:
+                continue
+            after = probe.read()
+            moved = movement(before, after)
+            result.movements.append(moved)
+            if moved > MOVEMENT:
+                blocks.dropped += 1
+            else:
+                blocks.own.append(_mean(measured[name]))
+                blocks.baseline.append(_mean(measured[baseline]))
+                result.probes += [before, after]
+            before = after
+    if others:
+        beside = [sample for blocks in found.values() for sample in blocks.baseline]
+        dropped = sum(blocks.dropped for blocks in found.values())
+        result.blocks = {baseline: Blocks(beside, beside, dropped), **found}
     return result

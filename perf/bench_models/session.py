@@ -22,7 +22,7 @@ from bench_models import accuracy, models, places, text
 from bench_models.cells import WEIGHT_BYTES, Cell, limit_of
 from bench_models.client import Worker, WorkerError
 from bench_models.intervals import bootstrap, paired_ratio
-from bench_models.rounds import Probe, Rounds, Sample, run_rounds
+from bench_models.rounds import Blocks, Probe, Rounds, Sample, run_rounds
 from bench_models.systems import SYSTEMS
 
 ACCURACY_TOKENS = 128
@@ -38,6 +38,7 @@ class Plan:
     threads: int
     rounds: int = 7
     retries: int = 3
+    load_seconds: float = 900  # a system that loads longer is a row that says so
     starts: bool = True
     accuracy: bool = True
     without_logits: tuple[str, ...] = ()  # systems that are judged by their tokens only
@@ -125,7 +126,7 @@ def start(plan: Plan, name: str, cell: Cell, directory: Path, prompts: Any) -> R
         caches = plan.caches / f"{places.slug(name)}-{cell.model}-{cell.dtype}"
         kind = "warm" if caches.exists() else "cold"
         row.worker = Worker(name, plan.threads, caches, plan.logs / f"{places.slug(name)}.log")
-        row.loaded = row.worker.ask(request)
+        row.loaded = row.worker.ask(request, plan.load_seconds)
         row.start[kind] = {**row.loaded["start"], "details": row.loaded["start_details"]}
     except (WorkerError, OSError, ValueError, KeyError) as error:
         row.fail(error)
@@ -137,7 +138,8 @@ def _warm_start(plan: Plan, row: Row, cell: Cell, directory: Path, prompts: Any)
     caches = plan.caches / f"{places.slug(row.name)}-{cell.model}-{cell.dtype}"
     try:
         worker = Worker(row.name, plan.threads, caches, plan.logs / f"{places.slug(row.name)}.log")
-        loaded = worker.ask(_load_request(cell, row.name, directory, prompts))
+        request = _load_request(cell, row.name, directory, prompts)
+        loaded = worker.ask(request, plan.load_seconds)
         row.start["warm"] = {**loaded["start"], "details": loaded["start_details"]}
         worker.close()
     except WorkerError as error:
@@ -183,7 +185,6 @@ def _measure_cell(
 ) -> tuple[Rounds, dict[str, list[list[int]]], dict[str, dict[str, float]]]:
     """Rounds over the running systems, their tokens and their memory."""
     tokens: dict[str, list[list[int]]] = {}
-    workers: dict[str, Worker] = {}
     for row in rows:
         if row.worker is None:
             continue
@@ -191,16 +192,27 @@ def _measure_cell(
             row.worker.ask({"do": "generate", "prompts": prompts, "new": cell.new})
             answer = row.worker.ask({"do": "generate", "prompts": prompts, "new": cell.new})
             tokens[row.name] = answer["tokens"]
-            workers[row.name] = row.worker
         except WorkerError as error:
             row.fail(error)
+    running = {row.name: row for row in rows if row.worker is not None}
 
-    def measure(name: str) -> Sample:
-        answer = workers[name].ask({"do": "generate", "prompts": prompts, "new": cell.new})
+    def measure(name: str) -> Sample | None:
+        row = running[name]
+        if row.worker is None:
+            return None
+        try:
+            answer = row.worker.ask({"do": "generate", "prompts": prompts, "new": cell.new})
+        except WorkerError as error:
+            row.fail(error)
+            return None
         return Sample(answer["first_seconds"], answer["decode_seconds"])
 
-    rounds = run_rounds(list(workers), measure, probe, plan.rounds, plan.retries, plan.out_of_time)
-    memory = {name: worker.ask({"do": "memory"}) for name, worker in workers.items()}
+    rounds = run_rounds(list(running), measure, probe, plan.rounds, plan.retries, plan.out_of_time)
+    memory = {
+        name: row.worker.ask({"do": "memory"})
+        for name, row in running.items()
+        if row.worker is not None
+    }
     return rounds, tokens, memory
 
 
@@ -222,7 +234,7 @@ def _system_record(
 ) -> dict[str, Any]:
     """One row of the results."""
     record: dict[str, Any] = {"system": row.name, "note": note_of(row.name)}
-    samples = rounds.samples.get(row.name, [])
+    blocks = rounds.blocks.get(row.name, Blocks())
     if row.reason:
         return {**record, "status": "failed", "reason": row.reason}
     record |= {
@@ -232,12 +244,14 @@ def _system_record(
         "memory": {**memory, "imported_mb": row.loaded["memory_imported"]["resident_mb"]},
         "start": row.start,
         "accuracy": row.accuracy,
+        "kept": blocks.kept,
+        "dropped": blocks.dropped,
     }
-    if not samples:
-        reason = "the machine never held still: every round was dropped"
+    if not blocks.kept:
+        reason = "the machine never held still: every block was dropped"
         return {**record, "status": "unsteady", "reason": reason}
-    prefill = [sample.prefill for sample in samples]
-    decode = [sample.decode for sample in samples]
+    prefill = [sample.prefill for sample in blocks.own]
+    decode = [sample.decode for sample in blocks.own]
     record |= {
         "status": "ok",
         "prefill_seconds": bootstrap(prefill).to_dict(),
@@ -245,13 +259,19 @@ def _system_record(
         "decode_tokens_per_second": cell.batch / statistics.median(decode),
         "share_of_prefill_limit": limit.prefill_seconds / statistics.median(prefill),
         "share_of_decode_limit": limit.decode_seconds / statistics.median(decode),
-        "samples": {"prefill": prefill, "decode": decode},
+        "samples": {
+            "prefill": prefill,
+            "decode": decode,
+            "baseline_prefill": [sample.prefill for sample in blocks.baseline],
+            "baseline_decode": [sample.decode for sample in blocks.baseline],
+        },
     }
-    if rounds.samples.get(baseline):
-        base = rounds.samples[baseline]
+    if baseline in rounds.blocks:
         record["ratio"] = {  # above 1: the baseline is faster
-            "prefill": paired_ratio(prefill, [sample.prefill for sample in base]).to_dict(),
-            "decode": paired_ratio(decode, [sample.decode for sample in base]).to_dict(),
+            part: paired_ratio(
+                record["samples"][part], record["samples"][f"baseline_{part}"]
+            ).to_dict()
+            for part in ("prefill", "decode")
         }
     return record
 
@@ -291,8 +311,8 @@ def _running(rows: list[Row]) -> Iterator[None]:
 def run_session(
     plan: Plan, cells: list[Cell], probe: Probe, roof_read: float, roof_peak: float
 ) -> Iterator[list[dict[str, Any]]]:
-    """All cells of one model and dtype, as far as they are, after each group of systems. The first
-    system is the baseline of the ratios."""
+    """All cells of one model and dtype, as far as they are: after each group of systems, before and
+    after its warm starts. The first system is the baseline of the ratios."""
     first = cells[0]
     directory = models.directory_of(first.model)
     weights = first.shape.parameters * WEIGHT_BYTES[first.dtype]
@@ -347,9 +367,7 @@ def run_session(
                 record["limit"] = limit.to_dict()
                 record.setdefault("rounds", []).append(
                     {
-                        "systems": list(rounds.samples),
-                        "kept": rounds.kept,
-                        "dropped": rounds.dropped,
+                        "systems": list(rounds.blocks),
                         "movements": rounds.movements,
                         "read_gb_per_second": bandwidths,
                         "fma_gflops": [found["fma_gflops"] for found in rounds.probes],
@@ -376,6 +394,7 @@ def run_session(
                             limit,
                         )
                     )
+            yield records
             for row in rows:
                 if row.worker is not None:
                     row.worker.close()

@@ -31,12 +31,10 @@ def error_of(system: dict[str, Any]) -> str:
 
 
 def cell_title(cell: dict[str, Any]) -> str:
-    """What the cell is, and how the rounds went."""
-    rounds = cell["rounds"]
-    kept, dropped = (sum(part[key] for part in rounds) for key in ("kept", "dropped"))
+    """What the cell is."""
     return (
         f"{cell['model']} {cell['dtype']}, prompt {cell['prompt']}, {cell['new']} new, "
-        f"batch {cell['batch']}; {kept} rounds kept, {dropped} dropped"
+        f"batch {cell['batch']}"
     )
 
 
@@ -46,7 +44,7 @@ def print_cell(cell: dict[str, Any], console: Console) -> None:
     columns = (
         "system", "first token ms", "ms/token", "tokens/s", "limit % (prefill, decode)",
         f"{cell['baseline']} ahead: prefill", "decode", "start s cold, warm", "RSS MB peak, now",
-        "tokens", "KL", "weights/act/kv/head",
+        "blocks kept, dropped", "tokens", "KL", "weights/act/kv/head",
     )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column in ("system", "tokens") else "right")
@@ -69,6 +67,7 @@ def print_cell(cell: dict[str, Any], console: Console) -> None:
             interval(ratio.get("decode")),
             f"{seconds(cold)}, {seconds(warm)}",
             f"{memory.get('peak_mb', 0):.0f}, {memory.get('resident_mb', 0):.0f}",
+            f"{system['kept']}, {system['dropped']}",
             system["tokens"],
             error_of(system),
             latest.precision_of(system),
@@ -99,7 +98,7 @@ def print_ops(record: dict[str, Any], console: Console) -> None:
     """Single ops: a line per case, ratios are times faster than the peer we are."""
     table = Table(title=f"ops, {record['machine']['cpu']}", title_justify="left")
     columns = (
-        "case", "us", "GB/s", "GFLOPS", "% of limit", "error", "vs aten", "vs onednn", "rounds"
+        "case", "us", "GB/s", "GFLOPS", "% of limit", "error", "vs aten", "vs onednn", "blocks"
     )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column == "case" else "right")
@@ -109,10 +108,9 @@ def print_ops(record: dict[str, Any], console: Console) -> None:
             interval(row["implementations"].get(peer, {}).get("ratio"))
             for peer in ("aten", "onednn")
         ]
-        rounds = f"{row['rounds_kept']}+{row['rounds_dropped']}"
         if "seconds" not in own:
-            reason = own.get("reason", "no round was kept")
-            table.add_row(row["case"], reason[:60], "", "", "", "", *against, rounds, style="dim")
+            reason = own.get("reason", "no block was kept")
+            table.add_row(row["case"], reason[:60], "", "", "", "", *against, "", style="dim")
             continue
         table.add_row(
             row["case"],
@@ -122,6 +120,6 @@ def print_ops(record: dict[str, Any], console: Console) -> None:
             f"{100 * own['share_of_limit']:.0f}",
             f"{own['relative_error']:.0e}",
             *against,
-            rounds,
+            f"{own['kept']}+{own['dropped']}",
         )
     console.print(table)
