@@ -228,6 +228,9 @@ Status Lowering::lower_node(const graph::Node& node) {
         case Op::gated_mlp_up:
           done = lower_gated_mlp(node);
           break;
+        case Op::matmul:
+          done = lower_matmul(node);
+          break;
         case Op::rope:
           done = lower_rope(node);
           break;

@@ -51,6 +51,8 @@ class Lowering {
   Status lower_contraction(const graph::Node& node, Epilogue epilogue,
                            const std::vector<graph::ValueId>& weights, graph::ValueId bias,
                            graph::ValueId residual);
+  // --- lower_matmul.cpp
+  Status lower_matmul(const graph::Node& node);
   // --- lower_attention.cpp
   Status lower_rope(const graph::Node& node);
   Status lower_append(const graph::Node& node);

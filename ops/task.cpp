@@ -195,6 +195,39 @@ std::int64_t iterations(const std::vector<TaskLoop>& loops, const Frame& frame) 
   return count;
 }
 
+void run(const MatmulTask& task, const Frame& frame, int thread, int threads) {
+  const std::int64_t block = block_rows(task.spec);
+  const std::int64_t rows = frame.dim(task.rows);
+  const std::int64_t pieces = (rows + block - 1) / block;
+  const std::int64_t matrices = iterations(task.batch, frame);
+  std::int64_t arguments[MatmulArgs::count];
+  const std::int64_t x_stride = frame.dim(task.x_stride) * task.x.element_bytes;
+  const std::int64_t y_stride = frame.dim(task.y_stride) * task.y.element_bytes;
+  arguments[MatmulArgs::x_row_stride] = x_stride;
+  arguments[MatmulArgs::w_row_stride] = frame.dim(task.w_stride) * task.w.element_bytes;
+  arguments[MatmulArgs::y_row_stride] = y_stride;
+  arguments[MatmulArgs::columns] = frame.dim(task.columns);
+  arguments[MatmulArgs::depth] = frame.dim(task.depth);
+  const Operand operands[] = {task.x, task.w, task.y};
+  // Blocks of rows of all matrices, one after another; a thread's share may begin and end inside.
+  const WorkRange work = share(matrices * pieces, thread, threads);
+  for (std::int64_t at = work.begin; at < work.end;) {
+    const std::int64_t matrix = at / pieces, first = at % pieces * block;
+    const std::int64_t end = std::min(work.end, (matrix + 1) * pieces);
+    const std::int64_t count = std::min((end - at) * block, rows - first);
+    arguments[MatmulArgs::block_count] = count / block;
+    arguments[MatmulArgs::single_rows] = count % block;
+    run_loops(task.batch, operands, frame, matrix, matrix + 1,
+              [&](char* const* addresses, std::int64_t, const std::int64_t*) {
+                arguments[MatmulArgs::x] = argument(addresses[0] + first * x_stride);
+                arguments[MatmulArgs::w] = argument(addresses[1]);
+                arguments[MatmulArgs::y] = argument(addresses[2] + first * y_stride);
+                task.kernel->function(arguments);
+              });
+    at = end;
+  }
+}
+
 // The rows of a nest that one thread takes; everything on thread 0 when there is little.
 WorkRange share_rows(std::int64_t rows, std::int64_t columns, int thread, int threads) {
   if (rows * columns < smallest_share) return thread == 0 ? WorkRange{0, rows} : WorkRange{0, 0};

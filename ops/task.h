@@ -20,6 +20,7 @@
 #include "ops/attention/attention_kernel.h"
 #include "ops/dim_table.h"
 #include "ops/gemm/linear_kernel.h"
+#include "ops/gemm/matmul_kernel.h"
 #include "ops/kernel_library.h"
 #include "ops/kv_cache.h"
 #include "ops/rope_kernel.h"
@@ -73,6 +74,15 @@ struct LinearTask {
   std::optional<ExpertChoice> experts;
   Operand x, y, bias, residual;
   DimIndex x_stride, y_stride, residual_stride;  // elements per row
+};
+
+struct MatmulTask {
+  MatmulKernel spec;
+  const Kernel* kernel;
+  DimIndex rows, columns, depth;
+  Operand x, w, y;
+  DimIndex x_stride, w_stride, y_stride;  // elements, as the kernel's
+  std::vector<TaskLoop> batch;            // strides: x, w, y
 };
 
 struct RowTask {
@@ -182,8 +192,8 @@ struct HostTask {
   std::vector<HostTensor> inputs, outputs;
 };
 
-using Task = std::variant<LinearTask, RowTask, CopyTask, RopeTask, AppendTask, AttentionTask,
-                          EmbeddingTask, ArangeTask, IntegerTask, TopTask, HostTask>;
+using Task = std::variant<LinearTask, MatmulTask, RowTask, CopyTask, RopeTask, AppendTask,
+                          AttentionTask, EmbeddingTask, ArangeTask, IntegerTask, TopTask, HostTask>;
 
 // One thread's share. HostTask is not run here.
 void run_task(const Task& task, const Frame& frame, int thread, int threads);

@@ -1,4 +1,4 @@
-"""The commands behind ./dev bench: setup, roof, models, ops, report, compare.
+"""The commands behind ./dev bench: setup, roof, models, ops, encoder, report, compare.
 
 Tested by tests/python/test_bench_models.py.
 """
@@ -249,6 +249,46 @@ def ops(
     console = Console(width=None if Console().is_terminal else 170)
     table.print_ops(record, console)
     path = output or results.default_path(record, label or wanted)
+    results.write(record, path)
+    console.print(f"wrote {path}", highlight=False)
+
+
+@app.command()
+def encoder(
+    names: Annotated[str, typer.Option("--systems", help="comma-separated; none: all")] = "",
+    batch: Annotated[int, typer.Option()] = 32,
+    tokens: Annotated[int, typer.Option(help="of the longest sequence")] = 128,
+    layers: Annotated[int, typer.Option()] = 12,
+    rounds: Annotated[int, typer.Option(help="blocks to keep of each system")] = 7,
+    threads: Annotated[int, typer.Option()] = 2,
+    output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
+) -> None:
+    """Measure an encoder of BERT-base's shape against eager and Inductor."""
+    import torch
+
+    from bench_models import encoders
+
+    chosen = _split(names) or list(encoders.IMPLEMENTATIONS)
+    unknown = [name for name in chosen if name not in encoders.IMPLEMENTATIONS]
+    if unknown:
+        messages.print(f"no '{unknown[0]}'; there are {', '.join(encoders.IMPLEMENTATIONS)}")
+        raise typer.Exit(2)
+    torch.set_num_threads(threads)
+    limits = gate.measure(threads)
+    record = results.new_record("encoder", limits, threads)
+    record["read_gb_per_second"] = gate.best_read(limits, threads)
+    record["versions"] = {"torch": torch.__version__}
+    peak = cells.peak_for("fp32", limits["arithmetic"], threads)
+    probe = gate.Gate(threads)
+    try:
+        shape = encoders.Encoder(batch, tokens, layers)
+        case = encoders.run_encoder(shape, chosen, probe, rounds, peak, _say)
+        record["cases"] = [case]
+    finally:
+        probe.close()
+    console = Console(width=None if Console().is_terminal else 150)
+    table.print_encoder(record, console)
+    path = output or results.default_path(record)
     results.write(record, path)
     console.print(f"wrote {path}", highlight=False)
 

@@ -311,8 +311,8 @@ def _running(rows: list[Row]) -> Iterator[None]:
 def run_session(
     plan: Plan, cells: list[Cell], probe: Probe, roof_read: float, roof_peak: float
 ) -> Iterator[list[dict[str, Any]]]:
-    """All cells of one model and dtype, as far as they are: after each group of systems, before and
-    after its warm starts. The first system is the baseline of the ratios."""
+    """All cells of one model and dtype, as far as they are: after each cell of a group of systems,
+    and after its warm starts. The first system is the baseline of the ratios."""
     first = cells[0]
     directory = models.directory_of(first.model)
     weights = first.shape.parameters * WEIGHT_BYTES[first.dtype]
@@ -394,7 +394,7 @@ def run_session(
                             limit,
                         )
                     )
-            yield records
+                yield records
             for row in rows:
                 if row.worker is not None:
                     row.worker.close()

@@ -123,3 +123,31 @@ def print_ops(record: dict[str, Any], console: Console) -> None:
             f"{own['kept']}+{own['dropped']}",
         )
     console.print(table)
+
+
+def print_encoder(record: dict[str, Any], console: Console) -> None:
+    """A line per system; ratios are times faster than it the first one is."""
+    (case,) = record["cases"]
+    first = next(iter(case["implementations"]))
+    title = f"{case['case']}; {record['machine']['cpu']}"
+    table = Table(title=title, title_justify="left")
+    columns = ("system", "ms", "GFLOPS", "% of limit", f"{first} ahead", "error", "own flops %",
+               "blocks")  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column == "system" else "right")
+    for name, row in case["implementations"].items():
+        if "seconds" not in row:
+            table.add_row(name, row.get("reason", "no block was kept")[:60], style="dim")
+            continue
+        share = row.get("own_flops_share")
+        table.add_row(
+            name,
+            f"{1e3 * row['seconds']['median']:.0f}",
+            f"{row['gflops']:.0f}",
+            f"{100 * row['share_of_limit']:.0f}",
+            interval(row["ratio"]),
+            f"{row['relative_error']:.0e}",
+            "-" if share is None else f"{100 * share:.2f}",
+            f"{row['kept']}+{row['dropped']}",
+        )
+    console.print(table)

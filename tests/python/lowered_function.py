@@ -24,10 +24,7 @@ class LoweredFunction:
         self.graphs.append(lowered)
 
         def run(*arguments: Any) -> Any:
-            symbols = {
-                name: arguments[i] if axis is None else arguments[i].shape[axis]
-                for name, (i, axis) in lowered.bindings.items()
-            }
+            symbols = lowered.symbols(arguments)
             tensors = [arguments[i] for i in lowered.inputs]
             tensors += [torch.empty(symbols[n], 0, dtype=torch.uint8) for n in lowered.shape_inputs]
             with torch.no_grad():

@@ -19,6 +19,7 @@ from bench_models import (
     accuracy,
     cells,
     compare,
+    encoders,
     gguf_file,
     intervals,
     latest,
@@ -274,6 +275,25 @@ def test_compare_flags_a_planted_slowdown(bench: Path, factor: float, slower: bo
     assert [verdict.slower for verdict in verdicts] == [slower, slower]
     assert not problems
     assert ("SLOWER" in str(verdicts[0])) == slower
+
+
+def test_an_encoder_is_measured_and_checked() -> None:
+    tiny = encoders.Encoder(batch=3, tokens=16, layers=1, hidden=64)
+    record = encoders.run_encoder(
+        tiny,
+        ["tilewright", "tilewright:compile", "eager"],
+        StillMachine(),
+        2,
+        100.0,
+        lambda _: None,
+    )
+    rows = record["implementations"]
+    assert [rows[name]["status"] for name in rows] == ["ok"] * 3
+    assert all(row["relative_error"] < 1e-5 and row["kept"] == 2 for row in rows.values())
+    assert all(rows[f"tilewright{way}"]["own_flops_share"] > 0.95 for way in ("", ":compile"))
+    console = Console(file=io.StringIO(), width=150)
+    table.print_encoder({"machine": {"cpu": "x"}, "cases": [record]}, console)
+    assert "tilewright ahead" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_compare_refuses_what_is_no_build(bench: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from tiny_models import padded, prompt, tiny_llama
 
@@ -17,6 +18,7 @@ pytest.importorskip("tilewright._core")
 
 import tilewright
 from tilewright import backend as backends
+from tilewright import core
 from tilewright.decoder import decoder_of
 
 NEW = 6
@@ -155,6 +157,29 @@ def test_compiled_models_generate_in_our_programs(form: str) -> None:
     if form == "torch.compile":
         assert model._compiled_call_impl is None
         assert generate(model) == expected and compiled_steps(model) == NEW
+
+
+def test_no_more_compiles_than_with_another_backend_and_kernels_only_once() -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    model = tiny_llama(2)
+    model.compile(backend=counter)
+    lengths = (9, 4, 17, 1, 6)
+    expected = [generate(model, input_ids=prompt(1, n)) for n in lengths]
+    torch._dynamo.reset()
+    model = tiny_llama(2)
+    model.compile(backend="tilewright")
+    before = set(backends.graphs)
+    assert [generate(model, input_ids=prompt(1, n)) for n in lengths] == expected
+    assert 0 < len(set(backends.graphs) - before) <= counter.frame_count
+    emitted = core.engine().kernel_counters()["emitted"]
+    assert [generate(model, input_ids=prompt(1, n)) for n in lengths] == expected
+    assert core.engine().kernel_counters()["emitted"] == emitted
+    optimized = tilewright.llm.optimize(tiny_llama(2))
+    assert [generate(optimized, input_ids=prompt(1, n)) for n in lengths] == expected
+    emitted = core.engine().kernel_counters()["emitted"]
+    for n in range(2, 24):  # every class of M is known
+        generate(optimized, input_ids=prompt(1, n))
+    assert core.engine().kernel_counters()["emitted"] == emitted
 
 
 def test_other_backends_are_left_alone() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from graph_evaluator import parse
 from lowered_function import LoweredFunction, check
-from tilewright import aten
+from tilewright import aten, dims
 from tilewright.dims import Dim, NotPolynomialError
 from tilewright.graph_text import DTYPES, UnsupportedError
 
@@ -256,8 +256,37 @@ def test_sizes_that_are_not_polynomials() -> None:
         return x[..., ::2] * 1, x[..., 1::2] * 1, F.scaled_dot_product_attention(x, x, x)
 
     check(function, X[None])
-    with pytest.raises(Exception, match="not a polynomial"):
-        LoweredFunction(function, dynamic=True).compiled(X[None])
+    check(function, X[None], dynamic=True)
+
+
+def test_sizes_that_a_call_derives() -> None:
+    """A sliding window: from some length on the last rows only; one graph for all lengths."""
+
+    def window(x, first):
+        kept = torch.cat([x[:, -5:], first], 1)
+        rows = x.shape[1]
+        return kept * 2, x[:, max(rows - 3, 0) :] + 1, x[:, : rows // 2] - 1, x[:, 7:] + 2
+
+    lowered = LoweredFunction(window, dynamic=True)
+    for rows in (6, 4, 3, 11, 5, 8):
+        x, first = torch.randn(2, rows, 4), torch.randn(2, 2, 4)
+        for actual, expected in zip(lowered.compiled(x, first), window(x, first), strict=True):
+            torch.testing.assert_close(actual, expected)
+    assert any(graph.derived for graph in lowered.graphs)
+    assert not lowered.externals
+
+
+@pytest.mark.parametrize("bounds", [(-5, -2), (-5, 3), (2, 4), (-3, None), (9, None), (1, -1)])
+def test_slices_of_symbolic_axes(bounds: tuple[int, int | None]) -> None:
+    def function(x):
+        return x[:, slice(*bounds)] * 2
+
+    lowered = LoweredFunction(function)
+    for rows in (12, 7, 6, 4, 3, 2):
+        torch._dynamo.reset()
+        x = torch.randn(2, rows, 4)
+        torch._dynamo.maybe_mark_dynamic(x, 1)
+        torch.testing.assert_close(lowered.compiled(x), function(x))
 
 
 def test_a_view_read_after_a_write_is_refused() -> None:
@@ -313,7 +342,14 @@ def test_dims_are_canonical() -> None:
     n = sympy.Symbol("n", integer=True)
     assert str(Dim.of((n + 1) * (n - 1))) == "n*n - 1"
     with pytest.raises(NotPolynomialError):
-        Dim.of(n // 2)
+        Dim.of(n // 2)  # sympy's floor of a rational, which no traced size has
+    m = sympy.Symbol("m", integer=True)
+    size = Dim.of(2 * sympy.Max(0, n - 15) + m)
+    (name,) = size.symbols() - {"m"}
+    assert name.isidentifier() and size - m == Dim.symbol(name) * 2
+    assert Dim.of(sympy.Max(n - 15, 0)) == Dim.symbol(name), "equal expressions, one symbol"
+    assert dims.roots({name, "m"}) == {"n", "m"}
+    assert [dims.derived[name].compute(value) for value in (3, 20)] == [0, 5]
 
 
 def test_types_that_the_graph_has_no_word_for() -> None:

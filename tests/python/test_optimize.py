@@ -210,8 +210,13 @@ def test_float16_to_bfloat16_says_what_it_rounds(caplog: pytest.LogCaptureFixtur
         lambda m: m.to(torch.bfloat16),
         lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.ReLU()),
         lambda m: setattr(m.model.norm, "weight", nn.Parameter(m.model.norm.weight * 2)),
+        lambda m: setattr(m.model.layers[1].self_attn, "scaling", 0.5),
+        lambda m: setattr(m.model.layers[2].post_attention_layernorm, "variance_epsilon", 0.5),
     ],
-    ids=["in place", "data", "loaded", "assigned", "to", "module replaced", "parameter replaced"],
+    ids=[
+        *("in place", "data", "loaded", "assigned", "to", "module replaced", "parameter replaced"),
+        *("attribute of attention", "attribute of a norm"),
+    ],
 )
 def test_changed_models_are_noticed(change: Any) -> None:
     optimized = tilewright.llm.optimize(tiny_llama(3))
@@ -222,6 +227,42 @@ def test_changed_models_are_noticed(change: Any) -> None:
     assert not torch.equal(expected.float(), before)
     torch.testing.assert_close(actual, expected, **TOLERANCE[expected.dtype])
     assert calls(optimized) == 2
+
+
+@torch.no_grad()
+def test_changes_are_noticed_at_a_single_token_and_nothing_else_captures_again() -> None:
+    optimized = tilewright.llm.optimize(tiny_llama(3))
+    decoder, token = decoder_of(optimized), prompt()[:, :1]
+    for _ in range(2):
+        optimized.generate(prompt(), max_new_tokens=4, do_sample=False)
+    cache = optimized(prompt(), use_cache=True).past_key_values
+    programs = dict(decoder._programs)
+    optimized(token, past_key_values=cache)
+    assert decoder._programs == programs, "captured again although nothing changed"
+    optimized.model.layers[0].self_attn.scaling *= 2
+    cache = optimized(prompt(), use_cache=True).past_key_values
+    fresh = decoder.original(prompt(), use_cache=True).past_key_values
+    optimized.model.layers[0].self_attn.scaling *= 2
+    actual = optimized(token, past_key_values=cache).logits
+    expected = decoder.original(token, past_key_values=fresh).logits
+    torch.testing.assert_close(actual, expected, **TOLERANCE[expected.dtype])
+
+
+@torch.no_grad()
+def test_hooks_that_come_later_see_their_values() -> None:
+    optimized = tilewright.llm.optimize(tiny_llama(3))
+    expected = optimized(prompt()).logits
+    seen: list[torch.Tensor] = []
+    inner = optimized.model.layers[1].mlp.register_forward_hook(lambda m, a, y: seen.append(y))
+    torch.testing.assert_close(optimized(prompt()).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 1 and type(seen[0]) is torch.Tensor
+    reason = "model.layers.1.mlp has forward hooks"
+    assert reason in next(iter(decoder_of(optimized).fallbacks))
+    inner.remove()
+    outer = optimized.register_forward_hook(lambda m, a, y: seen.append(y.logits))
+    optimized(prompt())
+    outer.remove()
+    assert len(seen) == 2 and decoder_of(optimized).calls == 2
 
 
 @torch.no_grad()

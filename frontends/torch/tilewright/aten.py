@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tilewright import dims
 from tilewright.dims import Dim
 from tilewright.graph_text import Type, UnsupportedError, Value
 
@@ -178,31 +179,52 @@ def movedim(call: Call, x: Value, source: Any, destination: Any) -> Value:
 def slice_(
     call: Call, x: Value, axis: int = 0, start: Any = None, end: Any = None, step: Any = 1
 ) -> Value:
-    """Bounds may be negative or huge; the traced size of the result says how many remain."""
+    """Bounds may be negative, huge or beyond the end; the traced size of the result says how many
+    remain, and with a symbolic axis only that tells which bounds were clamped."""
     axis = axis_of(axis, len(x.shape))
-    size = x.shape[axis]
+    size, count = x.shape[axis], call.type.shape[axis]
     if not isinstance(step, int):
         raise UnsupportedError("a slice with a symbolic step")
     first = Dim.of(0 if start is None else start)
-    if first.constant is not None and first.constant < 0:
-        first = size + first
+    stop = None
+    if size.constant is not None and first.constant is not None and isinstance(end, int | None):
+        bounds = slice(first.constant, end, step).indices(size.constant)
+        first, stop = Dim.of(bounds[0]), Dim.of(max(bounds[0], bounds[1]))
+    elif step != 1:
         if first.constant is not None and first.constant < 0:
-            first = Dim.of(0)
-    if first.constant is not None and size.constant is not None:
-        first = Dim.of(min(first.constant, size.constant))
-    count = call.type.shape[axis]
-    if step == 1:
-        stop = first + count
-    elif size.constant is not None and isinstance(end, int | None):
-        stop = Dim.of(slice(None, end).indices(size.constant)[1])
-    else:
+            raise UnsupportedError("a slice with a step from the end of a symbolic axis")
         stop = first + (count - 1) * step + 1
-    return call.slice(x, axis, first, stop, step, call.type)
+    elif end is None or (isinstance(end, int) and end >= 2**31):
+        first = size - count
+    elif count.constant == 0:
+        first = Dim.of(0)
+    else:
+        first = _first_of_clamped(first, end, size, count)
+    return call.slice(x, axis, first, first + count if stop is None else stop, step, call.type)
+
+
+def _first_of_clamped(first: Dim, end: Any, size: Dim, count: Dim) -> Dim:
+    """Where a slice to a bound begins. From the end, it begins inside only if as many elements are
+    left as its bounds ask for."""
+    if first.constant is not None and first.constant < 0:
+        last = Dim.of(end)
+        if last.constant is not None and last.constant < 0:
+            last = size + last
+        first = size + first
+        if count != last - first:
+            raise UnsupportedError("a slice from before the beginning of a symbolic axis")
+    elif first.constant != 0 and dims.derived.keys() & count.symbols():
+        raise UnsupportedError("a slice between bounds that only a call knows")
+    return first
 
 
 @lowers("narrow.default")
 def narrow(call: Call, x: Value, axis: int, start: Any, length: Any) -> Value:
-    return slice_(call, x, axis, start, None, 1)
+    axis = axis_of(axis, len(x.shape))
+    first = Dim.of(start)
+    if first.constant is not None and first.constant < 0:
+        first = x.shape[axis] + first
+    return call.slice(x, axis, first, first + call.type.shape[axis], 1, call.type)
 
 
 @lowers("select.int")

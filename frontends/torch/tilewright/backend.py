@@ -106,10 +106,10 @@ class CompiledGraph:
             self.fallback_calls += 1
             return self._gm.forward(*arguments)
         with executable.lock:
-            self._refresh(executable, arguments)
             try:
+                self._refresh(executable, arguments)
                 return executable.call(arguments)
-            except core.CoreError as error:
+            except (core.CoreError, UnsupportedError) as error:
                 if core.settings()["strict"] or executable.lowered.mutated:
                     raise
                 self.executable = None
@@ -125,7 +125,7 @@ class CompiledGraph:
         """Packs again when a parameter was replaced or written since."""
         weights = executable.weights
         stale = not all(weights.same(name, arguments[i]) for i, name in self._frozen.items())
-        if not stale and not executable.is_decode(executable.symbols(arguments)):
+        if not stale and not executable.is_decode(executable.lowered.symbols(arguments)):
             stale = weights.contents_changed()
         if stale:
             self.refreshes += 1

@@ -26,6 +26,7 @@ from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
 from tilewright.model_capture import CapturedModel, capture_model
+from tilewright.module_state import ModuleState
 from tilewright.packed import stand_ins, unpack_all
 from tilewright.program import Executable
 
@@ -68,7 +69,7 @@ class Decoder(InstalledForward):
         self._programs: dict[int, tuple[CapturedModel, Executable]] = {}
         self._store = _core.WeightStore()
         self.frees = False  # packed parameters may be: the model is the caller's to change
-        self._parts: list[weakref.ref[Any]] = []
+        self._state: ModuleState | None = None  # of the model that the programs are of
         self.unsupported = ""  # why no program can be made of this model
         self.calls = self.tokens = 0  # of the program
         decoders.add(self)
@@ -226,6 +227,10 @@ class Decoder(InstalledForward):
     def _program(self, step: Step) -> tuple[CapturedModel, Executable]:
         key = 1 if step.logits_to_keep == 1 else 0
         self._drop_stale(step.input_ids.shape[1] > 1)
+        if self._state is None:
+            self._state = ModuleState(self.model)
+        if hooked := self._state.hooked():
+            raise NotRunnableError(f"{hooked} has forward hooks, which a program would not call")
         if key not in self._programs:
             self._programs[key] = self._make(key)
         return self._programs[key]
@@ -246,32 +251,23 @@ class Decoder(InstalledForward):
             raise NotRunnableError(self.unsupported) from None
         finally:
             self._store.settle()
-        self._parts = [weakref.ref(part) for part in self._parts_now()]
+        self._state = ModuleState(self.model)  # capture may have replaced parameters
         return captured, executable
 
     def _drop_stale(self, is_prefill: bool) -> None:
         """Forgets programs whose weights or modules are no longer the model's.
 
-        Addresses and versions are checked at each call; contents and modules at each prefill.
+        The model's parts and their attributes, addresses and versions are checked at each call;
+        contents at each prefill.
         """
-        if not self._programs:
+        if self._state is None:
             return
         weights = [executable.weights for _, executable in self._programs.values()]
-        stale = not all(weight.all_same() for weight in weights)
+        stale = not (self._state.is_current() and all(weight.all_same() for weight in weights))
         if not stale and is_prefill:
-            parts = self._parts_now()
-            stale = (
-                len(parts) != len(self._parts)
-                or any(a is not b() for a, b in zip(parts, self._parts, strict=True))
-                or any(weight.contents_changed() for weight in weights)
-            )
+            stale = any(weight.contents_changed() for weight in weights)
         if stale:
             self.refresh()
-
-    def _parts_now(self) -> list[Any]:
-        """The modules, parameters and buffers that the model is made of."""
-        model = self.model
-        return [*model.modules(), *model.parameters(), *model.buffers()]
 
     def refresh(self) -> None:
         """Captures and packs again at the next call."""
@@ -279,6 +275,7 @@ class Decoder(InstalledForward):
             executable.forget_weights()
         unpack_all(self.model)
         self._programs.clear()
+        self._state = None
         self.unsupported = ""
 
     def programs(self) -> list[Executable]:

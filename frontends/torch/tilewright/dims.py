@@ -4,12 +4,18 @@ Captured shapes are sympy expressions; the graph text wants ``2*b*s + past``. Th
 into the other, and evaluates dimensions at call time without sympy (a sympy evaluation costs about
 100 us, more than a small kernel).
 
+What is no polynomial (``Max(0, past - 15)`` of a sliding window, ``s // 2``) becomes a derived
+symbol: to the core one more symbol, whose value the front end computes at each call. Its name says
+the expression, so equal expressions are the same symbol in all graphs.
+
 Tested by tests/python/test_lower.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +23,20 @@ Terms = tuple[tuple[tuple[str, ...], int], ...]
 
 
 class NotPolynomialError(ValueError):
-    """A size expression (floor division, Max, ...) that the graph IR cannot say."""
+    """A size that is neither a polynomial nor integer arithmetic that a call could do."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A symbol that is computed from others."""
+
+    symbols: tuple[str, ...]  # what `compute` takes, in order; none of them is derived itself
+    compute: Callable[..., int]
+
+
+# By name. A name determines the meaning, so that nothing is ever replaced or removed.
+derived: dict[str, Derived] = {}
+_INTEGER_OPERATIONS = {"Max", "Min", "FloorDiv", "CleanDiv", "Mod", "PythonMod"}
 
 
 @dataclass(frozen=True)
@@ -131,4 +150,45 @@ def _terms(expression: Any) -> dict[tuple[str, ...], int]:
             for _ in range(int(exponent)):
                 result = _multiply(result, _terms(base))
             return result
+    if type(expression).__name__ in _INTEGER_OPERATIONS:
+        name = _derive(expression)
+        if type(expression).__name__ in ("Max", "Min") and _seems_negative(derived[name]):
+            opposite = sympy.Min if type(expression).__name__ == "Max" else sympy.Max
+            negated = [-argument for argument in expression.args]
+            return {(_derive(opposite(*negated)),): -1}
+        return {(name,): 1}
     raise NotPolynomialError(f"the size {expression} is not a polynomial of its symbols")
+
+
+def _seems_negative(size: Derived) -> bool:
+    """A symbol is never negative to the core; `Min(0, s - 5)` is better said by its negation."""
+    samples = [size.compute(*[value] * len(size.symbols)) for value in (2, 1 << 20)]
+    return min(samples) < 0 and max(samples) <= 0
+
+
+def _derive(expression: Any) -> str:
+    """The derived symbol that stands for an expression of integers."""
+    import sympy
+    from torch.utils._sympy.printers import PythonPrinter
+
+    for part in sympy.preorder_traversal(expression):
+        known = isinstance(part, sympy.Integer | sympy.Symbol | sympy.Add | sympy.Mul)
+        if not known and type(part).__name__ not in _INTEGER_OPERATIONS:
+            raise NotPolynomialError(f"the size {expression} is more than integer arithmetic")
+    text = PythonPrinter().doprint(expression)
+    words = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
+    name = f"size_{words}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    if name not in derived:
+        symbols = tuple(sorted(symbol.name for symbol in expression.free_symbols))
+        code = f"lambda {', '.join(symbols)}: {text}"
+        compute = eval(code, {"__builtins__": {}, "max": max, "min": min})
+        derived[name] = Derived(symbols, compute)
+    return name
+
+
+def roots(names: Iterable[str]) -> set[str]:
+    """The symbols that calls have to tell: derived ones are replaced by what they are made of."""
+    found: set[str] = set()
+    for name in names:
+        found.update(derived[name].symbols if name in derived else (name,))
+    return found

@@ -85,9 +85,17 @@ def _empty(kind: type[InstalledForward]) -> InstalledForward:
     return kind.__new__(kind)
 
 
+def called_model(model: Any) -> Any:
+    """The module whose `forward` a model's calls and its `generate` come to: that of a wrapper of
+    adapters (PEFT's `get_base_model`) or of torch.compile (`_orig_mod`) is the one inside."""
+    model = getattr(model, "_orig_mod", model)
+    inner = getattr(type(model), "get_base_model", None)
+    return model if inner is None else inner(model)
+
+
 def installed_in(model: Any) -> InstalledForward | None:
     """The object installed in a model, if there is one."""
-    forward = getattr(model, "__dict__", {}).get("forward")
+    forward = getattr(called_model(model), "__dict__", {}).get("forward")
     return forward if isinstance(forward, InstalledForward) else None
 
 

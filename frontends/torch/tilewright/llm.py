@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.installed import CompiledForward, InstalledForward, installed_in
+from tilewright.installed import CompiledForward, InstalledForward, called_model, installed_in
 from tilewright.packed import unpack_all
 
 log = logging.getLogger("tilewright")
@@ -52,7 +52,8 @@ def optimize(
     A causal language model of transformers runs as one program per step; any other module goes
     through torch.compile with our backend. Nothing is captured or packed before the first call.
     Calls that a program cannot run, and models
-    that cannot be captured, keep the original forward, with a visible reason (`explain`).
+    that cannot be captured, keep the original forward, with a visible reason (`explain`). A model
+    with adapters (PEFT) is optimised inside of its wrapper; adapters may change at any time.
     """
     _refuse_unknown(unknown)
     if quantization is not None:
@@ -62,19 +63,20 @@ def optimize(
     if installed_in(model) is not None:
         raise ValueError("this model is optimised already; llm.restore(model) undoes that first")
     if inplace:
-        before = {n: p.dtype for n, p in model.named_parameters()}
+        before = {n: p.dtype for n, p in called_model(model).named_parameters()}
         _convert(model, dtype)
     else:
         before = {}
         model = _copy(model, dtype)
     installed: InstalledForward
-    if _is_causal_language_model(model):
+    target = called_model(model)
+    if _is_causal_language_model(target):
         from tilewright.decoder import Decoder
 
-        installed = Decoder(model)
+        installed = Decoder(target)
         installed.frees = inplace
     else:
-        installed = CompiledForward(model)
+        installed = CompiledForward(target)
     installed.parameter_types = before
     installed.install()
     return model
@@ -85,7 +87,7 @@ def restore(model: nn.Module) -> nn.Module:
 
     Values that a conversion rounded stay rounded. A model that is not optimised is returned as is.
     """
-    original = getattr(model, "_orig_mod", model)
+    original = called_model(model)
     installed = installed_in(original)
     if installed is None:
         return model

@@ -23,8 +23,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from tilewright import aten, host
-from tilewright.dims import Dim
+from tilewright import aten, dims, host
+from tilewright.dims import Derived, Dim
 from tilewright.graph_text import GraphBuilder, Type, UnsupportedError, Value, tensor_type
 from tilewright.outputs import Output, OutputPlanner, storage_key
 
@@ -46,7 +46,20 @@ class Lowered:
     tokens: Dim | None  # of each sequence in one call; one means decode
     mutated: frozenset[int]  # placeholders that a run writes
     externals: list[tuple[str, str]] = field(default_factory=list)  # (function, reason)
+    derived: dict[str, Derived] = field(default_factory=dict)  # symbols computed from the bound
     caches: list[int] = field(default_factory=list)  # layers whose caches are parameters, in order
+
+    def symbols(self, arguments: Sequence[Any]) -> dict[str, int]:
+        """The symbols' values in a call with these arguments."""
+        found = {
+            name: arguments[i] if axis is None else arguments[i].shape[axis]
+            for name, (i, axis) in self.bindings.items()
+        }
+        for name, derived in self.derived.items():
+            found[name] = derived.compute(*(found[symbol] for symbol in derived.symbols))
+            if found[name] < 0:
+                raise UnsupportedError(f"the size {name} is negative in this call")
+        return found
 
 
 class Call:
@@ -162,6 +175,7 @@ class Lowerer:
         self.inputs: list[int] = []
         self.mutated: set[int] = set()
         self.bindings: dict[str, tuple[int, int | None]] = {}
+        self.derived: dict[str, Derived] = {}
         self.attributes: dict[int, str] = {}
         self._positions = {node: i for i, node in enumerate(gm.graph.nodes)}
         self._input_storage: dict[int, int] = {}  # storage -> placeholder
@@ -378,6 +392,7 @@ class Lowerer:
             inputs=self.inputs,
             shape_inputs=shape_inputs,
             bindings=self.bindings,
+            derived=self.derived,
             outputs=outputs,
             output_tree=tree,
             results=[value.type for value in self.builder.outputs],
@@ -416,7 +431,8 @@ class Lowerer:
         needed = self.used_symbols()
         for output in outputs:
             needed |= output.symbols()
-        unknown = sorted(needed - self.bindings.keys())
+        self.derived = {name: dims.derived[name] for name in needed if name in dims.derived}
+        unknown = sorted(dims.roots(needed) - self.bindings.keys())
         if unknown:
             raise UnsupportedError(f"no input tells the size {', '.join(unknown)}")
         missing = sorted(needed - shown)

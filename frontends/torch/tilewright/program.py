@@ -210,12 +210,6 @@ class Executable:
         for place in self.weights.places():
             self.store.forget(place)
 
-    def symbols(self, arguments: Sequence[Any]) -> dict[str, int]:
-        return {
-            name: arguments[i] if axis is None else arguments[i].shape[axis]
-            for name, (i, axis) in self.lowered.bindings.items()
-        }
-
     def is_decode(self, symbols: Mapping[str, int]) -> bool:
         tokens = self.lowered.tokens
         return tokens is not None and tokens.evaluate(symbols) == 1
@@ -264,7 +258,7 @@ class Executable:
 
     def call(self, arguments: Sequence[Any]) -> Any:
         """With the traced function's arguments; returns what it returned."""
-        symbols = self.symbols(arguments)
+        symbols = self.lowered.symbols(arguments)
         tensors = [arguments[i].contiguous() for i in self.lowered.inputs]
         results = self.run(tensors, symbols)
         leaves = [output.make(results, arguments, symbols) for output in self.lowered.outputs]

@@ -1,0 +1,61 @@
+// Lowering of products of two activations, batched.
+//
+// Tested by program_test.
+#include "ops/gemm/matmul_kernel.h"
+#include "ops/lowering.h"
+
+namespace tilewright::ops {
+
+using graph::Dim;
+using graph::Shape;
+
+Status Lowering::lower_matmul(const graph::Node& node) {
+  const graph::Type& left = type(node.operands[0]);
+  const graph::Type& right = type(node.operands[1]);
+  const graph::Type& result = type(node.results[0]);
+  MatmulTask task;
+  task.spec.lanes = target_.lanes();
+  task.spec.input = left.dtype;
+  task.spec.output = result.dtype;
+  if (Status possible = supported(task.spec); !possible) return possible;
+
+  const std::size_t rank = result.shape.size(), batch_axes = rank - 2;
+  const auto spread = [&](const Layout& source) {
+    Shape shape(result.shape.begin(), result.shape.end() - 2);
+    shape.insert(shape.end(), source.shape.end() - 2, source.shape.end());
+    return broadcast(source, shape);
+  };
+  const Layout x = spread(unit_columns(layout(node.operands[0]), left.dtype));
+  // Keys lie transposed in front of their queries: read as they are.
+  const Layout& given = layout(node.operands[1]);
+  task.spec.transposed =
+      given.strides.back() != Dim(1) && given.strides[given.strides.size() - 2] == Dim(1);
+  const Layout w = spread(task.spec.transposed ? given : unit_columns(given, right.dtype));
+  set_layout(node.results[0], destination(node.results[0]));
+  const Layout y = layout(node.results[0]);
+  if (y.strides.back() != Dim(1) && y.shape.back() != Dim(1)) {
+    return Error{"its result has no contiguous rows"};
+  }
+
+  task.rows = dim(result.shape[rank - 2]);
+  task.columns = dim(result.shape.back());
+  task.depth = dim(left.shape.back());
+  task.x = operand(x, left.dtype);
+  task.w = operand(w, right.dtype);
+  task.y = operand(y, result.dtype);
+  task.x_stride = dim(x.strides[rank - 2]);
+  task.w_stride = dim(w.strides[task.spec.transposed ? rank - 1 : rank - 2]);
+  task.y_stride = dim(y.strides[rank - 2]);
+  const Layout layouts[] = {x, w, y};
+  for (const Loop& loop : collapse(layouts, batch_axes)) {
+    task.batch.push_back(
+        {dim(loop.size), {dim(loop.strides[0]), dim(loop.strides[1]), dim(loop.strides[2])}});
+  }
+  const MatmulKernel spec = task.spec;
+  const std::string specification = print(spec);
+  task.kernel = kernels_->request(specification, [spec] { return build(spec); });
+  add_task(std::move(task), {x.buffer, w.buffer}, {y.buffer}, work_of(graph_, node), specification);
+  return {};
+}
+
+}  // namespace tilewright::ops
