@@ -152,8 +152,8 @@ def run_encoder(
                 calls[name] = prepared(name)
             except Exception as error:
                 rows[name] = {"status": "failed", "reason": str(error).splitlines()[0][:160]}
-        for name, error in _errors(results, encoder, model).items():
-            rows[name]["relative_error"] = error
+        for name, difference in _errors(results, encoder, model).items():
+            rows[name]["relative_error"] = difference
 
         def measure(name: str) -> Sample:
             begin = time.perf_counter()
