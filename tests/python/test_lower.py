@@ -289,6 +289,24 @@ def test_slices_of_symbolic_axes(bounds: tuple[int, int | None]) -> None:
         torch.testing.assert_close(lowered.compiled(x), function(x))
 
 
+def test_a_mask_that_is_read_up_to_a_length_is_a_slice() -> None:
+    """As transformers reads a padding mask while a cache grows; beyond its end is an error."""
+
+    def function(mask, keys):
+        rows = torch.arange(mask.shape[0])[:, None]
+        return mask[rows, torch.arange(keys.shape[1])] * 2
+
+    lowered = LoweredFunction(function)
+    mask = torch.randn(2, 9)
+    for length in (7, 4, 9):
+        keys = torch.empty(1, length)
+        torch._dynamo.mark_dynamic(keys, 1)
+        torch.testing.assert_close(lowered.compiled(mask, keys), function(mask, keys))
+    assert not lowered.externals
+    with pytest.raises(Exception, match="index up to"):
+        lowered.compiled(mask, torch.empty(1, 10))
+
+
 def test_a_view_read_after_a_write_is_refused() -> None:
     def function(x, row):
         view = x[0]

@@ -642,39 +642,45 @@ def gather(call: Call, x: Value, axis: int, indices: Value, sparse: bool = False
     return call.emit("embedding", table, call.convert(rows, torch.int64))
 
 
-def _is_everything(call: Call, x: Value, indices: Sequence[Value | None]) -> bool:
-    """Whether x[i, j, ...] is all of x in order: each index counts its axis from 0 to the end,
+def _leading_part(
+    call: Call, x: Value, indices: Sequence[Value | None]
+) -> list[tuple[int, Dim]] | None:
+    """If x[i, j, ...] is x[:a, :b, ...], the axes that it cuts and where: each index counts from 0,
     along an axis of its own. So a padding mask is read: mask[batch[:, None, None, None], key]."""
     if len(indices) != len(x.shape):
-        return False
+        return None
     rank = len(call.type.shape)
     places: list[int] = []
-    for size, value in zip(x.shape, indices, strict=True):
+    cuts: list[tuple[int, Dim]] = []
+    for i, (size, value) in enumerate(zip(x.shape, indices, strict=True)):
         if value is None or value.dtype != torch.int64:
-            return False
+            return None
         wide = [axis for axis, dim in enumerate(value.shape) if dim.constant != 1]
-        if len(wide) > 1 or not _counts(call, value, size):
-            return False
+        end = _counts_to(call, value)
+        if len(wide) > 1 or end is None:
+            return None
         # An axis of one element may lie anywhere.
         places += [rank - len(value.shape) + axis for axis in wide]
-    return places == sorted(set(places))
+        if end != size:
+            cuts.append((i, end))
+    return cuts if places == sorted(set(places)) else None
 
 
-def _counts(call: Call, value: Value, end: Dim) -> bool:
-    """Whether the elements are 0, 1, ... end - 1."""
+def _counts_to(call: Call, value: Value) -> Dim | None:
+    """The end, if the elements are 0, 1, ... end - 1."""
     node = call.builder.producer(value)
     while node is not None and node.op != "arange":
         plus_zero = node.op == "add" and any(
             _is_zero(call.builder.producer(operand)) for operand in node.operands
         )
         if node.op != "reshape" and not plus_zero:
-            return False
+            return None
         kept = [o for o in node.operands if not _is_zero(call.builder.producer(o))]
         node = call.builder.producer(kept[0]) if len(kept) == 1 else None
-    if node is None:
-        return False
-    start, stop = node.attributes["start"][0], node.attributes["end"][0]
-    return bool(start.constant == 0 and stop == end)
+    if node is None or node.attributes["start"][0].constant != 0:
+        return None
+    end: Dim = node.attributes["end"][0]
+    return end
 
 
 def _is_zero(node: Node | None) -> bool:
@@ -684,7 +690,13 @@ def _is_zero(node: Node | None) -> bool:
 @lowers("index.Tensor")
 def index(call: Call, x: Value, indices: Sequence[Value | None]) -> Value:
     """Rows of a table; or one place, given as a constant."""
-    if _is_everything(call, x, indices):
+    cuts = _leading_part(call, x, indices)
+    if cuts is not None:
+        for axis, end in cuts:
+            if end.constant is None or x.shape[axis].constant is None:
+                call.builder.at_most.append((end, x.shape[axis]))
+            shape = (*x.shape[:axis], end, *x.shape[axis + 1 :])
+            x = call.slice(x, axis, Dim.of(0), end, 1, Type(x.dtype, shape))
         return call.reshape(x, call.type.shape)
     given = [(axis, value) for axis, value in enumerate(indices) if value is not None]
     if len(given) != 1 or given[0][1].dtype != torch.int64:

@@ -110,6 +110,7 @@ class GraphBuilder:
         self.parameters: list[Value] = []
         self.nodes: list[Node] = []
         self.outputs: list[Value] = []
+        self.at_most: list[tuple[Dim, Dim]] = []  # what a call's sizes must obey: first <= second
         self._names: dict[str, int] = {}
         self._constants: dict[str, Value] = {}
         self._scalars: dict[tuple[str, torch.dtype], Value] = {}

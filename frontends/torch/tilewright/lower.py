@@ -47,10 +47,12 @@ class Lowered:
     mutated: frozenset[int]  # placeholders that a run writes
     externals: list[tuple[str, str]] = field(default_factory=list)  # (function, reason)
     derived: dict[str, Derived] = field(default_factory=dict)  # symbols computed from the bound
+    at_most: list[tuple[Dim, Dim]] = field(default_factory=list)  # in every call: first <= second
     caches: list[int] = field(default_factory=list)  # layers whose caches are parameters, in order
 
     def symbols(self, arguments: Sequence[Any]) -> dict[str, int]:
-        """The symbols' values in a call with these arguments."""
+        """The symbols' values in a call with these arguments. Raises UnsupportedError if the
+        program is not for them."""
         found = {
             name: arguments[i] if axis is None else arguments[i].shape[axis]
             for name, (i, axis) in self.bindings.items()
@@ -59,6 +61,9 @@ class Lowered:
             found[name] = derived.compute(*(found[symbol] for symbol in derived.symbols))
             if found[name] < 0:
                 raise UnsupportedError(f"the size {name} is negative in this call")
+        for size, limit in self.at_most:
+            if size.evaluate(found) > limit.evaluate(found):
+                raise UnsupportedError(f"an index up to {size} of only {limit} in this call")
         return found
 
 
@@ -393,6 +398,7 @@ class Lowerer:
             shape_inputs=shape_inputs,
             bindings=self.bindings,
             derived=self.derived,
+            at_most=self.builder.at_most,
             outputs=outputs,
             output_tree=tree,
             results=[value.type for value in self.builder.outputs],
@@ -431,6 +437,8 @@ class Lowerer:
         needed = self.used_symbols()
         for output in outputs:
             needed |= output.symbols()
+        for pair in self.builder.at_most:
+            needed |= symbols_of(pair)
         self.derived = {name: dims.derived[name] for name in needed if name in dims.derived}
         unknown = sorted(dims.roots(needed) - self.bindings.keys())
         if unknown:
