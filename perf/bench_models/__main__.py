@@ -255,7 +255,7 @@ def ops(
 
 @app.command()
 def encoder(
-    names: Annotated[str, typer.Option("--systems", help="comma-separated; none: all")] = "",
+    names: Annotated[str, typer.Option("--systems", help="comma-separated")] = "",
     batch: Annotated[int, typer.Option()] = 32,
     tokens: Annotated[int, typer.Option(help="of the longest sequence")] = 128,
     layers: Annotated[int, typer.Option()] = 12,
@@ -268,11 +268,12 @@ def encoder(
 
     from bench_models import encoders
 
-    chosen = _split(names) or list(encoders.IMPLEMENTATIONS)
-    unknown = [name for name in chosen if name not in encoders.IMPLEMENTATIONS]
-    if unknown:
-        messages.print(f"no '{unknown[0]}'; there are {', '.join(encoders.IMPLEMENTATIONS)}")
-        raise typer.Exit(2)
+    chosen = _split(names) or list(encoders.STANDARD)
+    try:
+        encoders.check_names(chosen)
+    except ValueError as error:
+        messages.print(str(error))
+        raise typer.Exit(2) from None
     torch.set_num_threads(threads)
     limits = gate.measure(threads)
     record = results.new_record("encoder", limits, threads)

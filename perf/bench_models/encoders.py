@@ -4,6 +4,8 @@ Generation shows nothing of an encoder, so it has no row in `models`. Random wei
 shape; sequences of different lengths, padded to the longest. Blocks A B B A between probes of the
 machine, as everywhere. The error is that of the last hidden states of all tokens that are no
 padding, relative to their largest value, against eager in fp64 on two of the sequences.
+One use of a compiler per run: Dynamo shares what it compiled between models of one class, so a
+second one would measure how parameters are swapped.
 Tested by tests/python/test_bench_models.py.
 """
 
@@ -98,6 +100,18 @@ IMPLEMENTATIONS: dict[str, Callable[[Any], Any]] = {
     "inductor": _inductor,
     "inductor:freezing": _inductor_freezing,
 }
+
+STANDARD = ("tilewright", "eager", "inductor")
+
+
+def check_names(names: list[str]) -> None:
+    """Raises ValueError for unknown ones, and for two uses of one compiler."""
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"no system '{name}'; there are {', '.join(IMPLEMENTATIONS)}")
+    compilers = [name.split(":")[0] for name in names]
+    if len(set(compilers)) < len(names):
+        raise ValueError("one use of each compiler per run: Dynamo shares their code")
 
 
 def _share(model: Any) -> float:
