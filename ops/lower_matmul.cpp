@@ -1,6 +1,6 @@
 // Lowering of products of two activations, batched.
 //
-// Tested by program_test.
+// Tested by tests/python/test_backend.py (products of activations) and the campaign of models.
 #include "ops/gemm/matmul_kernel.h"
 #include "ops/lowering.h"
 
@@ -31,11 +31,11 @@ Status Lowering::lower_matmul(const graph::Node& node) {
   task.spec.transposed =
       given.strides.back() != Dim(1) && given.strides[given.strides.size() - 2] == Dim(1);
   const Layout w = spread(task.spec.transposed ? given : unit_columns(given, right.dtype));
-  set_layout(node.results[0], destination(node.results[0]));
-  const Layout y = layout(node.results[0]);
+  const Layout y = destination(node.results[0]);
   if (y.strides.back() != Dim(1) && y.shape.back() != Dim(1)) {
     return Error{"its result has no contiguous rows"};
   }
+  set_layout(node.results[0], y);
 
   task.rows = dim(result.shape[rank - 2]);
   task.columns = dim(result.shape.back());

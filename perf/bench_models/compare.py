@@ -3,8 +3,9 @@
 A build is a directory that holds the package, or a git revision, built once into the cache.
 A slowdown is flagged when the median of paired ratios new / old exceeds 1 + margin and the whole
 interval lies above 1; so noise alone does not fail a build, and neither does a change too small to
-state. Two processes of one build differ by up to 5 %, by where their memory lies: so each build
-gets several, and a pair of processes counts as one ratio. Wrong answers fail a build, too.
+state. Two processes of one build differ by up to 5 % all their lives, and why is not known
+(perf/results/compare-same-build.md): so each build gets several, and a pair of processes counts as
+one ratio. Wrong answers fail a build, too.
 Tested by tests/python/test_bench_models.py.
 """
 
@@ -123,7 +124,7 @@ def run_compare(
         with tempfile.TemporaryDirectory(prefix="bench-compare-") as caches:
             for index in range(processes):
                 say(f"comparing on {cell.name}, processes {index + 1} of {processes} ...")
-                # Who loads first gets the better memory: take turns.
+                # Who loads first may have an advantage: take turns.
                 order = ("old", "new") if index % 2 == 0 else ("new", "old")
                 blocks, agreed = _compare_processes(
                     dict(zip(("old", "new"), builds, strict=True)),

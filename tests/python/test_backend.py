@@ -225,6 +225,29 @@ def test_static_caches_are_not_frozen() -> None:
         assert tokens.tolist() == result
 
 
+@torch.no_grad()
+def test_sizes_that_a_program_is_not_for_run_in_torch_even_if_it_writes() -> None:
+    """Nothing has run then, so the fallback may; other sizes go on in our program."""
+
+    def read(cache: torch.Tensor, mask: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        cache.add_(1)
+        return mask[torch.arange(2)[:, None], torch.arange(keys.shape[1])] * 2
+
+    compiled = torch.compile(read, backend=backend)
+    cache, mask = torch.zeros(3), torch.randn(2, 9)
+    for length in (7, 4, 10, 9):
+        keys = torch.empty(1, length)
+        torch._dynamo.mark_dynamic(keys, 1)
+        if length == 10:
+            with pytest.raises(IndexError):
+                compiled(cache, mask, keys)
+        else:
+            close(compiled(cache, mask, keys), mask[:, :length] * 2)
+    (graph,) = [graph for graph in graphs() if graph.calls == 4]
+    assert graph.fallback_calls == 1 and graph.executable is not None
+    assert "index up to" in graph.reason
+
+
 def test_by_its_name() -> None:
     assert "tilewright" in torch._dynamo.list_backends()
     with torch.no_grad():

@@ -260,7 +260,7 @@ def test_sizes_that_are_not_polynomials() -> None:
 
 
 def test_sizes_that_a_call_derives() -> None:
-    """A sliding window: from some length on the last rows only; one graph for all lengths."""
+    """A sliding window: from some length on the last rows only."""
 
     def window(x, first):
         kept = torch.cat([x[:, -5:], first], 1)

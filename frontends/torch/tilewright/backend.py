@@ -109,7 +109,13 @@ class CompiledGraph:
             try:
                 self._refresh(executable, arguments)
                 return executable.call(arguments)
-            except (core.CoreError, UnsupportedError) as error:
+            except UnsupportedError as error:  # of these sizes; nothing has run
+                if core.settings()["strict"]:
+                    raise
+                self.decline(str(error))
+                self.fallback_calls += 1
+                return self._gm.forward(*arguments)
+            except core.CoreError as error:
                 if core.settings()["strict"] or executable.lowered.mutated:
                     raise
                 self.executable = None

@@ -181,6 +181,7 @@ def _derive(expression: Any) -> str:
     if name not in derived:
         symbols = tuple(sorted(symbol.name for symbol in expression.free_symbols))
         code = f"lambda {', '.join(symbols)}: {text}"
+        # Integer arithmetic and names of symbols only: that was checked above.
         compute = eval(code, {"__builtins__": {}, "max": max, "min": min})
         derived[name] = Derived(symbols, compute)
     return name

@@ -58,7 +58,10 @@ class Lowered:
             for name, (i, axis) in self.bindings.items()
         }
         for name, derived in self.derived.items():
-            found[name] = derived.compute(*(found[symbol] for symbol in derived.symbols))
+            try:
+                found[name] = derived.compute(*(found[symbol] for symbol in derived.symbols))
+            except ZeroDivisionError:
+                raise UnsupportedError(f"the size {name} divides by zero in this call") from None
             if found[name] < 0:
                 raise UnsupportedError(f"the size {name} is negative in this call")
         for size, limit in self.at_most:
