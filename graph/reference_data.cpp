@@ -210,6 +210,17 @@ Status top_indices(Step& step) {
   return {};
 }
 
+Status cumsum(Step& step) {
+  const Tensor& x = step.tensor(0);
+  std::int64_t sum = 0;
+  for (std::int64_t i = 0; i < x.count(); ++i) {
+    if (i % x.shape.back() == 0) sum = 0;
+    sum += x.get_integer(i);
+    step.result.set_integer(i, sum);
+  }
+  return {};
+}
+
 Status cat(Step& step) {
   std::vector<const Tensor*> parts;
   for (std::size_t i = 0; i < step.operands.size(); ++i) parts.push_back(&step.tensor(i));

@@ -138,6 +138,13 @@ Result<Type> largest(const Arguments& a, DataType dtype) {
 Result<Type> top_values(const Arguments& a) { return largest(a, a.operand(0).dtype); }
 Result<Type> top_indices(const Arguments& a) { return largest(a, DataType::i64); }
 
+Result<Type> cumsum(const Arguments& a) {
+  if (a.operand(0).dtype != DataType::i64 || a.shape(0).empty()) {
+    return error("cumsum of {}", print(a.operand(0)));
+  }
+  return tensor(DataType::i64, a.shape(0));
+}
+
 Result<Type> cat(const Arguments& a) {
   Result<std::size_t> place = axis(a);
   if (!place) return place.error();

@@ -243,6 +243,9 @@ Status Lowering::lower_node(const graph::Node& node) {
         case Op::embedding:
           done = lower_embedding(node);
           break;
+        case Op::cumsum:
+          done = lower_cumsum(node);
+          break;
         case Op::cat:
           done = lower_cat(node);
           break;

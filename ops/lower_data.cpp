@@ -2,7 +2,11 @@
 // Tested by program_test.
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <array>
+#include <cmath>
 #include <map>
+#include <optional>
 
 #include "ops/lowering.h"
 #include "ops/rope_kernel.h"
@@ -11,6 +15,7 @@ namespace tilewright::ops {
 
 using graph::DataType;
 using graph::Dim;
+using graph::Op;
 using graph::Shape;
 using graph::ValueId;
 
@@ -94,37 +99,83 @@ Status Lowering::lower_arange(const graph::Node& node) {
 }
 
 Status Lowering::lower_integers(const graph::Node& node) {
-  using Binary = std::int64_t (*)(std::int64_t, std::int64_t);
-  const std::map<graph::Op, Binary> known = {
-      {graph::Op::add, [](std::int64_t a, std::int64_t b) { return a + b; }},
-      {graph::Op::sub, [](std::int64_t a, std::int64_t b) { return a - b; }},
-      {graph::Op::mul, [](std::int64_t a, std::int64_t b) { return a * b; }},
-      {graph::Op::maximum, [](std::int64_t a, std::int64_t b) { return a < b ? b : a; }},
-      {graph::Op::minimum, [](std::int64_t a, std::int64_t b) { return b < a ? b : a; }}};
+  using Number = std::int64_t;
+  const std::map<Op, Number (*)(Number, Number)> known = {
+      {Op::add, [](Number a, Number b) { return a + b; }},
+      {Op::sub, [](Number a, Number b) { return a - b; }},
+      {Op::mul, [](Number a, Number b) { return a * b; }},
+      {Op::maximum, [](Number a, Number b) { return std::max(a, b); }},
+      {Op::minimum, [](Number a, Number b) { return std::min(a, b); }},
+      {Op::neg, [](Number a, Number) { return -a; }},
+      {Op::abs, [](Number a, Number) { return a < 0 ? -a : a; }},
+      {Op::convert, [](Number a, Number) { return a; }},
+      {Op::eq, [](Number a, Number b) { return Number{a == b}; }},
+      {Op::ne, [](Number a, Number b) { return Number{a != b}; }},
+      {Op::lt, [](Number a, Number b) { return Number{a < b}; }},
+      {Op::le, [](Number a, Number b) { return Number{a <= b}; }},
+      {Op::gt, [](Number a, Number b) { return Number{a > b}; }},
+      {Op::ge, [](Number a, Number b) { return Number{a >= b}; }}};
   const auto found = known.find(node.op);
   const graph::Type& result = type(node.results[0]);
-  if (found == known.end() || result.dtype != DataType::i64) return Error{"not integers"};
-  for (const ValueId value : node.operands) {
-    const graph::Type& operand_type = type(value);
-    const bool fits =
-        graph::element_count(operand_type.shape) == Dim(1) || operand_type.shape == result.shape;
-    if (operand_type.dtype != DataType::i64 || !fits) return Error{"integers of different shapes"};
+  if (found == known.end()) return Error{"not of integers"};
+  const bool converts = node.op == Op::convert, compares = result.dtype == DataType::boolean;
+  if (result.dtype != DataType::i64 && !compares && !(converts && result.dtype == DataType::f32)) {
+    return Error{"integers become another type"};
   }
   IntegerTask task;
   task.apply = found->second;
-  task.count = dim(graph::element_count(result.shape));
+  std::vector<std::optional<Layout>> sources;
   std::vector<int> reads;
   for (std::size_t i : {0u, 1u}) {
-    const Layout x = contiguous(layout(node.operands[i]), DataType::i64);
-    task.single[i] = graph::element_count(type(node.operands[i]).shape) == Dim(1);
-    task.x[i] = operand(x, DataType::i64);
-    reads.push_back(x.buffer);
+    const ValueId value = node.operands[std::min(i, node.operands.size() - 1)];
+    const graph::Node* producer = graph_.producer(value);
+    const DataType dtype = type(value).dtype;
+    task.types[i] = dtype;
+    if (producer != nullptr && producer->op == Op::scalar) {
+      const double literal = producer->attribute<double>("value");
+      if (literal != std::rint(literal) || std::abs(literal) > 0x1p53) {
+        return Error{"a number beside integers that is none"};
+      }
+      task.literals[i] = static_cast<Number>(literal);
+      sources.emplace_back();
+      continue;
+    }
+    if (dtype != DataType::i64 && dtype != DataType::i32 && dtype != DataType::boolean) {
+      return Error{"an operand is not of integers"};
+    }
+    sources.emplace_back(broadcast(layout(value), result.shape));
+    reads.push_back(sources.back()->buffer);
   }
+  const Layout y = destination(node.results[0]);
+  set_layout(node.results[0], y);
+  task.types[2] = result.dtype;
+  std::vector<Layout> layouts;
+  for (const std::optional<Layout>& source : sources) layouts.push_back(source.value_or(y));
+  layouts.push_back(y);
+  for (std::size_t i = 0; i < layouts.size(); ++i) {
+    const bool literal = i < 2 && task.literals[i].has_value();
+    task.operands.push_back(operand(layouts[i], literal ? result.dtype : task.types[i]));
+  }
+  for (const Loop& loop : collapse(layouts, result.shape.size())) {
+    TaskLoop& added = task.loops.emplace_back(TaskLoop{dim(loop.size), {}});
+    for (const Dim& stride : loop.strides) added.strides.push_back(dim(stride));
+  }
+  add_task(std::move(task), reads, {y.buffer}, Dim(0), std::string(graph::name(node.op)));
+  return {};
+}
+
+Status Lowering::lower_cumsum(const graph::Node& node) {
+  const graph::Type& result = type(node.results[0]);
+  const Layout x = contiguous(layout(node.operands[0]), DataType::i64);
   const Layout y = destination(node.results[0]);
   if (!is_row_major(y)) return Error{"its result is not contiguous"};
   set_layout(node.results[0], y);
+  CumsumTask task;
+  task.rows = dim(graph::element_count({result.shape.begin(), result.shape.end() - 1}));
+  task.columns = dim(result.shape.back());
+  task.x = operand(x, DataType::i64);
   task.y = operand(y, DataType::i64);
-  add_task(task, reads, {y.buffer}, Dim(0), std::string(graph::name(node.op)));
+  add_task(task, {x.buffer}, {y.buffer}, Dim(0), "cumsum");
   return {};
 }
 

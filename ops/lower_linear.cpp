@@ -6,6 +6,7 @@
 
 #include "ops/gemm/linear_kernel.h"
 #include "ops/lowering.h"
+#include "ops/rope_kernel.h"
 
 namespace tilewright::ops {
 
@@ -15,15 +16,23 @@ using graph::ValueId;
 
 namespace {
 
+// Rows whose x, packed, takes half of L2; the rest is for panels and sums. For a long k some more
+// rows, from L3: each chunk reads all weights again.
+std::int64_t most_rows(const LinearKernel& spec, std::int64_t l2_bytes) {
+  const char* lo = std::getenv("ROWS_LO"); const char* hi = std::getenv("ROWS_HI");
+  return std::clamp<std::int64_t>(l2_bytes / 2 / (4 * spec.k), lo ? atoi(lo) : 48, hi ? atoi(hi) : 192);
+}
+
 // Blocks of rows that kernels exist for, largest first. Fewer kernels than one per remainder
 // (emission time), and any number of rows is covered: 5 = 4 + 1.
-std::vector<LinearTask::Variant> row_variants(int lanes) {
-  std::vector<LinearTask::Variant> variants;
+void add_variants(LinearTask& task, const Target& target) {
+  const int most = max_rows(task.spec.lanes);
   for (int rows : {12, 8, 6, 4, 2, 1}) {
-    const bool useful = rows <= 4 || rows == max_rows(lanes) || (rows == 8 && lanes == 16);
-    if (useful && rows <= max_rows(lanes)) variants.push_back({rows, nullptr});
+    const bool useful = rows <= 4 || rows == most || (rows == 8 && task.spec.lanes == 16);
+    if (useful && rows <= most) task.variants.push_back({rows, task.spec.input});
   }
-  return variants;
+  task.packed = {most, graph::DataType::f32};
+  task.most_rows = most_rows(task.spec, target.l2_bytes);
 }
 
 }  // namespace
@@ -126,7 +135,9 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   const std::optional<Matrix> y = matrix(layout(result), task.spec.output);
   task.y = y->operand;
   task.y_stride = dim(y->stride);
-  task.variants = row_variants(task.spec.lanes);
+  add_variants(task, target_);
+  const CopyKernel copy{task.spec.lanes, task.spec.input, graph::DataType::f32};
+  task.copy = kernels_->request(print(copy), [copy] { return build(copy); });
   const std::string specification = print(task.spec);
   const std::int64_t bytes = task.weight->bytes;
   add_task(std::move(task), reads, {y->buffer}, work_of(graph_, node), specification);
@@ -192,7 +203,7 @@ Status Lowering::lower_expert_linear(const graph::Node& node) {
   task.rows = dim(y.shape[0]);
   task.y = operand(y, task.spec.output);
   task.y_stride = dim(y.strides[0]);
-  task.variants = row_variants(task.spec.lanes);
+  add_variants(task, target_);
   const std::string specification = print(task.spec);
   const std::int64_t bytes = task.weight->bytes;
   add_task(std::move(task), reads, {y.buffer}, work_of(graph_, node), "experts: " + specification);

@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <optional>
 
+#include "ops/attention_task.h"
+#include "ops/linear_task.h"
 #include "ops/onednn_fallback.h"
 #include "ops/program_state.h"
 #include "ops/threads.h"
@@ -109,6 +111,7 @@ Status reserve_caches(const State& state, std::span<KvCache* const> caches,
 void request_kernel(State& state, const LinearTask& linear, LinearTask::Variant& variant) {
   LinearKernel spec = linear.spec;
   spec.rows = variant.rows;
+  spec.input = variant.input;
   variant.kernel = state.kernels->request(print(spec), [spec] { return build(spec); });
 }
 
@@ -125,15 +128,7 @@ Status ensure_kernels(State& state, std::span<const std::int64_t> dims) {
         request_kernel(state, *linear, variant);
         missing = true;
       };
-      if (linear->experts) {  // an expert may get any number of the rows
-        for (LinearTask::Variant& variant : linear->variants) {
-          if (variant.rows <= rows) need(variant);
-        }
-        continue;
-      }
-      for_row_blocks(
-          linear->variants, rows,
-          [&](LinearTask::Variant& variant, std::int64_t, std::int64_t) { need(variant); });
+      for_needed_variants(*linear, rows, need);
     }
   }
   if (!missing) return {};
@@ -144,10 +139,10 @@ Status ensure_kernels(State& state, std::span<const std::int64_t> dims) {
     for (Task& task : step.tasks) {
       auto* linear = std::get_if<LinearTask>(&task);
       if (linear == nullptr) continue;
-      for (LinearTask::Variant& variant : linear->variants) {
+      for_all_variants(*linear, [](LinearTask::Variant& variant) {
         if (variant.kernel != nullptr && variant.kernel->function == nullptr)
           variant.kernel = nullptr;
-      }
+      });
     }
   }
   return made;
@@ -184,13 +179,8 @@ Status prepare_scratch(State& state, const Frame& frame, int threads) {
       if (const auto* linear = std::get_if<LinearTask>(&task)) {
         needed = std::max(needed, scratch_bytes(*linear, frame.dim(linear->rows)));
       }
-      const auto* attention = std::get_if<AttentionTask>(&task);
-      if (attention == nullptr) continue;
-      const std::int64_t queries = frame.dim(attention->queries);
-      const std::int64_t batch = frame.dim(attention->batch);
-      for (std::int64_t b = 0; b < batch && queries > 0; ++b) {
-        const KeyRange keys = keys_of(*attention, frame, b, queries - 1);
-        needed = std::max(needed, scratch_bytes(attention->spec, keys.first + keys.count));
+      if (const auto* attention = std::get_if<AttentionTask>(&task)) {
+        needed = std::max(needed, scratch_bytes(*attention, frame));
       }
     }
   }
@@ -417,9 +407,9 @@ Status Program::prepare() {
     for (Task& task : step.tasks) {
       auto* linear = std::get_if<LinearTask>(&task);
       if (linear == nullptr) continue;
-      for (LinearTask::Variant& variant : linear->variants) {
+      for_all_variants(*linear, [&](LinearTask::Variant& variant) {
         if (variant.kernel == nullptr) request_kernel(*state_, *linear, variant);
-      }
+      });
     }
   }
   return state_->kernels->flush();

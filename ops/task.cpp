@@ -5,7 +5,10 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <numeric>
 
+#include "ops/attention_task.h"
+#include "ops/linear_task.h"
 #include "ops/scalar_type.h"
 #include "ops/threads.h"
 
@@ -16,139 +19,6 @@ std::int64_t argument(const void* pointer) { return std::bit_cast<std::int64_t>(
 
 // Below this many elements a task runs on one thread: sharing it costs more than it saves.
 constexpr std::int64_t smallest_share = 4096;
-
-std::int64_t padded_bytes(std::int64_t columns, graph::DataType type) {
-  return (columns * graph::size_in_bytes(type) + 63) / 64 * 64;
-}
-
-// Rows that are multiplied by the same expert, one thread's panels of their results. A block of
-// rows is gathered, because a kernel wants rows at one stride, and its results are scattered.
-class ExpertRun {
- public:
-  ExpertRun(const LinearTask& task, const Frame& frame, int thread, WorkRange panels)
-      : task_(task), frame_(frame), choice_(*task.experts), panels_(panels) {
-    rows_ = reinterpret_cast<std::int64_t*>(frame.scratch[static_cast<std::size_t>(thread)]);
-    const std::int64_t rows = frame.dim(task.rows);
-    x_ = reinterpret_cast<char*>(rows_) + (rows * 8 + 63) / 64 * 64;
-    y_ = x_ + task.variants[0].rows * padded_bytes(task.spec.k, task.spec.input);
-    char* sums = y_ + task.variants[0].rows * padded_bytes(task.spec.n, task.spec.output);
-    arguments_[LinearArgs::partial_sums] = argument(sums);
-    arguments_[LinearArgs::weight] = argument(task.weight->data.get());
-    arguments_[LinearArgs::panel_count] = panels.end - panels.begin;
-    arguments_[LinearArgs::block_count] = 1;
-  }
-
-  // The rows of this expert, in order.
-  void run(std::int64_t expert) {
-    const auto* indices = reinterpret_cast<const std::int64_t*>(choice_.indices.address(frame_));
-    const std::int64_t rows = frame_.dim(task_.rows);
-    std::int64_t count = 0;
-    for (std::int64_t row = 0; row < rows; ++row) {
-      if (indices[row] == expert) rows_[count++] = row;
-    }
-    first_panel_ = expert * panel_count(task_.spec.n);
-    arguments_[LinearArgs::panel_begin] = first_panel_ + panels_.begin;
-    if (task_.spec.epilogue.bias) {
-      arguments_[LinearArgs::bias] = argument(task_.bias.address(frame_));
-    }
-    for_row_blocks(
-        task_.variants, count,
-        [&](const LinearTask::Variant& variant, std::int64_t first, std::int64_t blocks) {
-          for (std::int64_t block = 0; block < blocks; ++block) {
-            multiply(variant, rows_ + first + block * variant.rows);
-          }
-        });
-  }
-
- private:
-  void multiply(const LinearTask::Variant& variant, const std::int64_t* rows) {
-    const std::int64_t x_bytes = task_.spec.k * task_.x.element_bytes;
-    const std::int64_t x_pitch = padded_bytes(task_.spec.k, task_.spec.input);
-    const std::int64_t x_stride = frame_.dim(task_.x_stride) * task_.x.element_bytes;
-    for (int i = 0; i < variant.rows; ++i) {
-      std::memcpy(x_ + i * x_pitch, task_.x.address(frame_) + rows[i] / choice_.choices * x_stride,
-                  static_cast<std::size_t>(x_bytes));
-    }
-    const std::int64_t pitch = padded_bytes(task_.spec.n, task_.spec.output);
-    arguments_[LinearArgs::x] = argument(x_);
-    arguments_[LinearArgs::x_row_stride] = x_pitch;
-    // The kernel puts a panel where it lies in the stack of all experts.
-    arguments_[LinearArgs::y] =
-        argument(y_) - first_panel_ * panel_columns() * task_.y.element_bytes;
-    arguments_[LinearArgs::y_row_stride] = pitch;
-    variant.kernel->function(arguments_);
-    const std::int64_t begin = panels_.begin * panel_columns() * task_.y.element_bytes;
-    const std::int64_t end = panels_.end * panel_columns() * task_.y.element_bytes;
-    const std::int64_t y_stride = frame_.dim(task_.y_stride) * task_.y.element_bytes;
-    for (int i = 0; i < variant.rows; ++i) {
-      std::memcpy(task_.y.address(frame_) + rows[i] * y_stride + begin, y_ + i * pitch + begin,
-                  static_cast<std::size_t>(end - begin));
-    }
-  }
-
-  const LinearTask& task_;
-  const Frame& frame_;
-  const ExpertChoice& choice_;
-  WorkRange panels_;
-  std::int64_t* rows_;
-  char *x_, *y_;
-  std::int64_t first_panel_ = 0;
-  std::int64_t arguments_[LinearArgs::count] = {};
-};
-
-void run_experts(const LinearTask& task, const Frame& frame, int thread, WorkRange panels) {
-  const ExpertChoice& choice = *task.experts;
-  const auto* indices = reinterpret_cast<const std::int64_t*>(choice.indices.address(frame));
-  for (std::int64_t row = 0; row < frame.dim(task.rows); ++row) {
-    if (indices[row] < 0 || indices[row] >= choice.experts) {
-      frame.problem->store("expert_linear: an index is out of range");
-      return;
-    }
-  }
-  ExpertRun run(task, frame, thread, panels);
-  for (std::int64_t expert = 0; expert < choice.experts; ++expert) run.run(expert);
-}
-
-void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
-  const WorkRange panels = share(panel_count(task.spec.n), thread, threads);
-  if (panels.begin == panels.end) return;
-  if (task.experts) return run_experts(task, frame, thread, panels);
-  const std::int64_t rows = frame.dim(task.rows);
-  const std::int64_t x_stride = frame.dim(task.x_stride) * task.x.element_bytes;
-  const std::int64_t y_stride = frame.dim(task.y_stride) * task.y.element_bytes;
-  std::int64_t arguments[LinearArgs::count] = {};
-  arguments[LinearArgs::partial_sums] = argument(frame.scratch[static_cast<std::size_t>(thread)]);
-  arguments[LinearArgs::x_row_stride] = x_stride;
-  arguments[LinearArgs::weight] = argument(task.weight->data.get());
-  arguments[LinearArgs::y_row_stride] = y_stride;
-  if (task.spec.epilogue.bias) arguments[LinearArgs::bias] = argument(task.bias.address(frame));
-  std::int64_t residual_stride = 0;
-  const char* residual = nullptr;
-  if (task.spec.epilogue.residual) {
-    residual = task.residual.address(frame);
-    residual_stride = frame.dim(task.residual_stride) * task.residual.element_bytes;
-    arguments[LinearArgs::residual_row_stride] = residual_stride;
-  }
-  // Rows that need several kernels take the panels one by one: each is still in cache for the next
-  // kernel, where a second pass over all of them would read the weights from memory again.
-  const bool one_kernel = rows % task.variants[0].rows == 0 ||
-                          std::any_of(task.variants.begin(), task.variants.end(),
-                                      [&](const auto& variant) { return variant.rows == rows; });
-  const std::int64_t panels_at_once = one_kernel ? panels.end - panels.begin : 1;
-  arguments[LinearArgs::panel_count] = panels_at_once;
-  for (std::int64_t panel = panels.begin; panel < panels.end; panel += panels_at_once) {
-    arguments[LinearArgs::panel_begin] = panel;
-    for_row_blocks(
-        task.variants, rows,
-        [&](const LinearTask::Variant& variant, std::int64_t first, std::int64_t blocks) {
-          arguments[LinearArgs::x] = argument(task.x.address(frame) + first * x_stride);
-          arguments[LinearArgs::y] = argument(task.y.address(frame) + first * y_stride);
-          arguments[LinearArgs::residual] = argument(residual + first * residual_stride);
-          arguments[LinearArgs::block_count] = blocks;
-          variant.kernel->function(arguments);
-        });
-  }
-}
 
 // Runs the nest of `loops` for the rows [begin, end) of its flattened iteration space;
 // call(addresses, rows, innermost strides) gets runs of consecutive rows of the innermost loop.
@@ -267,12 +137,6 @@ void run(const CopyTask& task, const Frame& frame, int thread, int threads) {
             });
 }
 
-std::int64_t head_offset(const HeadStrides& strides, const Frame& frame, std::int64_t batch,
-                         std::int64_t head, std::int64_t token) {
-  return batch * frame.dim(strides.batch) + head * frame.dim(strides.head) +
-         token * frame.dim(strides.token);
-}
-
 struct Rows {
   char* address;
   std::int64_t head_stride;  // bytes
@@ -283,7 +147,7 @@ Rows destination_rows(const HeadDestination& destination, const Frame& frame, st
   if (destination.cache < 0) {
     const std::int64_t bytes = destination.tensor.element_bytes;
     return {destination.tensor.address(frame) +
-                head_offset(destination.strides, frame, batch, 0, token) * bytes,
+                destination.strides.offset(frame, batch, 0, token) * bytes,
             frame.dim(destination.strides.head) * bytes};
   }
   const KvCache& cache = *frame.caches[static_cast<std::size_t>(destination.cache)];
@@ -306,7 +170,7 @@ void run(const RopeTask& task, const Frame& frame, int thread, int threads) {
     const Rows out = destination_rows(task.destination, frame, batch, token);
     arguments[RopeArgs::x] =
         argument(task.x.address(frame) +
-                 head_offset(task.x_strides, frame, batch, 0, token) * task.x.element_bytes);
+                 task.x_strides.offset(frame, batch, 0, token) * task.x.element_bytes);
     arguments[RopeArgs::cos] =
         argument(task.cosine.address(frame) + table * task.cosine.element_bytes);
     arguments[RopeArgs::sin] = argument(task.sine.address(frame) + table * task.sine.element_bytes);
@@ -329,72 +193,9 @@ void run(const AppendTask& task, const Frame& frame, int thread, int threads) {
     const Rows out = destination_rows(task.destination, frame, batch, token);
     arguments[CopyArgs::x] =
         argument(task.x.address(frame) +
-                 head_offset(task.x_strides, frame, batch, 0, token) * task.x.element_bytes);
+                 task.x_strides.offset(frame, batch, 0, token) * task.x.element_bytes);
     arguments[CopyArgs::y] = argument(out.address);
     arguments[CopyArgs::y_row_stride] = out.head_stride;
-    task.kernel->function(arguments);
-  }
-}
-
-void run(const AttentionTask& task, const Frame& frame, int thread, int threads) {
-  const std::int64_t kv_heads = frame.dim(task.kv_heads);
-  const std::int64_t queries = frame.dim(task.queries);
-  const std::int64_t items = frame.dim(task.batch) * kv_heads * queries;
-  const std::int64_t q_bytes = task.q.element_bytes, out_bytes = task.output.element_bytes;
-  std::int64_t arguments[AttentionArgs::count] = {};
-  arguments[AttentionArgs::q_head_stride] = frame.dim(task.q_strides.head) * q_bytes;
-  arguments[AttentionArgs::output_head_stride] = frame.dim(task.output_strides.head) * out_bytes;
-  arguments[AttentionArgs::scale] = std::bit_cast<std::int32_t>(task.scale);
-  arguments[AttentionArgs::softcap] = std::bit_cast<std::int32_t>(task.softcap);
-  arguments[AttentionArgs::scratch] = argument(frame.scratch[static_cast<std::size_t>(thread)]);
-  // Round robin: under a causal mask later queries cost more, and neighbours share keys in cache.
-  for (std::int64_t item = thread; item < items; item += threads) {
-    const std::int64_t query = item % queries;
-    const std::int64_t head = item / queries % kv_heads;
-    const std::int64_t batch = item / queries / kv_heads;
-    const std::int64_t first_head = head * task.spec.group;
-    const KeyRange keys = keys_of(task, frame, batch, query);
-    void* plain_keys = nullptr;
-    void* plain_values = nullptr;
-    if (task.cache >= 0) {
-      const KvCache& cache = *frame.caches[static_cast<std::size_t>(task.cache)];
-      arguments[AttentionArgs::k_blocks] = argument(cache.key_blocks(batch, head));
-      arguments[AttentionArgs::v_blocks] = argument(cache.value_blocks(batch, head));
-      arguments[AttentionArgs::k_token_stride] = cache.token_stride();
-      arguments[AttentionArgs::v_token_stride] = cache.token_stride();
-      arguments[AttentionArgs::block_tokens] = KvCache::block_tokens;
-    } else {
-      plain_keys = task.k.address(frame) +
-                   head_offset(task.k_strides, frame, batch, head, 0) * task.k.element_bytes;
-      plain_values = task.v.address(frame) +
-                     head_offset(task.v_strides, frame, batch, head, 0) * task.v.element_bytes;
-      arguments[AttentionArgs::k_blocks] = argument(&plain_keys);
-      arguments[AttentionArgs::v_blocks] = argument(&plain_values);
-      arguments[AttentionArgs::k_token_stride] =
-          frame.dim(task.k_strides.token) * task.k.element_bytes;
-      arguments[AttentionArgs::v_token_stride] =
-          frame.dim(task.v_strides.token) * task.v.element_bytes;
-      arguments[AttentionArgs::block_tokens] = std::max<std::int64_t>(frame.dim(task.keys), 1);
-    }
-    arguments[AttentionArgs::q] =
-        argument(task.q.address(frame) +
-                 head_offset(task.q_strides, frame, batch, first_head, query) * q_bytes);
-    arguments[AttentionArgs::output] =
-        argument(task.output.address(frame) +
-                 head_offset(task.output_strides, frame, batch, first_head, query) * out_bytes);
-    arguments[AttentionArgs::first_key] = keys.first;
-    arguments[AttentionArgs::key_count] = keys.count;
-    if (task.spec.mask != MaskKind::none) {
-      const std::int64_t row = head_offset(task.mask_strides, frame, batch, first_head, query);
-      arguments[AttentionArgs::mask] =
-          argument(task.mask.address(frame) + row * task.mask.element_bytes);
-    }
-    if (task.spec.slopes) {
-      arguments[AttentionArgs::slopes] = argument(task.slopes.address(frame) + 4 * first_head);
-    }
-    if (task.spec.sinks) {
-      arguments[AttentionArgs::sinks] = argument(task.sinks.address(frame) + 4 * first_head);
-    }
     task.kernel->function(arguments);
   }
 }
@@ -427,13 +228,46 @@ void run(const ArangeTask& task, const Frame& frame, int thread, int) {
   for (std::int64_t i = 0; i < count; ++i) y[i] = start + i;
 }
 
-void run(const IntegerTask& task, const Frame& frame, int thread, int) {
-  if (thread != 0) return;
-  const auto* a = reinterpret_cast<const std::int64_t*>(task.x[0].address(frame));
-  const auto* b = reinterpret_cast<const std::int64_t*>(task.x[1].address(frame));
+std::int64_t read_integer(graph::DataType type, const char* from) {
+  std::int64_t value = 0;  // little-endian; boolean is 0 or 1
+  const auto bytes = static_cast<std::size_t>(graph::size_in_bytes(type));
+  std::memcpy(&value, from, bytes);
+  return type == graph::DataType::i32 ? static_cast<std::int32_t>(value) : value;
+}
+
+void write_integer(graph::DataType type, char* to, std::int64_t value) {
+  if (type == graph::DataType::i64) {
+    std::memcpy(to, &value, sizeof value);
+  } else if (type == graph::DataType::f32) {
+    const auto rounded = static_cast<float>(value);
+    std::memcpy(to, &rounded, sizeof rounded);
+  } else {
+    *to = value != 0;
+  }
+}
+
+void run(const IntegerTask& task, const Frame& frame, int thread, int threads) {
+  const WorkRange range = share_rows(iterations(task.loops, frame), 1, thread, threads);
+  run_loops(task.loops, task.operands, frame, range.begin, range.end,
+            [&](char* const* addresses, std::int64_t count, const std::int64_t* strides) {
+              const auto operand = [&](std::size_t which, std::int64_t i) {
+                if (task.literals[which]) return *task.literals[which];
+                return read_integer(task.types[which], addresses[which] + i * strides[which]);
+              };
+              for (std::int64_t i = 0; i < count; ++i) {
+                write_integer(task.types[2], addresses[2] + i * strides[2],
+                              task.apply(operand(0, i), operand(1, i)));
+              }
+            });
+}
+
+void run(const CumsumTask& task, const Frame& frame, int thread, int threads) {
+  const std::int64_t columns = frame.dim(task.columns);
+  const WorkRange rows = share_rows(frame.dim(task.rows), columns, thread, threads);
+  const auto* x = reinterpret_cast<const std::int64_t*>(task.x.address(frame));
   auto* y = reinterpret_cast<std::int64_t*>(task.y.address(frame));
-  for (std::int64_t i = 0; i < frame.dim(task.count); ++i) {
-    y[i] = task.apply(a[task.single[0] ? 0 : i], b[task.single[1] ? 0 : i]);
+  for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+    std::partial_sum(x + row * columns, x + (row + 1) * columns, y + row * columns);
   }
 }
 
@@ -474,29 +308,6 @@ void run(const TopTask& task, const Frame& frame, int thread, int threads) {
 void run(const HostTask&, const Frame&, int, int) {}
 
 }  // namespace
-
-std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {
-  if (!task.experts) return rows * kPartialSumsBytesPerRow;
-  return (rows * 8 + 63) / 64 * 64 +
-         task.variants[0].rows *
-             (padded_bytes(task.spec.k, task.spec.input) +
-              padded_bytes(task.spec.n, task.spec.output) + kPartialSumsBytesPerRow);
-}
-
-KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence,
-                 std::int64_t query) {
-  std::int64_t first = 0, end = 0;
-  if (task.cache >= 0) {
-    const KvCache& cache = *frame.caches[static_cast<std::size_t>(task.cache)];
-    first = cache.first_keys()[static_cast<std::size_t>(sequence)];
-    end = cache.length() + (task.causal ? query + 1 : frame.dim(task.queries));
-  } else {
-    const std::int64_t keys = frame.dim(task.keys);
-    end = task.causal ? std::min(query + 1, keys) : keys;
-  }
-  if (task.window > 0) first = std::max(first, end - task.window);
-  return {std::min(first, end), std::max<std::int64_t>(end - first, 0)};
-}
 
 void run_task(const Task& task, const Frame& frame, int thread, int threads) {
   std::visit([&](const auto& work) { run(work, frame, thread, threads); }, task);

@@ -66,11 +66,15 @@ struct LinearTask {
   LinearKernel spec;  // rows is set per variant
   struct Variant {
     int rows;
-    const Kernel* kernel;  // null until a run needs it
+    graph::DataType input;
+    const Kernel* kernel = nullptr;  // until a run needs it
   };
-  std::vector<Variant> variants;  // rows descending; the last has 1
+  std::vector<Variant> variants;  // for x in place; rows descending, the last has 1
+  Variant packed;                 // for packed x, in as many rows as the first
+  const Kernel* copy = nullptr;   // rows of x to packed x
   std::shared_ptr<const PackedWeight> weight;
-  DimIndex rows;  // of y
+  std::int64_t most_rows;  // multiplied at once: their x fits L2
+  DimIndex rows;           // of y
   std::optional<ExpertChoice> experts;
   Operand x, y, bias, residual;
   DimIndex x_stride, y_stride, residual_stride;  // elements per row
@@ -102,6 +106,11 @@ struct CopyTask {
 // Strides of a [batch, heads, tokens, ...] operand, elements.
 struct HeadStrides {
   DimIndex batch, head, token;
+  std::int64_t offset(const Frame& frame, std::int64_t batch_index, std::int64_t head_index,
+                      std::int64_t token_index) const {
+    return batch_index * frame.dim(batch) + head_index * frame.dim(head) +
+           token_index * frame.dim(token);
+  }
 };
 
 // Where rope or an append puts rows: a tensor, or this step's tokens in a cache.
@@ -131,7 +140,8 @@ struct AppendTask {
 
 struct AttentionTask {
   AttentionKernel spec;
-  const Kernel* kernel;
+  const Kernel* kernel;   // one token of a group of heads
+  const Kernel* prefill;  // a tile of them
   float scale, softcap;
   bool causal;
   std::int64_t window = 0;  // keys that a query sees; 0: all
@@ -161,12 +171,20 @@ struct ArangeTask {
   Operand y;
 };
 
-// Arithmetic on a few integers (positions), by the runtime itself.
+// Arithmetic on integers (positions, what a mask is made of), and what they become as another type,
+// by the runtime itself: they are few, and AVX2 has neither products nor conversions of 64 bits.
 struct IntegerTask {
   std::int64_t (*apply)(std::int64_t, std::int64_t);
-  DimIndex count;
-  bool single[2];   // an operand that is one number for all
-  Operand x[2], y;  // i64, row-major
+  std::optional<std::int64_t> literals[2];  // in place of operands
+  graph::DataType types[3];                 // of the operands: x, x, y
+  std::vector<Operand> operands;            // y in the place of a literal
+  std::vector<TaskLoop> loops;
+};
+
+// Running sums along rows of i64, by the runtime itself.
+struct CumsumTask {
+  DimIndex rows, columns;
+  Operand x, y;  // row-major
 };
 
 // The largest of each row, by the runtime itself: routers choose among few experts.
@@ -193,30 +211,9 @@ struct HostTask {
 };
 
 using Task = std::variant<LinearTask, MatmulTask, RowTask, CopyTask, RopeTask, AppendTask,
-                          AttentionTask, EmbeddingTask, ArangeTask, IntegerTask, TopTask, HostTask>;
+                          AttentionTask, EmbeddingTask, ArangeTask, IntegerTask, CumsumTask, TopTask, HostTask>;
 
 // One thread's share. HostTask is not run here.
 void run_task(const Task& task, const Frame& frame, int thread, int threads);
-
-// Keys that query token `query` of `sequence` sees: [first, first + count).
-struct KeyRange {
-  std::int64_t first, count;
-};
-KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence,
-                 std::int64_t query);
-
-// Bytes of scratch that a thread needs for its partial sums, and to gather the rows of one expert.
-std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows);
-
-// Calls part(variant, first row, blocks of variant.rows rows) for pieces that cover `rows` rows.
-template <class Variants, class Part>
-void for_row_blocks(Variants& variants, std::int64_t rows, Part&& part) {
-  std::int64_t first = 0;
-  for (auto& variant : variants) {
-    const std::int64_t blocks = (rows - first) / variant.rows;
-    if (blocks > 0) part(variant, first, blocks);
-    first += blocks * variant.rows;
-  }
-}
 
 }  // namespace tilewright::ops

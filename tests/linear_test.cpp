@@ -90,6 +90,9 @@ struct Problem {
     std::vector<std::int64_t> list(LinearArgs::count);
     list[LinearArgs::x] = x->address();
     list[LinearArgs::x_row_stride] = x->stride();
+    list[LinearArgs::x_block_stride] = spec.rows * x->stride();
+    list[LinearArgs::x_stretch_stride] =
+        ops::partial_sum_length() * graph::size_in_bytes(spec.input);
     list[LinearArgs::weight] = packed->address();
     list[LinearArgs::y] = y->address();
     list[LinearArgs::y_row_stride] = y->stride();
@@ -334,6 +337,42 @@ TEST_P(Linear, BitsDoNotDependOnHowWorkIsCut) {
         run_kernel(engine, build(spec), args);
       }
       EXPECT_EQ(problem.results(), wanted) << name(engine) << " rows=" << rows;
+    }
+  }
+}
+
+// Stretches of x one below the other, as the caller of large blocks packs them: only addresses
+// differ.
+TEST_P(Linear, PackedXGivesTheSameBits) {
+  for (const auto& [rows, blocks] : {std::pair{ops::max_rows(GetParam().lanes), 3}, {1, 2}}) {
+    for (std::int64_t k : {96, 128, 331}) {
+      const LinearKernel spec = kernel(rows, 50, k);
+      const Problem problem(spec, blocks, Fill::normal, 13, GuardedRows::Flush::end);
+      problem.run(Engine::interpreter);
+      const std::vector<double> wanted = problem.results();
+
+      const std::int64_t run = ops::partial_sum_length() * size_in_bytes(spec.input);
+      std::vector<char> packed(static_cast<std::size_t>((k / ops::partial_sum_length() + 1) * run *
+                                                        problem.m));
+      for (std::int64_t row = 0; row < problem.m; ++row) {
+        for (std::int64_t i = 0; i < k; ++i) {
+          const std::int64_t to = (i / ops::partial_sum_length() * problem.m + row) * run +
+                                  i % ops::partial_sum_length() * size_in_bytes(spec.input);
+          ops::write_scalar(spec.input, packed.data() + to,
+                            value_at(*problem.x, spec.input, row, i));
+        }
+      }
+      std::vector<std::int64_t> args = problem.args();
+      args[LinearArgs::x] = reinterpret_cast<std::int64_t>(packed.data());
+      args[LinearArgs::x_row_stride] = run;
+      args[LinearArgs::x_block_stride] = rows * run;
+      args[LinearArgs::x_stretch_stride] = problem.m * run;
+      for (Engine engine : engines(spec.lanes)) {
+        run_kernel(engine, build(spec), args);
+        EXPECT_EQ(problem.results(), wanted) << name(engine) << " " << print(spec);
+      }
+      reference(spec, args.data());
+      expect_within_bounds(problem, "reference");
     }
   }
 }

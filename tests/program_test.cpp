@@ -223,6 +223,35 @@ TEST(Program, BitsAreTheSameForAnyNumberOfThreads) {
   }
 }
 
+// Many rows are cut into chunks whose x is packed; a row alone is neither.
+TEST(Program, ARowOfManyHasTheBitsOfTheRowAlone) {
+  const LlamaText text{
+      "graph many(%x: f32[s, 300]) -> (f32[s, 275]) {\n"
+      "  %w = const \"w\" : f32[275, 300]\n"
+      "  %b = const \"b\" : f32[275]\n"
+      "  %y = linear(%x, %w, %b) {bias = true}\n"
+      "  %z = gelu(%y)\n"
+      "  return %z\n"
+      "}\n",
+      {{"w", {275, 300}}, {"b", {275}}}};
+  Model model(text, graph::DataType::f32);
+  Program program = model.compile();
+  for (std::int64_t rows : {23, 24, 193, 500}) {
+    std::vector<Tensor> inputs{random_tensor(graph::DataType::f32, {rows, 300}, 5, 1.0)};
+    for (int threads : {1, 3}) {
+      const Tensor all = run(program, inputs, {}, threads)[0];
+      for (std::int64_t row = 0; row < rows; row += row < 30 ? 1 : 29) {
+        std::vector<Tensor> one{*Tensor::make(graph::DataType::f32, {1, 300})};
+        for (std::int64_t i = 0; i < 300; ++i) one[0].set(i, inputs[0].get(row * 300 + i));
+        const Tensor alone = run(program, one, {}, 1)[0];
+        for (std::int64_t i = 0; i < 275; ++i) {
+          ASSERT_EQ(all.get(row * 275 + i), alone.get(i)) << rows << " rows, row " << row;
+        }
+      }
+    }
+  }
+}
+
 TEST(Program, LeftPaddingHidesKeys) {
   // A padded sequence gives the same logits as the same sequence alone, at the same positions.
   const LlamaShape shape;

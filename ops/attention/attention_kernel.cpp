@@ -16,12 +16,12 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <functional>
 #include <limits>
 #include <vector>
 
 #include "jit/math.h"
 #include "jit/vir/builder.h"
+#include "ops/attention/key_blocks.h"
 #include "ops/columns.h"
 
 namespace tilewright::ops {
@@ -40,8 +40,7 @@ std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
 }
 
 // Scratch: a header, the queries as f32 padded to full vectors, a divisor per head, the scores.
-constexpr std::int64_t kFirstBlock = 0;   // i64: offset in the block tables of first_key's block
-constexpr std::int64_t kFirstToken = 8;   // i64: tokens of that block before first_key
+constexpr std::int64_t kKeyBlocks = 0;    // of KeyBlocks
 constexpr std::int64_t kScoreBytes = 16;  // i64: bytes of a head's scores
 constexpr std::int64_t kHeaderBytes = 64;
 
@@ -78,7 +77,10 @@ OutputTile output_tile(const AttentionKernel& spec) {
 class AttentionBuilder {
  public:
   explicit AttentionBuilder(const AttentionKernel& spec)
-      : spec_(spec), b_(name(spec), spec.lanes, AttentionArgs::count) {}
+      : spec_(spec),
+        b_(name(spec), spec.lanes, AttentionArgs::count),
+        blocks_(b_, {AttentionArgs::first_key, AttentionArgs::key_count,
+                     AttentionArgs::block_tokens, AttentionArgs::scratch, kKeyBlocks}) {}
 
   jit::vir::Function run() && {
     prepare();
@@ -118,29 +120,14 @@ class AttentionBuilder {
   void save(std::int64_t offset, Reg value) {
     b_.store_gpr(Element::i64, b_.at(b_.arg(AttentionArgs::scratch), offset), value);
   }
-  Reg key_count() {
-    Reg none = b_.constant(0);
-    return b_.max(none, b_.arg(AttentionArgs::key_count));
-  }
   // Full vectors that hold a head's scores.
-  Reg score_vectors() { return b_.shift_right(b_.add(key_count(), spec_.lanes - 1), log2_lanes()); }
+  Reg score_vectors() { return b_.shift_right(b_.add(blocks_.key_count(), spec_.lanes - 1), log2_lanes()); }
 
   // The header, and minus infinity behind each head's last score, so that the softmax needs no
   // tail.
   void prepare() {
-    Reg block = b_.constant(0);
-    Reg token = b_.arg(AttentionArgs::first_key);
-    Reg per_block = b_.arg(AttentionArgs::block_tokens);
-    // While token >= per_block; the counter is kept at token - per_block + 1.
-    Reg more = b_.add(b_.sub(token, per_block), 1);
-    b_.loop(more, [&] {
-      b_.add_to(block, 8);
-      b_.assign(token, b_.sub(token, per_block));
-      b_.assign(more, b_.add(b_.sub(token, per_block), 2));
-    });
-    save(kFirstBlock, block);
-    save(kFirstToken, token);
-    Reg score_bytes = b_.bit_and(b_.add(b_.shift_left(key_count(), 2), 63), -64);
+    blocks_.find_first();
+    Reg score_bytes = b_.bit_and(b_.add(b_.shift_left(blocks_.key_count(), 2), 63), -64);
     save(kScoreBytes, score_bytes);
 
     Reg used = b_.shift_left(score_vectors(), log2_lanes() + 2);
@@ -168,25 +155,6 @@ class AttentionBuilder {
     });
   }
 
-  // Walks the blocks that hold keys: body(first token's address, tokens). Both may be changed.
-  void for_blocks(AttentionArgs::Slot table, AttentionArgs::Slot stride,
-                  const std::function<void(Reg, Reg)>& body) {
-    Reg entry = saved(kFirstBlock);
-    b_.add_to(entry, b_.arg(table));
-    Reg skipped = saved(kFirstToken);
-    Reg remaining = key_count();
-    b_.loop(remaining, [&] {
-      Reg tokens = b_.min(b_.sub(b_.arg(AttentionArgs::block_tokens), skipped), remaining);
-      Reg token = b_.load_gpr(Element::i64, b_.at(entry));
-      b_.add_to(token, b_.mul(skipped, b_.arg(stride)));
-      b_.add_to(entry, 8);
-      b_.assign(skipped, b_.constant(0));
-      // The loop takes one away itself.
-      b_.assign(remaining, b_.add(b_.sub(remaining, tokens), 1));
-      body(token, tokens);
-    });
-  }
-
   // --- scores
 
   void score() {
@@ -203,7 +171,7 @@ class AttentionBuilder {
       mask = b_.arg(AttentionArgs::mask);
       b_.add_to(mask, b_.mul(b_.arg(AttentionArgs::first_key), mask_bytes));
     }
-    for_blocks(AttentionArgs::k_blocks, AttentionArgs::k_token_stride, [&](Reg token, Reg tokens) {
+    blocks_.walk(AttentionArgs::k_blocks, AttentionArgs::k_token_stride, [&](Reg token, Reg tokens) {
       for (int keys : {spec_.lanes, 1}) {
         Reg steps =
             keys == 1 ? b_.bit_and(tokens, spec_.lanes - 1) : b_.shift_right(tokens, log2_lanes());
@@ -398,7 +366,7 @@ class AttentionBuilder {
                                           : b_.at(weights, row_bytes, head);
       return b_.broadcast(Element::f32, address);
     };
-    for_blocks(AttentionArgs::v_blocks, AttentionArgs::v_token_stride, [&](Reg token, Reg tokens) {
+    blocks_.walk(AttentionArgs::v_blocks, AttentionArgs::v_token_stride, [&](Reg token, Reg tokens) {
       Reg stride = b_.arg(AttentionArgs::v_token_stride);
       b_.loop(tokens, [&] {
         std::vector<Reg> p;
@@ -428,6 +396,7 @@ class AttentionBuilder {
 
   const AttentionKernel& spec_;
   Builder b_;
+  KeyBlocks blocks_;
   Reg tail_mask_;  // of head_dim's last vector, if it is not full
   Reg scale_;
   std::vector<Reg> lower_;  // masks: lanes whose bit 0, 1, 2 ... is clear

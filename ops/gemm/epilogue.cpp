@@ -44,10 +44,8 @@ Reg activate(Builder& b, const std::string& activation, Reg x) {
   return x;
 }
 
-}  // namespace
-
-// AVX2 cannot mask 16-bit moves: there the elements of an incomplete vector, which only the last
-// panel has, move one at a time.
+// `count` elements of a type from base[first]; the other lanes are 0. AVX2 cannot mask 16-bit moves:
+// there the elements of an incomplete vector, which only the last panel has, move one at a time.
 Reg load_columns(Builder& b, DataType type, Reg base, std::int64_t first, int count) {
   if (count == b.lanes() || has_masked_moves(type, b.lanes())) {
     return load(b, type, base, part_of_vector(b, first, count));
@@ -61,10 +59,18 @@ Reg load_columns(Builder& b, DataType type, Reg base, std::int64_t first, int co
   return value;
 }
 
+}  // namespace
+
 void finish_vector(Builder& b, const LinearKernel& spec, const OutputVector& vector,
                    const OutputRow& row) {
-  Reg value = activate(b, spec.epilogue.activation, vector.value);
-  if (spec.epilogue.gated) value = b.vmul(value, vector.up);
+  const auto with_bias = [&](Reg sum, std::int64_t first) {
+    if (!spec.epilogue.bias) return sum;
+    return b.vadd(sum, load_columns(b, spec.output, row.bias, first, vector.count));
+  };
+  Reg value = activate(b, spec.epilogue.activation, with_bias(vector.value, vector.first));
+  if (spec.epilogue.gated) {
+    value = b.vmul(value, with_bias(vector.up, vector.first + spec.n / 2));
+  }
   if (spec.epilogue.residual) {
     value = b.vadd(value, load_columns(b, spec.output, row.residual, vector.first, vector.count));
   }

@@ -1,5 +1,5 @@
-// The epilogue of a linear kernel: what happens to accumulators between the last product and the
-// store. It is ordinary VIR, so the allocator sees it.
+// The epilogue of a linear kernel: what happens to the sums between the last product and the store.
+// It is ordinary VIR, so the allocator sees it.
 //
 // Tested by linear_test.
 #pragma once
@@ -13,8 +13,8 @@ namespace tilewright::ops {
 
 // A run of neighbouring outputs of one row, at most a vector of them.
 struct OutputVector {
-  jit::vir::Reg value;     // the accumulator (gated: the gate's), with its bias
-  jit::vir::Reg up;        // gated: the up projection's accumulator, with its bias
+  jit::vir::Reg value;     // the sum (gated: the gate's)
+  jit::vir::Reg up;        // gated: the up projection's sum
   std::int64_t first = 0;  // its first column, from the panel's first output column
   int count = 0;           // columns that exist, 1..lanes
 };
@@ -23,11 +23,8 @@ struct OutputVector {
 struct OutputRow {
   jit::vir::Reg y;
   jit::vir::Reg residual;
+  jit::vir::Reg bias;  // the gates'; the ups' follow all gates'
 };
-
-// `count` elements of a type from base[first]; the other lanes are 0.
-jit::vir::Reg load_columns(jit::vir::Builder& builder, graph::DataType type, jit::vir::Reg base,
-                           std::int64_t first, int count);
 
 // Finishes and stores one vector.
 void finish_vector(jit::vir::Builder& builder, const LinearKernel& spec, const OutputVector& vector,

@@ -3,7 +3,8 @@
 //
 // A stretch is one partial sum's length of k: a panel's piece of it (16 KB in fp32) and a block's x
 // stay in L1 while all blocks of rows pass by, whose sums wait in memory meanwhile. All of k per
-// block would fetch the panel from L2 for each block.
+// block would fetch the panel from L2 for each block. The caller keeps the blocks of a call so few
+// that their x and sums stay in L2.
 //
 // A panel of 32 columns is cut into parts, each with as many accumulators as the registers hold:
 // with AVX2 up to 3 rows x 32 columns or 6 rows x 16, with AVX-512 12 x 32. The halves of a panel
@@ -56,10 +57,7 @@ class LinearBuilder {
  public:
   explicit LinearBuilder(const LinearKernel& spec)
       : spec_(spec), rows_(spec.rows), b_(name(spec), spec.lanes, LinearArgs::count) {
-    // erf needs so many registers that 12 accumulators would spill with AVX2.
-    const bool crowded = spec.lanes == 8 && spec.epilogue.activation == "gelu";
-    if (crowded && rows_ == 6) rows_ = 3;
-    const int most = is_f32() && !crowded ? 12 : 8;
+    const int most = is_f32() ? 12 : 8;
     vectors_ = panel_vectors();
     while (vectors_ * rows_ > most && vectors_ > 2) vectors_ /= 2;
   }
@@ -107,77 +105,75 @@ class LinearBuilder {
 
   int part_count() const { return panel_vectors() / vectors_; }
 
+  // The sums stay in memory between stretches, where there are no registers for them, and before
+  // the epilogue, which then has all registers to itself: an activation beside 12 accumulators
+  // would spill, and a spill anywhere costs the inner loop three of its registers.
   void emit_panel() {
-    // All but the last stretch of k leave their sums in memory: there are no registers for them.
     const std::int64_t stretches = (spec_.k - 1) / kPartialSumLength;
     const std::int64_t rest = spec_.k - stretches * kPartialSumLength;
-    x_offset_ = b_.constant(0);
+    x_stretch_ = b_.add(b_.arg(LinearArgs::x), 0);
     if (stretches > 0) {
       clear_sums();
       b_.loop(b_.constant(stretches), [&] {
-        each_block([&] {
-          for (int part = 0; part < part_count(); ++part) {
-            emit_products(part, kPartialSumLength);
-            add_partial_sums(part);
-            each_sum(part, [&](std::size_t row, std::size_t j, Address sum) {
-              b_.store(Element::f32, sum, accumulators_[row][j]);
-            });
-          }
-        });
+        emit_stretch(kPartialSumLength, true);
         b_.add_to(weight_, kPartialSumLength / step_length() * kStepBytes);
-        b_.add_to(x_offset_, kPartialSumLength * input_bytes());
+        b_.add_to(x_stretch_, b_.arg(LinearArgs::x_stretch_stride));
       });
     }
-    each_block([&] {
-      for (int part = 0; part < part_count(); ++part) {
-        emit_products(part, rest);
-        if (stretches > 0) add_partial_sums(part);
-        emit_epilogues(part_vectors(part));
-      }
-    });
+    emit_stretch(rest, stretches > 0);
     b_.add_to(weight_, -stretches * kPartialSumLength / step_length() * kStepBytes);
+    emit_epilogue();
   }
 
-  // The body for each block of rows, with x_[0] and sums_ at it.
-  template <class Body>
-  void each_block(const Body& body) {
-    x_ = {b_.add(b_.arg(LinearArgs::x), x_offset_)};
+  // The next `count` of k for all blocks of rows: sums = products, or sums += products.
+  void emit_stretch(std::int64_t count, bool add) {
+    x_ = {b_.add(x_stretch_, 0)};
     sums_ = b_.arg(LinearArgs::partial_sums);
-    b_.loop(b_.mul(b_.arg(LinearArgs::block_count), spec_.rows / rows_), [&] {
-      body();
-      b_.add_to(x_[0], b_.mul(b_.arg(LinearArgs::x_row_stride), rows_));
+    b_.loop(b_.arg(LinearArgs::block_count), [&] {
+      for (int part = 0; part < part_count(); ++part) {
+        emit_products(part, count);
+        const Reg one = add ? b_.splat(1.0f) : Reg{};
+        each_sum(part, [&](std::size_t row, std::size_t j, Address sum) {
+          if (add) b_.fma_load(accumulators_[row][j], one, sum);
+          b_.store(Element::f32, sum, accumulators_[row][j]);
+        });
+      }
+      b_.add_to(x_[0], b_.arg(LinearArgs::x_block_stride));
       b_.add_to(sums_, rows_ * kPartialSumsBytesPerRow);
     });
   }
 
-  // --- the sums so far
+  // --- the sums so far: a row's vectors of the panel in order, rows one below the other
 
   void clear_sums() {
     Reg zero = b_.zero();
+    each_row([&] {
+      for (int i = 0; i < panel_vectors(); ++i) b_.store(Element::f32, sum_address(0, i), zero);
+    });
+  }
+
+  // The body for each row, with sums_ at it.
+  template <class Body>
+  void each_row(const Body& body) {
     sums_ = b_.arg(LinearArgs::partial_sums);
-    b_.loop(b_.mul(b_.arg(LinearArgs::block_count), spec_.rows), [&] {
-      for (int i = 0; i < panel_vectors(); ++i) {
-        b_.store(Element::f32, b_.at(sums_, i * b_.vector_bytes()), zero);
-      }
+    b_.loop(b_.mul(b_.arg(LinearArgs::block_count), rows_), [&] {
+      body();
       b_.add_to(sums_, kPartialSumsBytesPerRow);
     });
   }
 
-  template <class Visit>
-  void each_sum(int part, const Visit& visit) {
-    std::int64_t index = std::int64_t{part} * rows_ * vectors_;
-    for (std::size_t row = 0; row < static_cast<std::size_t>(rows_); ++row) {
-      for (std::size_t j = 0; j < static_cast<std::size_t>(vectors_); ++j) {
-        visit(row, j, b_.at(sums_, index++ * b_.vector_bytes()));
-      }
-    }
+  Address sum_address(int row, int vector) const {
+    return b_.at(sums_, row * kPartialSumsBytesPerRow + vector * b_.vector_bytes());
   }
 
-  void add_partial_sums(int part) {
-    Reg one = b_.splat(1.0f);
-    each_sum(part, [&](std::size_t row, std::size_t j, Address sum) {
-      b_.fma_load(accumulators_[row][j], one, sum);
-    });
+  template <class Visit>
+  void each_sum(int part, const Visit& visit) {
+    const std::vector<int> vectors = part_vectors(part);
+    for (int row = 0; row < rows_; ++row) {
+      for (std::size_t j = 0; j < vectors.size(); ++j) {
+        visit(static_cast<std::size_t>(row), j, sum_address(row, vectors[j]));
+      }
+    }
   }
 
   // Moves the pointers by `count` of k, a multiple of a step.
@@ -308,90 +304,50 @@ class LinearBuilder {
     return b_.broadcast(input_element(spec_.input), address);
   }
 
-  // --- epilogues
+  // --- the epilogue
 
-  void emit_epilogues(const std::vector<int>& columns) {
+  void emit_epilogue() {
+    const Reg end = b_.add(b_.arg(LinearArgs::panel_begin), b_.arg(LinearArgs::panel_count));
+    const Reg offset = b_.mul(b_.sub(end, panels_left_), panel_output_bytes());
     const std::int64_t tail = outputs() % panel_outputs();
-    if (tail == 0) return emit_stores(columns, panel_outputs());
+    if (tail == 0) return emit_stores(offset, panel_outputs());
     const std::int64_t last = outputs() / panel_outputs() * panel_output_bytes();
     b_.if_nonzero(
-        b_.add(output_offset(), -last), [&] { emit_stores(columns, panel_outputs()); },
-        [&] { emit_stores(columns, static_cast<int>(tail)); });
+        b_.add(offset, -last), [&] { emit_stores(offset, panel_outputs()); },
+        [&] { emit_stores(offset, static_cast<int>(tail)); });
   }
 
-  // Columns of the panel's vector that exist when the panel has `width` outputs.
-  int count_columns(int first, int width) const {
-    return std::clamp(width - first, 0, spec_.lanes);
-  }
-
-  // Adds all biases, in place, before any activation: an activation needs the registers that a bias
-  // would take, and a spill anywhere costs the inner loop three of its registers.
-  void add_bias(const std::vector<int>& columns, int width) {
-    Reg bias = b_.arg(LinearArgs::bias);
-    b_.add_to(bias, output_offset());
-    Reg one = b_.splat(1.0f);
-    for (std::size_t j = 0; j < columns.size(); ++j) {
-      int first = columns[j] * spec_.lanes;
-      std::int64_t ups = 0;
-      if (first >= panel_outputs()) {  // gated: the ups' biases follow all gates'
-        first -= panel_outputs();
-        ups = spec_.n / 2;
-      }
-      const int count = count_columns(first, width);
-      if (count == 0) continue;
-      Reg values = load_columns(b_, spec_.output, bias, first + ups, count);
-      for (const std::vector<Reg>& row : accumulators_) b_.fma(row[j], one, values);
-    }
-  }
-
-  // Bytes from a row's start to the panel's outputs. Computed anew from counters that are there
-  // anyway, as the addresses below: pointers that moved along would need registers in the inner
-  // loop.
-  Reg output_offset() {
-    Reg end = b_.add(b_.arg(LinearArgs::panel_begin), b_.arg(LinearArgs::panel_count));
-    return b_.mul(b_.sub(end, panels_left_), panel_output_bytes());
-  }
-
-  // Where the block's first row has the panel's columns. The sums' address tells which block it is.
-  Reg panel_of_block(LinearArgs::Slot base, LinearArgs::Slot row_stride) {
-    static_assert(kPartialSumsBytesPerRow == 1 << 7);
-    Reg row = b_.shift_right(b_.sub(sums_, b_.arg(LinearArgs::partial_sums)), 7);
-    Reg address = b_.add(b_.arg(base), output_offset());
-    b_.add_to(address, b_.mul(row, b_.arg(row_stride)));
-    return address;
-  }
-
-  // Stores the block's rows, whose panel has `width` outputs.
-  void emit_stores(const std::vector<int>& columns, int width) {
+  // Finishes and stores all rows of the panel, which has `width` outputs, `offset` bytes from their
+  // beginnings.
+  void emit_stores(Reg offset, int width) {
     OutputRow row;
-    row.y = panel_of_block(LinearArgs::y, LinearArgs::y_row_stride);
-    if (spec_.epilogue.residual) {
-      row.residual = panel_of_block(LinearArgs::residual, LinearArgs::residual_row_stride);
-    }
-    if (spec_.epilogue.bias) add_bias(columns, width);
-    const std::size_t stored = columns.size() / (spec_.epilogue.gated ? 2 : 1);
-    for (const std::vector<Reg>& values : accumulators_) {
-      for (std::size_t j = 0; j < stored; ++j) {
+    row.y = b_.add(b_.arg(LinearArgs::y), offset);
+    if (spec_.epilogue.residual) row.residual = b_.add(b_.arg(LinearArgs::residual), offset);
+    if (spec_.epilogue.bias) row.bias = b_.add(b_.arg(LinearArgs::bias), offset);
+    const int stored = panel_vectors() / (spec_.epilogue.gated ? 2 : 1);
+    each_row([&] {
+      for (int j = 0; j < stored; ++j) {
         OutputVector vector;
-        vector.value = values[j];
-        if (spec_.epilogue.gated) vector.up = values[j + stored];
-        vector.first = columns[j] * spec_.lanes;
-        vector.count = count_columns(columns[j] * spec_.lanes, width);
-        if (vector.count > 0) finish_vector(b_, spec_, vector, row);
+        vector.first = j * spec_.lanes;
+        vector.count = std::clamp(width - j * spec_.lanes, 0, spec_.lanes);
+        if (vector.count == 0) continue;
+        vector.value = b_.load(Element::f32, sum_address(0, j));
+        if (spec_.epilogue.gated) vector.up = b_.load(Element::f32, sum_address(0, j + stored));
+        finish_vector(b_, spec_, vector, row);
       }
       b_.add_to(row.y, b_.arg(LinearArgs::y_row_stride));
       if (spec_.epilogue.residual) b_.add_to(row.residual, b_.arg(LinearArgs::residual_row_stride));
-    }
+    });
   }
 
   const LinearKernel& spec_;
-  int rows_;  // computed at a time: spec.rows or half of them
+  int rows_;  // of a block
   Builder b_;
   int vectors_;         // accumulators of a row in one part
   Reg weight_;          // the panel's stretch, then moved along k
   Reg panels_left_;     // this one included
-  Reg x_offset_;        // bytes from a row's start to the stretch
-  Reg sums_;            // of the block
+  Reg x_stretch_;       // the first row's stretch
+  Reg sums_;            // of the block or the row
   std::vector<Reg> x_;  // rows 0, 3, 6, 9 of the block, moved along k
   Reg x_stride_, odd_mask_;
   std::vector<std::vector<Reg>> accumulators_;  // [row][vector of the part]

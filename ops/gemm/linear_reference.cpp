@@ -70,9 +70,13 @@ class Reference {
   // The product of a row of x and one column of a panel, with its bias.
   double projected(std::int64_t row, std::int64_t panel, std::int64_t panel_column,
                    std::int64_t stacked_column) const {
+    const std::int64_t begin = row / spec_.rows * args_[LinearArgs::x_block_stride] +
+                               row % spec_.rows * args_[LinearArgs::x_row_stride];
     double sum = 0;
     for (std::int64_t k = 0; k < spec_.k; ++k) {
-      sum += element(LinearArgs::x, row * args_[LinearArgs::x_row_stride], k, spec_.input) *
+      const std::int64_t stretch = k / partial_sum_length();
+      sum += element(LinearArgs::x, begin + stretch * args_[LinearArgs::x_stretch_stride],
+                     k % partial_sum_length(), spec_.input) *
              weight(panel, panel_column, k);
     }
     if (spec_.epilogue.bias) sum += element(LinearArgs::bias, 0, stacked_column, spec_.output);

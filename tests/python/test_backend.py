@@ -83,6 +83,21 @@ def test_weights_are_packed_once_for_all_graphs_of_a_model() -> None:
 
 
 @torch.no_grad()
+def test_models_of_one_class_keep_a_program_each() -> None:
+    """Dynamo hands all of them to one graph."""
+    models = [Block().eval() for _ in range(3)]
+    compiled = [torch.compile(model, backend=backend, dynamic=False) for model in models]
+    x = torch.randn(1, 4, 64)
+    for turn in range(3):
+        for model, fast in zip(models, compiled, strict=True):
+            close(fast(x), model(x))
+        if turn == 1:  # a change of one is nobody else's
+            models[1].up.weight.mul_(2)
+    graph = next(graph for graph in graphs() if graph.calls == 9)
+    assert graph.refreshes == 1 and graph.fallback_calls == 0
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "change",
     [

@@ -727,6 +727,14 @@ def topk(
     ]
 
 
+@lowers("cumsum.default")
+def cumsum(call: Call, x: Value, axis: int, dtype: torch.dtype | None = None) -> Value:
+    """Positions are running sums of a padding mask."""
+    if call.type.dtype != torch.int64 or axis_of(axis, len(x.shape)) != len(x.shape) - 1:
+        raise UnsupportedError("cumsum of another type than int64, or not along the last axis")
+    return call.emit("cumsum", call.convert(x, torch.int64))
+
+
 @lowers("cat.default", "concat.default", "concatenate.default")
 def cat(call: Call, pieces: Sequence[Value], axis: int = 0) -> Value:
     """ATen skips empty vectors, which DynamicCache starts with."""

@@ -10,6 +10,7 @@ Tested by tests/python/test_backend.py, tests/python/test_bad_input.py.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from tilewright import capture, core, routing
 from tilewright.graph_text import UnsupportedError
 from tilewright.lower import lower
 from tilewright.program import Executable
+
+_MOST_OTHERS = 15  # programs that a graph keeps for other models
 
 # Every graph that Dynamo gave us and that is still alive, for explain().
 graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
@@ -56,6 +59,8 @@ class CompiledGraph:
         """`gm.forward` takes the graph's inputs and is what runs if we cannot."""
         self._gm = gm
         self.executable: Executable | None = None
+        self._others: list[Executable] = []  # the same program, of other models' weights
+        self._lock = threading.RLock()
         self.reason = ""  # why torch runs this graph
         self.calls = 0
         self.fallback_calls = 0
@@ -101,13 +106,13 @@ class CompiledGraph:
 
     def __call__(self, *arguments: Any) -> Any:
         self.calls += 1
-        executable = self.executable
-        if executable is None:
-            self.fallback_calls += 1
-            return self._gm.forward(*arguments)
-        with executable.lock:
+        with self._lock:
+            executable = self.executable
+            if executable is None:
+                self.fallback_calls += 1
+                return self._gm.forward(*arguments)
             try:
-                self._refresh(executable, arguments)
+                executable = self._of_weights(executable, arguments)
                 return executable.call(arguments)
             except UnsupportedError as error:  # of these sizes; nothing has run
                 if core.settings()["strict"]:
@@ -119,6 +124,7 @@ class CompiledGraph:
                 if core.settings()["strict"] or executable.lowered.mutated:
                     raise
                 self.executable = None
+                self._others = []
                 self.decline(f"the program failed: {error}")
                 self.fallback_calls += 1
                 return self._gm.forward(*arguments)
@@ -127,16 +133,37 @@ class CompiledGraph:
         given = {name: arguments[i] for i, name in self._frozen.items()}
         return {**self._attributes, **given}
 
-    def _refresh(self, executable: Executable, arguments: Sequence[Any]) -> None:
-        """Packs again when a parameter was replaced or written since."""
-        weights = executable.weights
-        stale = not all(weights.same(name, arguments[i]) for i, name in self._frozen.items())
-        if not stale and not executable.is_decode(executable.lowered.symbols(arguments)):
-            stale = weights.contents_changed()
+    def _of_weights(self, executable: Executable, arguments: Sequence[Any]) -> Executable:
+        """The program of the call's weights, which becomes the current one.
+
+        Dynamo shares a graph between models of one class, so each gets a program of its own;
+        weights that were replaced or written since are packed again.
+        """
+
+        def has_these(candidate: Executable) -> bool:
+            return all(candidate.weights.same(name, arguments[i]) for i, name in names)
+
+        names = list(self._frozen.items())
+        if has_these(executable):
+            decode = executable.is_decode(executable.lowered.symbols(arguments))
+            stale = not decode and executable.weights.contents_changed()
+        else:
+            known = [other for other in self._others if other.weights.alive()]
+            found = next((other for other in known if has_these(other)), None)
+            if found is None and executable.weights.alive() and not any(
+                executable.weights.is_of(name, arguments[i]) for i, name in names
+            ):
+                found = executable.of_weights(self._constants(arguments))
+            if found is not None:
+                self._others = [o for o in (executable, *known) if o is not found][:_MOST_OTHERS]
+                self.executable = found
+                return self._of_weights(found, arguments)
+            stale = True
         if stale:
             self.refreshes += 1
             executable.forget_weights()
             executable.bind(self._constants(arguments))
+        return executable
 
 
 def check_inputs(inputs: Sequence[Any]) -> None:

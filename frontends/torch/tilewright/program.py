@@ -93,6 +93,13 @@ class Weights:
             reference() is tensor and address(tensor) == place and version_of(tensor) == version
         )
 
+    def is_of(self, name: str, tensor: torch.Tensor) -> bool:
+        """The same tensor object, written or not."""
+        return self._marks[name][0]() is tensor
+
+    def alive(self) -> bool:
+        return all(reference() is not None for reference, _, _ in self._marks.values())
+
     def all_same(self) -> bool:
         """Nobody replaced the memory of a tensor or wrote it in a way that torch counts."""
         for reference, place, version in self._marks.values():
@@ -188,6 +195,10 @@ class Executable:
         compute = weakref.WeakMethod(self._host)
         self.program.set_host(lambda *call: compute()(*call))  # type: ignore[misc]
         operators.register(self.program.handle, self)
+
+    def of_weights(self, tensors: Mapping[str, torch.Tensor]) -> Executable:
+        """The same program for another model's constants."""
+        return Executable(dataclasses.replace(self.lowered, constants=dict(tensors)), tensors)
 
     def begin_check(self) -> None:
         """Each later run is compared with the reference, region by region, until `end_check`."""

@@ -1,0 +1,68 @@
+// Runs a linear task: which rows and panels of the weight meet when.
+//
+// Threads share the panels, so each weight is read by one core. Many rows are cut into chunks whose
+// x stays in L2 while the panels pass by. A chunk's x is packed first: copied, as f32, into the
+// order in which the kernel reads it: all rows' first stretch, all rows' second ... (Goto and van de
+// Geijn, "Anatomy of High-Performance Matrix Multiplication", section 4). In place, rows whose
+// stride is a multiple of a page share few sets of L1, and 16-bit values are widened for every
+// panel anew. The bits of y do not depend on any of this.
+//
+// Tested by program_test.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "ops/task.h"
+
+namespace tilewright::ops {
+
+// One thread's share.
+void run(const LinearTask& task, const Frame& frame, int thread, int threads);
+
+// Rows of a chunk when `rows` are cut evenly, and whether the x of chunks is packed.
+std::int64_t chunk_rows(const LinearTask& task, std::int64_t rows);
+bool packs(const LinearTask& task, std::int64_t rows);
+
+// Calls part(variant, first row, blocks of variant.rows rows) for pieces that cover `rows` rows of
+// a chunk.
+template <class Task, class Part>
+void for_row_blocks(Task& task, std::int64_t rows, bool packed, Part&& part) {
+  std::int64_t first = 0;
+  for (auto& variant : task.variants) {
+    const std::int64_t blocks = (rows - first) / variant.rows;
+    if (blocks > 0) {
+      const bool whole = packed && variant.rows == task.packed.rows;
+      part(whole ? task.packed : variant, first, blocks);
+    }
+    first += blocks * variant.rows;
+  }
+}
+
+// Calls visit(variant) for each kernel that a run with `rows` rows calls.
+template <class Task, class Visit>
+void for_needed_variants(Task& task, std::int64_t rows, Visit&& visit) {
+  if (task.experts) {  // an expert may get any number of the rows
+    for (auto& variant : task.variants) {
+      if (variant.rows <= rows) visit(variant);
+    }
+    return;
+  }
+  const std::int64_t chunk = chunk_rows(task, rows);
+  for (std::int64_t part : {std::min(chunk, rows), rows % chunk}) {
+    for_row_blocks(task, part, packs(task, rows),
+                   [&](auto& variant, std::int64_t, std::int64_t) { visit(variant); });
+  }
+}
+
+// Calls visit(variant) for each kernel that any run may call.
+template <class Visit>
+void for_all_variants(LinearTask& task, Visit&& visit) {
+  for (LinearTask::Variant& variant : task.variants) visit(variant);
+  if (!task.experts) visit(task.packed);
+}
+
+// Bytes of scratch that a thread needs: partial sums, packed x, the gathered rows of one expert.
+std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows);
+
+}  // namespace tilewright::ops
