@@ -235,7 +235,7 @@ std::int64_t chunk_rows(const LinearTask& task, std::int64_t rows) {
 
 // A copy costs about as much as half a panel, and must be paid back by the others.
 bool packs(const LinearTask& task, std::int64_t rows) {
-  return rows >= 2 * task.packed.rows && panel_count(task.spec.n) >= 8;
+  return rows >= 4 * task.packed.rows && panel_count(task.spec.n) >= 8;
 }
 
 std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {

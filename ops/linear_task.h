@@ -1,7 +1,7 @@
 // Runs a linear task: which rows and panels of the weight meet when.
 //
 // Threads share the panels, so each weight is read by one core. Many rows are cut into chunks whose
-// x stays in L2 while the panels pass by. A chunk's x is packed first: copied, as f32, into the
+// x stays in cache while the panels pass by. A chunk's x is packed first: copied, as f32, into the
 // order in which the kernel reads it: all rows' first stretch, all rows' second ... (Goto and van de
 // Geijn, "Anatomy of High-Performance Matrix Multiplication", section 4). In place, rows whose
 // stride is a multiple of a page share few sets of L1, and 16-bit values are widened for every

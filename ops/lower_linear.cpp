@@ -16,23 +16,23 @@ using graph::ValueId;
 
 namespace {
 
-// Rows whose x, packed, takes half of L2; the rest is for panels and sums. For a long k some more
-// rows, from L3: each chunk reads all weights again.
-std::int64_t most_rows(const LinearKernel& spec, std::int64_t l2_bytes) {
-  const char* lo = std::getenv("ROWS_LO"); const char* hi = std::getenv("ROWS_HI");
-  return std::clamp<std::int64_t>(l2_bytes / 2 / (4 * spec.k), lo ? atoi(lo) : 48, hi ? atoi(hi) : 192);
+// Rows of a chunk. Each chunk reads all weights again, so large ones are better until their x no
+// longer stays in a core's share of L3: measured on Zen 3, perf/results/linear-avx2.md.
+std::int64_t most_rows(const LinearKernel& spec) {
+  constexpr std::int64_t packed_x_bytes = 2 << 20;
+  return std::clamp<std::int64_t>(packed_x_bytes / (4 * spec.k), 48, 384);
 }
 
 // Blocks of rows that kernels exist for, largest first. Fewer kernels than one per remainder
 // (emission time), and any number of rows is covered: 5 = 4 + 1.
-void add_variants(LinearTask& task, const Target& target) {
+void add_variants(LinearTask& task) {
   const int most = max_rows(task.spec.lanes);
   for (int rows : {12, 8, 6, 4, 2, 1}) {
     const bool useful = rows <= 4 || rows == most || (rows == 8 && task.spec.lanes == 16);
     if (useful && rows <= most) task.variants.push_back({rows, task.spec.input});
   }
   task.packed = {most, graph::DataType::f32};
-  task.most_rows = most_rows(task.spec, target.l2_bytes);
+  task.most_rows = most_rows(task.spec);
 }
 
 }  // namespace
@@ -135,7 +135,7 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   const std::optional<Matrix> y = matrix(layout(result), task.spec.output);
   task.y = y->operand;
   task.y_stride = dim(y->stride);
-  add_variants(task, target_);
+  add_variants(task);
   const CopyKernel copy{task.spec.lanes, task.spec.input, graph::DataType::f32};
   task.copy = kernels_->request(print(copy), [copy] { return build(copy); });
   const std::string specification = print(task.spec);
@@ -203,7 +203,7 @@ Status Lowering::lower_expert_linear(const graph::Node& node) {
   task.rows = dim(y.shape[0]);
   task.y = operand(y, task.spec.output);
   task.y_stride = dim(y.strides[0]);
-  add_variants(task, target_);
+  add_variants(task);
   const std::string specification = print(task.spec);
   const std::int64_t bytes = task.weight->bytes;
   add_task(std::move(task), reads, {y.buffer}, work_of(graph_, node), "experts: " + specification);

@@ -112,6 +112,7 @@ void request_kernel(State& state, const LinearTask& linear, LinearTask::Variant&
   LinearKernel spec = linear.spec;
   spec.rows = variant.rows;
   spec.input = variant.input;
+  spec.many_blocks = &variant == &linear.packed;
   variant.kernel = state.kernels->request(print(spec), [spec] { return build(spec); });
 }
 

@@ -73,7 +73,7 @@ struct LinearTask {
   Variant packed;                 // for packed x, in as many rows as the first
   const Kernel* copy = nullptr;   // rows of x to packed x
   std::shared_ptr<const PackedWeight> weight;
-  std::int64_t most_rows;  // multiplied at once: their x fits L2
+  std::int64_t most_rows;  // multiplied at once: their x stays in cache
   DimIndex rows;           // of y
   std::optional<ExpertChoice> experts;
   Operand x, y, bias, residual;

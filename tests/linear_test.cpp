@@ -346,7 +346,7 @@ TEST_P(Linear, BitsDoNotDependOnHowWorkIsCut) {
 TEST_P(Linear, PackedXGivesTheSameBits) {
   for (const auto& [rows, blocks] : {std::pair{ops::max_rows(GetParam().lanes), 3}, {1, 2}}) {
     for (std::int64_t k : {96, 128, 331}) {
-      const LinearKernel spec = kernel(rows, 50, k);
+      LinearKernel spec = kernel(rows, 50, k);
       const Problem problem(spec, blocks, Fill::normal, 13, GuardedRows::Flush::end);
       problem.run(Engine::interpreter);
       const std::vector<double> wanted = problem.results();
@@ -367,6 +367,7 @@ TEST_P(Linear, PackedXGivesTheSameBits) {
       args[LinearArgs::x_row_stride] = run;
       args[LinearArgs::x_block_stride] = rows * run;
       args[LinearArgs::x_stretch_stride] = problem.m * run;
+      spec.many_blocks = true;
       for (Engine engine : engines(spec.lanes)) {
         run_kernel(engine, build(spec), args);
         EXPECT_EQ(problem.results(), wanted) << name(engine) << " " << print(spec);

@@ -4,7 +4,7 @@
 // A stretch is one partial sum's length of k: a panel's piece of it (16 KB in fp32) and a block's x
 // stay in L1 while all blocks of rows pass by, whose sums wait in memory meanwhile. All of k per
 // block would fetch the panel from L2 for each block. The caller keeps the blocks of a call so few
-// that their x and sums stay in L2.
+// that their x stays in cache.
 //
 // A panel of 32 columns is cut into parts, each with as many accumulators as the registers hold:
 // with AVX2 up to 3 rows x 32 columns or 6 rows x 16, with AVX-512 12 x 32. The halves of a panel
@@ -236,7 +236,10 @@ class LinearBuilder {
   // How far ahead of the loads the weights are asked for. Measured on Zen 3 with weights in memory:
   // a loop that only loads and multiplies f32 keeps the hardware's prefetcher at the memory's limit
   // and any hint slows it down; the longer a step computes, the earlier it must ask.
+  // With many blocks the panel's stretch stays in L1 for all but the first, and the next stretch has
+  // the time of all of them to reach L2: 1.17 times the speed at k = 3072.
   std::int64_t prefetch_distance() const {
+    if (spec_.many_blocks) return kPartialSumLength / step_length() * kStepBytes;
     if (is_f32() && rows_ == 1) return 0;
     return spec_.weight == DataType::f16 ? 4096 : 1024;
   }
@@ -247,7 +250,7 @@ class LinearBuilder {
     const std::int64_t distance = prefetch_distance();
     if (part != 0 || distance == 0) return;
     for (int line = 0; line < kStepBytes; line += kLineBytes) {
-      b_.prefetch(b_.at(weight_, step * kStepBytes + distance + line));
+      b_.prefetch(b_.at(weight_, step * kStepBytes + distance + line), spec_.many_blocks ? 1 : 0);
     }
   }
 
@@ -376,6 +379,7 @@ std::string print(const LinearKernel& spec) {
   if (!epilogue.activation.empty()) text += " activation=" + epilogue.activation;
   if (epilogue.gated) text += " gated";
   if (epilogue.residual) text += " residual";
+  if (spec.many_blocks) text += " many_blocks";
   return text;
 }
 

@@ -43,6 +43,7 @@ struct LinearKernel {
   graph::DataType input = graph::DataType::f32;   // f32, bf16, f16
   graph::DataType output = graph::DataType::f32;  // f32, bf16, f16 (also bias and residual)
   Epilogue epilogue;
+  bool many_blocks = false;  // in a call: when to ask for weights; the bits are the same
 };
 
 // Argument slots. Strides in bytes. A panel is panel_columns() columns of the packed weight.
