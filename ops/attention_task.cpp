@@ -39,10 +39,10 @@ struct KeysAndValues {
       block_tokens = KvCache::block_tokens;
       return;
     }
-    plain[0] = task.k.address(frame) +
-               task.k_strides.offset(frame, batch, head, 0) * task.k.element_bytes;
-    plain[1] = task.v.address(frame) +
-               task.v_strides.offset(frame, batch, head, 0) * task.v.element_bytes;
+    plain[0] =
+        task.k.address(frame) + task.k_strides.offset(frame, batch, head, 0) * task.k.element_bytes;
+    plain[1] =
+        task.v.address(frame) + task.v_strides.offset(frame, batch, head, 0) * task.v.element_bytes;
     keys = &plain[0];
     values = &plain[1];
     key_stride = frame.dim(task.k_strides.token) * task.k.element_bytes;
@@ -101,8 +101,7 @@ void run_tokens(const AttentionTask& task, const Frame& frame, int thread, int t
   const std::int64_t items = frame.dim(task.batch) * kv_heads * queries;
   const QueryRows rows(task, frame);
   std::int64_t arguments[AttentionArgs::count] = {};
-  arguments[AttentionArgs::q_head_stride] =
-      frame.dim(task.q_strides.head) * task.q.element_bytes;
+  arguments[AttentionArgs::q_head_stride] = frame.dim(task.q_strides.head) * task.q.element_bytes;
   arguments[AttentionArgs::output_head_stride] =
       frame.dim(task.output_strides.head) * task.output.element_bytes;
   arguments[AttentionArgs::scale] = std::bit_cast<std::int32_t>(task.scale);

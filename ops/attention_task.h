@@ -1,4 +1,5 @@
-// Runs an attention task: which queries meet which keys, and which of the two kernels computes them.
+// Runs an attention task: which queries meet which keys, and which of the two kernels computes
+// them.
 //
 // A few queries (a step of decode, or of speculation) go one token at a time, so that one of them
 // and sixteen of them get the same bits; more of them fill tiles of rows.

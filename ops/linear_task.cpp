@@ -64,9 +64,9 @@ class LinearRun {
     if (pack) pack_blocks(first, rows / block * block);
     // Rows that need several kernels take the panels one by one: each is still in cache for the
     // next kernel, where a second pass over all of them would read the weights from memory again.
-    const bool one_kernel = rows % block == 0 ||
-                            std::any_of(task_.variants.begin(), task_.variants.end(),
-                                        [&](const auto& variant) { return variant.rows == rows; });
+    const bool one_kernel =
+        rows % block == 0 || std::any_of(task_.variants.begin(), task_.variants.end(),
+                                         [&](const auto& variant) { return variant.rows == rows; });
     const std::int64_t panels_at_once = one_kernel ? panels_.end - panels_.begin : 1;
     arguments_[LinearArgs::panel_count] = panels_at_once;
     for (std::int64_t panel = panels_.begin; panel < panels_.end; panel += panels_at_once) {
@@ -240,7 +240,8 @@ bool packs(const LinearTask& task, std::int64_t rows) {
 
 std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {
   if (!task.experts) {
-    const std::int64_t stretches = round_up(task.spec.k, partial_sum_length()) / partial_sum_length();
+    const std::int64_t stretches =
+        round_up(task.spec.k, partial_sum_length()) / partial_sum_length();
     return chunk_rows(task, rows) *
            (kPartialSumsBytesPerRow + (packs(task, rows) ? stretches * stretch_bytes : 0));
   }

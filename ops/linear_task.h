@@ -2,8 +2,8 @@
 //
 // Threads share the panels, so each weight is read by one core. Many rows are cut into chunks whose
 // x stays in cache while the panels pass by. A chunk's x is packed first: copied, as f32, into the
-// order in which the kernel reads it: all rows' first stretch, all rows' second ... (Goto and van de
-// Geijn, "Anatomy of High-Performance Matrix Multiplication", section 4). In place, rows whose
+// order in which the kernel reads it: all rows' first stretch, all rows' second ... (Goto and van
+// de Geijn, "Anatomy of High-Performance Matrix Multiplication", section 4). In place, rows whose
 // stride is a multiple of a page share few sets of L1, and 16-bit values are widened for every
 // panel anew. The bits of y do not depend on any of this.
 //

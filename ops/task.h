@@ -210,8 +210,9 @@ struct HostTask {
   std::vector<HostTensor> inputs, outputs;
 };
 
-using Task = std::variant<LinearTask, MatmulTask, RowTask, CopyTask, RopeTask, AppendTask,
-                          AttentionTask, EmbeddingTask, ArangeTask, IntegerTask, CumsumTask, TopTask, HostTask>;
+using Task =
+    std::variant<LinearTask, MatmulTask, RowTask, CopyTask, RopeTask, AppendTask, AttentionTask,
+                 EmbeddingTask, ArangeTask, IntegerTask, CumsumTask, TopTask, HostTask>;
 
 // One thread's share. HostTask is not run here.
 void run_task(const Task& task, const Frame& frame, int thread, int threads);

@@ -352,8 +352,8 @@ TEST_P(Linear, PackedXGivesTheSameBits) {
       const std::vector<double> wanted = problem.results();
 
       const std::int64_t run = ops::partial_sum_length() * size_in_bytes(spec.input);
-      std::vector<char> packed(static_cast<std::size_t>((k / ops::partial_sum_length() + 1) * run *
-                                                        problem.m));
+      std::vector<char> packed(
+          static_cast<std::size_t>((k / ops::partial_sum_length() + 1) * run * problem.m));
       for (std::int64_t row = 0; row < problem.m; ++row) {
         for (std::int64_t i = 0; i < k; ++i) {
           const std::int64_t to = (i / ops::partial_sum_length() * problem.m + row) * run +

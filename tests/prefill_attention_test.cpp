@@ -54,7 +54,9 @@ class Problem {
       sinks.push_back(static_cast<float>(draw()));
       for (std::int64_t key = 0; key < end; ++key) {
         const bool out = row % 11 == 3 || random_() % 3 == 0;
-        const double value = spec.mask == MaskKind::boolean ? (out ? 0 : 1) : out ? -kInfinity : draw();
+        const double value = spec.mask == MaskKind::boolean ? (out ? 0 : 1)
+                             : out                          ? -kInfinity
+                                                            : draw();
         ops::write_scalar(mask_type(), mask->row(row) + key * size_in_bytes(mask_type()), value);
       }
       q_rows_.push_back(q->row(row));
@@ -92,7 +94,8 @@ class Problem {
   std::vector<double> row(std::int64_t index) const {
     std::vector<double> list;
     for (int d = 0; d < spec.head_dim; ++d) {
-      list.push_back(ops::read_scalar(spec.input, output->row(index) + d * size_in_bytes(spec.input)));
+      list.push_back(
+          ops::read_scalar(spec.input, output->row(index) + d * size_in_bytes(spec.input)));
     }
     return list;
   }
@@ -195,7 +198,9 @@ class Problem {
 // Scores, and so the logarithms of weights, are below 200 with slopes and below 10 without: their
 // rounding errors are what counts. Both sides are rounded to the output.
 double tolerance(const AttentionKernel& spec, double wanted) {
-  const double unit = spec.input == DataType::bf16 ? 0x1p-7 : spec.input == DataType::f16 ? 0x1p-10 : 0;
+  const double unit = spec.input == DataType::bf16  ? 0x1p-7
+                      : spec.input == DataType::f16 ? 0x1p-10
+                                                    : 0;
   return (spec.slopes ? 1e-4 : 4e-6) + unit * std::abs(wanted);
 }
 

@@ -252,6 +252,42 @@ TEST(Program, ARowOfManyHasTheBitsOfTheRowAlone) {
   }
 }
 
+// What masks and positions are made of: 64-bit arithmetic has no vector form, and PyTorch is not
+// called for it.
+TEST(Program, IntegersAreComputedByTheRuntime) {
+  const LlamaText text{
+      "graph integers(%m: i64[b, s], %p: i64[s, 1]) -> (f32[b, s], i64[s, s], bool[s, s], i64[b, "
+      "s]) {\n"
+      "  %n = cumsum(%m)\n"
+      "  %one = scalar {value = 1.0, dtype = i64}\n"
+      "  %q = sub(%n, %one)\n"
+      "  %r = mul(%q, %m)\n"
+      "  %f = convert(%r) {dtype = f32}\n"
+      "  %t = reshape(%p) {shape = [1, s]}\n"
+      "  %d = sub(%p, %t)\n"
+      "  %a = abs(%d)\n"
+      "  %w = scalar {value = 2.0, dtype = i64}\n"
+      "  %l = le(%a, %w)\n"
+      "  return %f, %a, %l, %r\n"
+      "}\n",
+      {}};
+  Model model(text, graph::DataType::f32);
+  Program program = model.compile();
+  for (std::int64_t s : {1, 5, 90}) {
+    std::vector<Tensor> inputs{
+        integers({3, s}, [&](std::int64_t i) { return std::int64_t{i % s >= i / s}; }),
+        integers({s, 1}, [](std::int64_t i) { return 5 * i; })};
+    std::vector<graph::Argument> arguments(inputs.begin(), inputs.end());
+    const auto wanted = graph::interpret(model.source, arguments, model.constants);
+    ASSERT_TRUE(wanted.ok()) << wanted.error().message;
+    const std::vector<Tensor> got = run(program, inputs, {}, 2);
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      EXPECT_EQ(largest_difference(got[i], wanted->at(i)), 0) << i << " of " << s;
+    }
+  }
+  EXPECT_EQ(program.counters(Phase::decode).fallback_calls, 0u);
+}
+
 TEST(Program, LeftPaddingHidesKeys) {
   // A padded sequence gives the same logits as the same sequence alone, at the same positions.
   const LlamaShape shape;

@@ -121,7 +121,9 @@ class AttentionBuilder {
     b_.store_gpr(Element::i64, b_.at(b_.arg(AttentionArgs::scratch), offset), value);
   }
   // Full vectors that hold a head's scores.
-  Reg score_vectors() { return b_.shift_right(b_.add(blocks_.key_count(), spec_.lanes - 1), log2_lanes()); }
+  Reg score_vectors() {
+    return b_.shift_right(b_.add(blocks_.key_count(), spec_.lanes - 1), log2_lanes());
+  }
 
   // The header, and minus infinity behind each head's last score, so that the softmax needs no
   // tail.
@@ -171,18 +173,19 @@ class AttentionBuilder {
       mask = b_.arg(AttentionArgs::mask);
       b_.add_to(mask, b_.mul(b_.arg(AttentionArgs::first_key), mask_bytes));
     }
-    blocks_.walk(AttentionArgs::k_blocks, AttentionArgs::k_token_stride, [&](Reg token, Reg tokens) {
-      for (int keys : {spec_.lanes, 1}) {
-        Reg steps =
-            keys == 1 ? b_.bit_and(tokens, spec_.lanes - 1) : b_.shift_right(tokens, log2_lanes());
-        b_.loop(steps, [&] {
-          score_step(keys, token, scores, mask);
-          b_.add_to(token, b_.mul(b_.arg(AttentionArgs::k_token_stride), keys));
-          b_.add_to(scores, 4 * keys);
-          if (mask.valid()) b_.add_to(mask, mask_bytes * keys);
-        });
-      }
-    });
+    blocks_.walk(AttentionArgs::k_blocks, AttentionArgs::k_token_stride,
+                 [&](Reg token, Reg tokens) {
+                   for (int keys : {spec_.lanes, 1}) {
+                     Reg steps = keys == 1 ? b_.bit_and(tokens, spec_.lanes - 1)
+                                           : b_.shift_right(tokens, log2_lanes());
+                     b_.loop(steps, [&] {
+                       score_step(keys, token, scores, mask);
+                       b_.add_to(token, b_.mul(b_.arg(AttentionArgs::k_token_stride), keys));
+                       b_.add_to(scores, 4 * keys);
+                       if (mask.valid()) b_.add_to(mask, mask_bytes * keys);
+                     });
+                   }
+                 });
   }
 
   // The scores of all heads for `keys` keys (a vector of them, or one) from `token` on.
@@ -366,21 +369,22 @@ class AttentionBuilder {
                                           : b_.at(weights, row_bytes, head);
       return b_.broadcast(Element::f32, address);
     };
-    blocks_.walk(AttentionArgs::v_blocks, AttentionArgs::v_token_stride, [&](Reg token, Reg tokens) {
-      Reg stride = b_.arg(AttentionArgs::v_token_stride);
-      b_.loop(tokens, [&] {
-        std::vector<Reg> p;
-        for (int head = 0; head < heads; ++head) p.push_back(weight(head));
-        for (int v = 0; v < count; ++v) {
-          Reg value = load(b_, spec_.cache, token, columns(first + v));
-          for (std::size_t head = 0; head < p.size(); ++head) {
-            b_.fma(sums[head][static_cast<std::size_t>(v)], p[head], value);
-          }
-        }
-        b_.add_to(token, stride);
-        b_.add_to(weights, 4);
-      });
-    });
+    blocks_.walk(AttentionArgs::v_blocks, AttentionArgs::v_token_stride,
+                 [&](Reg token, Reg tokens) {
+                   Reg stride = b_.arg(AttentionArgs::v_token_stride);
+                   b_.loop(tokens, [&] {
+                     std::vector<Reg> p;
+                     for (int head = 0; head < heads; ++head) p.push_back(weight(head));
+                     for (int v = 0; v < count; ++v) {
+                       Reg value = load(b_, spec_.cache, token, columns(first + v));
+                       for (std::size_t head = 0; head < p.size(); ++head) {
+                         b_.fma(sums[head][static_cast<std::size_t>(v)], p[head], value);
+                       }
+                     }
+                     b_.add_to(token, stride);
+                     b_.add_to(weights, 4);
+                   });
+                 });
     Reg to = b_.copy(out);
     Reg stride = b_.arg(AttentionArgs::output_head_stride);
     for (int head = 0; head < heads; ++head) {

@@ -32,8 +32,7 @@ class KeyBlocks {
 
   // Walks the blocks of the table in the slot `table`, whose tokens are the bytes in the slot
   // `stride` apart: body(first token's address, tokens). Both may be changed.
-  void walk(int table, int stride,
-            const std::function<void(jit::vir::Reg, jit::vir::Reg)>& body);
+  void walk(int table, int stride, const std::function<void(jit::vir::Reg, jit::vir::Reg)>& body);
 
  private:
   jit::vir::Reg saved(std::int64_t offset);

@@ -137,8 +137,8 @@ class PrefillBuilder {
     blocks_.walk(PrefillArgs::k_blocks, PrefillArgs::k_token_stride, [&](Reg token, Reg tokens) {
       const int most = keys_at_once(spec_.lanes);
       for (int keys : {most, 1}) {
-        Reg steps = keys == 1 ? b_.bit_and(tokens, most - 1)
-                              : b_.shift_right(tokens, most == 8 ? 3 : 2);
+        Reg steps =
+            keys == 1 ? b_.bit_and(tokens, most - 1) : b_.shift_right(tokens, most == 8 ? 3 : 2);
         b_.loop(steps, [&] {
           score_keys(keys, token, weights);
           b_.add_to(token, b_.mul(b_.arg(PrefillArgs::k_token_stride), keys));
@@ -214,8 +214,7 @@ class PrefillBuilder {
         }
         if (spec_.slopes) {
           Reg place = b_.isub(b_.splat(key), row_numbers(PrefillArgs::first_keys, v));
-          value = b_.vadd(value,
-                          b_.vmul(row_numbers(PrefillArgs::slopes, v), b_.to_f32(place)));
+          value = b_.vadd(value, b_.vmul(row_numbers(PrefillArgs::slopes, v), b_.to_f32(place)));
         }
         b_.store(Element::f32, vector(weights, v), value);
       }
@@ -381,8 +380,6 @@ std::string print_prefill(const AttentionKernel& spec) {
   return "prefill_" + print(any_group);
 }
 
-jit::vir::Function build_prefill(const AttentionKernel& spec) {
-  return PrefillBuilder(spec).run();
-}
+jit::vir::Function build_prefill(const AttentionKernel& spec) { return PrefillBuilder(spec).run(); }
 
 }  // namespace tilewright::ops

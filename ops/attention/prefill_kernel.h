@@ -1,5 +1,6 @@
-// The attention kernel for many queries: softmax(scale * q @ k.T + mask) @ v for a tile of rows that
-// share a key/value head. A row is one token of one query head of the group, so GQA fills tiles too.
+// The attention kernel for many queries: softmax(scale * q @ k.T + mask) @ v for a tile of rows
+// that share a key/value head. A row is one token of one query head of the group, so GQA fills
+// tiles too.
 //
 // Each key and value is read once per tile, in place, through the same block tables as in
 // attention_kernel.h. A tile's weights wait in scratch between the phases, which therefore grows

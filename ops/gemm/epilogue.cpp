@@ -44,8 +44,9 @@ Reg activate(Builder& b, const std::string& activation, Reg x) {
   return x;
 }
 
-// `count` elements of a type from base[first]; the other lanes are 0. AVX2 cannot mask 16-bit moves:
-// there the elements of an incomplete vector, which only the last panel has, move one at a time.
+// `count` elements of a type from base[first]; the other lanes are 0. AVX2 cannot mask 16-bit
+// moves: there the elements of an incomplete vector, which only the last panel has, move one at a
+// time.
 Reg load_columns(Builder& b, DataType type, Reg base, std::int64_t first, int count) {
   if (count == b.lanes() || has_masked_moves(type, b.lanes())) {
     return load(b, type, base, part_of_vector(b, first, count));

@@ -236,8 +236,8 @@ class LinearBuilder {
   // How far ahead of the loads the weights are asked for. Measured on Zen 3 with weights in memory:
   // a loop that only loads and multiplies f32 keeps the hardware's prefetcher at the memory's limit
   // and any hint slows it down; the longer a step computes, the earlier it must ask.
-  // With many blocks the panel's stretch stays in L1 for all but the first, and the next stretch has
-  // the time of all of them to reach L2: 1.17 times the speed at k = 3072.
+  // With many blocks the panel's stretch stays in L1 for all but the first, and the next stretch
+  // has the time of all of them to reach L2: 1.17 times the speed at k = 3072.
   std::int64_t prefetch_distance() const {
     if (spec_.many_blocks) return kPartialSumLength / step_length() * kStepBytes;
     if (is_f32() && rows_ == 1) return 0;

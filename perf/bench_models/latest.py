@@ -14,8 +14,9 @@ def machine_of(record: dict[str, Any]) -> str:
 
 
 def key_of(cell: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two measurements the same cell."""
-    return (cell["model"], cell["dtype"], cell["prompt"], cell["new"], cell["batch"])
+    """What makes two measurements the same cell: not the number of new tokens, which decode's slope
+    does not depend on."""
+    return (cell["model"], cell["dtype"], cell["prompt"], cell["batch"])
 
 
 def latest_cells(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -110,7 +110,7 @@ def heat(ratio: dict[str, float] | None) -> str:
 
 
 def overview(cells: list[dict[str, Any]]) -> str:
-    """All ratios at a glance: a line per cell, two columns per peer."""
+    """All ratios at a glance: a table for decode and one for prefill, a line per cell."""
     found: dict[str, str] = {}  # name -> why it ran in no cell, or ""
     for cell in cells:
         for row in cell["systems"]:
@@ -119,29 +119,32 @@ def overview(cells: list[dict[str, Any]]) -> str:
             reason = "" if row["status"] == "ok" else row["reason"]
             found[row["system"]] = reason and found.get(row["system"], reason)
     peers = [name for name, reason in found.items() if not reason]
-    lines = ["<div class='wide'><table class='heat'><tr><th></th>"]
-    lines += [f"<th colspan='2'>{html.escape(peer)}</th>" for peer in peers]
-    lines += ["</tr><tr><th></th>", "<th>prefill</th><th>decode</th>" * len(peers), "</tr>"]
-    for cell in cells:
-        rows = {row["system"]: row for row in cell["systems"]}
-        lines.append(f"<tr><td>{html.escape(title_of(cell))}</td>")
-        for peer in peers:
-            row = rows.get(peer)
-            if row is None or row["status"] != "ok":
-                why = "not run" if row is None else row["reason"]
-                lines.append(f'<td colspan="2" class="none" title="{html.escape(why)}">none</td>')
-            elif row.get("accuracy", {}).get("wrong"):
-                lines.append('<td colspan="2" class="none">wrong answers</td>')
-            else:
-                lines += [heat(row.get("ratio", {}).get(part)) for part in ("prefill", "decode")]
+    lines = []
+    for part in ("decode", "prefill"):
+        lines.append(f"<div class='wide'><table class='heat'><tr><th>{part}</th>")
+        lines += [f"<th>{html.escape(peer).replace(':', ':<br>')}</th>" for peer in peers]
         lines.append("</tr>")
-    lines.append("</table></div>")
+        for cell in cells:
+            rows = {row["system"]: row for row in cell["systems"]}
+            lines.append(f"<tr><td>{html.escape(title_of(cell))}</td>")
+            lines += [_overview_entry(rows.get(peer), part) for peer in peers]
+            lines.append("</tr>")
+        lines.append("</table></div>")
     for name, reason in found.items():
         if reason:
             lines.append(
                 f"<p class='note'><b>{html.escape(name)}</b> did not run: {html.escape(reason)}</p>"
             )
     return "".join(lines)
+
+
+def _overview_entry(row: dict[str, Any] | None, part: str) -> str:
+    if row is None or row["status"] != "ok":
+        why = "not run" if row is None else row["reason"]
+        return f'<td class="none" title="{html.escape(why)}">none</td>'
+    if row.get("accuracy", {}).get("wrong"):
+        return '<td class="none" title="its tokens or logits are wrong">wrong</td>'
+    return heat(row.get("ratio", {}).get(part))
 
 
 def start_phases(start: dict[str, Any]) -> dict[str, float]:
@@ -162,22 +165,37 @@ def start_phases(start: dict[str, Any]) -> dict[str, float]:
 
 
 def ratio_figure(cells: list[dict[str, Any]], part: str) -> Any:
-    """Points with intervals: how many times faster the baseline is than each peer."""
+    """Points with intervals: how many times faster the baseline is than each peer. One panel per
+    cell, the closest peer on top."""
     import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 
-    figure = go.Figure()
-    colors = {"ahead": AHEAD, "behind": BEHIND, "even": EVEN}
-    seen = set()
-    for cell in reversed(cells):
+    panels = []
+    for cell in cells:
         rows = [row for row in running(cell) if part in row.get("ratio", {})]
-        rows = [row for row in rows if row["system"] != cell["baseline"]]
-        for row in sorted(rows, key=lambda row: -row["ratio"][part]["median"]):
-            ratio = row["ratio"][part]
-            verdict = verdict_of(ratio)
+        rows = [row for row in rows if not is_ours(row["system"])]
+        if rows:
+            panels.append((cell, sorted(rows, key=lambda row: -row["ratio"][part]["median"])))
+    if not panels:
+        return go.Figure()
+    counts = [len(rows) + 1.2 for _, rows in panels]
+    figure = make_subplots(
+        rows=len(panels),
+        cols=1,
+        shared_xaxes=True,
+        row_heights=counts,
+        vertical_spacing=min(0.06, 0.9 / len(panels)),
+        subplot_titles=[title_of(cell) for cell, _ in panels],
+    )
+    colors = {"ahead": AHEAD, "behind": BEHIND, "even": EVEN}
+    for panel, (_, rows) in enumerate(panels, 1):
+        ratios = [row["ratio"][part] for row in rows]
+        shades = [colors[verdict_of(ratio)] for ratio in ratios]
+        for row, ratio, shade in zip(rows, ratios, shades, strict=True):
             figure.add_trace(
                 go.Scatter(
                     x=[ratio["median"]],
-                    y=[[title_of(cell)], [row["system"]]],
+                    y=[row["system"]],
                     error_x={
                         "type": "data",
                         "array": [ratio["high"] - ratio["median"]],
@@ -187,28 +205,30 @@ def ratio_figure(cells: list[dict[str, Any]], part: str) -> Any:
                     },
                     mode="markers+text",
                     cliponaxis=False,
-                    text=[f"  {ratio['median']:.2f}x"],
+                    text=[f"{ratio['median']:.2f}x"],
                     textposition="top center",
-                    textfont={"size": 11, "color": colors[verdict]},
-                    marker={"size": 9, "color": colors[verdict]},
-                    name=verdict,
-                    legendgroup=verdict,
-                    showlegend=verdict not in seen,
+                    textfont={"size": 11, "color": shade},
+                    marker={"size": 9, "color": shade},
+                    showlegend=False,
                     hovertemplate=f"{ratio['median']:.3f} [{ratio['low']:.3f}, "
                     f"{ratio['high']:.3f}]<extra>{row['system']}</extra>",
-                )
+                ),
+                row=panel,
+                col=1,
             )
-            seen.add(verdict)
     figure.add_vline(x=1, line={"color": "#111827", "width": 1})
-    count = len(figure.data)
     figure.update_xaxes(
         type="log",
-        title=f"{part}: times faster than this system Tilewright is (log scale)",
         tickvals=[0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8],
         gridcolor="#e5e7eb",
+        showticklabels=True,
     )
-    legend = {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0}
-    figure.update_layout(height=170 + 36 * count, legend=legend)
+    figure.update_xaxes(
+        title=f"{part}: times faster than this system Tilewright is (log scale)",
+        row=len(panels),
+        col=1,
+    )
+    figure.update_layout(height=110 + 34 * sum(counts) + 30 * len(panels))
     return figure
 
 
@@ -514,7 +534,9 @@ def machine_section(
         drawn(ratio_figure(cells, "decode"), first),
         drawn(ratio_figure(cells, "prefill")),
         "<h2>How near the limit</h2><p class='note'>Decode: bytes of weights and cache over the "
-        "read bandwidth just measured. Prefill: operations over the measured peak.</p>",
+        "read bandwidth just measured. Prefill: operations over the measured peak. More than "
+        "100 %: weights are counted in the cell's dtype, and fp32 ones that fit 16 bits are read "
+        "as such; or the machine was slower while its limits were measured.</p>",
         drawn(limit_figure(cells, "decode")),
         drawn(limit_figure(cells, "prefill")),
     ]

@@ -140,25 +140,27 @@ class CompiledGraph:
         weights that were replaced or written since are packed again.
         """
 
+        names = list(self._frozen.items())
+
         def has_these(candidate: Executable) -> bool:
             return all(candidate.weights.same(name, arguments[i]) for i, name in names)
 
-        names = list(self._frozen.items())
-        if has_these(executable):
-            decode = executable.is_decode(executable.lowered.symbols(arguments))
-            stale = not decode and executable.weights.contents_changed()
-        else:
-            known = [other for other in self._others if other.weights.alive()]
-            found = next((other for other in known if has_these(other)), None)
-            if found is None and executable.weights.alive() and not any(
-                executable.weights.is_of(name, arguments[i]) for i, name in names
-            ):
-                found = executable.of_weights(self._constants(arguments))
-            if found is not None:
-                self._others = [o for o in (executable, *known) if o is not found][:_MOST_OTHERS]
-                self.executable = found
-                return self._of_weights(found, arguments)
-            stale = True
+        def is_of_this_model(candidate: Executable) -> bool:
+            return any(candidate.weights.is_of(name, arguments[i]) for i, name in names)
+
+        stale = False
+        if not has_these(executable):
+            known = [executable, *(other for other in self._others if other.weights.alive())]
+            found = next(filter(has_these, known), None)
+            if found is None:
+                found = next(filter(is_of_this_model, known), None)
+                stale = found is not None or not executable.weights.alive()
+            if found is None:
+                found = executable if stale else executable.of_weights(self._constants(arguments))
+            self._others = [other for other in known if other is not found][:_MOST_OTHERS]
+            self.executable = executable = found
+        if not stale and not executable.is_decode(executable.lowered.symbols(arguments)):
+            stale = executable.weights.contents_changed()
         if stale:
             self.refreshes += 1
             executable.forget_weights()
