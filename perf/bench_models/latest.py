@@ -34,8 +34,10 @@ def latest_cells(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]
             for row in cell["systems"]:
                 before = rows.get(row["system"])
                 if row["status"] == "ok" or before is None or before["status"] != "ok":
+                    starts = {**(before or {}).get("start", {}), **row.get("start", {})}
                     rows[row["system"]] = {
                         **row,
+                        "start": starts,  # not every run measures both
                         "commit": record["commit"],
                         "file": record.get("file", ""),
                     }

@@ -180,6 +180,15 @@ def _accuracy(plan: Plan, rows: list[Row], cell: Cell, directory: Path) -> None:
                 row.accuracy = {"reason": str(error)}
 
 
+def _compare_tokens(entries: list[dict[str, Any]], tokens: dict[str, list[list[int]]]) -> None:
+    """With eager's, also those of systems that were measured before eager was."""
+    wanted = tokens.get("eager")
+    for entry in entries:
+        own = tokens.get(entry["system"])
+        if wanted is not None and own is not None:
+            entry["tokens"] = accuracy.agreement(own, wanted)
+
+
 def _measure_cell(
     plan: Plan, rows: list[Row], cell: Cell, prompts: Any, probe: Probe
 ) -> tuple[Rounds, dict[str, list[list[int]]], dict[str, dict[str, float]]]:
@@ -228,7 +237,6 @@ def _system_record(
     cell: Cell,
     rounds: Rounds,
     baseline: str,
-    agreement: str,
     memory: dict[str, float],
     limit: Any,
 ) -> dict[str, Any]:
@@ -240,7 +248,7 @@ def _system_record(
     record |= {
         "precision": row.loaded["precision"],
         "versions": row.loaded["versions"],
-        "tokens": agreement,
+        "tokens": "not compared",
         "memory": {**memory, "imported_mb": row.loaded["memory_imported"]["resident_mb"]},
         "start": row.start,
         "accuracy": row.accuracy,
@@ -328,8 +336,7 @@ def run_session(
         }
         for cell in cells
     ]
-    eager_tokens: dict[str, list[list[int]]] = {}
-    # Eager first, if asked for, so that its tokens are there for all groups.
+    found_tokens: dict[str, dict[str, list[list[int]]]] = {cell.name: {} for cell in cells}
     absent = [
         name
         for name in plan.systems[1:]
@@ -359,8 +366,8 @@ def run_session(
                 plan.say(f"measuring {cell.name} ...")
                 prompts = text.prompts_of(cell, directory)
                 rounds, tokens, memory = _measure_cell(plan, rows, cell, prompts, probe)
-                if "eager" in tokens:
-                    eager_tokens[cell.name] = tokens["eager"]
+                for name, values in tokens.items():
+                    found_tokens[cell.name].setdefault(name, values)
                 bandwidths = [found["read_gb_per_second"] for found in rounds.probes]
                 read = max([roof_read, *([statistics.median(bandwidths)] if bandwidths else [])])
                 limit = limit_of(cell, read, roof_peak)
@@ -377,23 +384,12 @@ def run_session(
                 for row in rows:
                     if row.name in known:
                         continue
-                    wanted = eager_tokens.get(cell.name)
-                    same = (
-                        accuracy.agreement(tokens[row.name], wanted)
-                        if wanted is not None and row.name in tokens
-                        else "not compared"
-                    )
                     record["systems"].append(
                         _system_record(
-                            row,
-                            cell,
-                            rounds,
-                            plan.systems[0],
-                            same,
-                            memory.get(row.name, {}),
-                            limit,
+                            row, cell, rounds, plan.systems[0], memory.get(row.name, {}), limit
                         )
                     )
+                _compare_tokens(record["systems"], found_tokens[cell.name])
                 yield records
             for row in rows:
                 if row.worker is not None:

@@ -112,6 +112,30 @@ def test_processes_of_one_build_that_differ_are_no_verdict() -> None:
         assert verdict.ratio.count == 6
 
 
+def test_tokens_of_systems_before_eager_are_compared_too() -> None:
+    entries: list[dict[str, Any]] = [
+        {"system": name, "tokens": "not compared"} for name in ("tilewright", "eager", "ipex")
+    ]
+    tokens = {"tilewright": [[1, 2]], "ipex": [[1, 3]]}
+    session._compare_tokens(entries, tokens)
+    assert [entry["tokens"] for entry in entries] == ["not compared"] * 3
+    session._compare_tokens(entries, tokens | {"eager": [[1, 2]]})
+    assert [entry["tokens"] for entry in entries] == ["identical", "identical", "first 1 of 2"]
+
+
+def test_a_later_run_without_warm_starts_keeps_the_earlier_ones() -> None:
+    def record(commit: str, **start: float) -> dict[str, Any]:
+        row = {"system": "eager", "status": "ok", "start": start}
+        cell = {"model": "m", "dtype": "fp32", "prompt": 1, "batch": 1, "systems": [row]}
+        machine = {"cpu": "x", "isa": ["avx2"]}
+        return {"commit": commit, "machine": machine, "cells": [{**cell, "limit": None}]}
+
+    records = [record("a", cold=1.0, warm=2.0), record("b", cold=3.0)]
+    ((_, cells),) = latest.latest_cells(records).items()
+    (row,) = cells[0]["systems"]
+    assert row["start"] == {"cold": 3.0, "warm": 2.0} and row["commit"] == "b"
+
+
 def test_rounds_alternate_and_measure_each_system_twice() -> None:
     asked: list[str] = []
 
