@@ -104,6 +104,7 @@ CASES = {
         (W, I64),
     ),
     "topk": (lambda x: (*x.topk(3), x.softmax(-1).topk(1).indices), (X,)),
+    "cumsum": (lambda x: ((x > 0).cumsum(-1), (x > 0).long().cumsum(2)), (X,)),
     "repeat_interleave": (
         lambda x: (x.repeat_interleave(2, -1), x.repeat_interleave(3, 1), x.repeat_interleave(2)),
         (X,),
@@ -164,10 +165,10 @@ def test_the_table_names_real_overloads() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "symbolic"])
 def test_unknown_ops_become_external(dynamic: bool) -> None:
-    lowered = check(lambda x: (x.cumsum(-1) + 1, *x.sort()), X, dynamic=dynamic)
-    assert lowered.externals == ["aten.cumsum.default", "aten.sort.default"]
+    lowered = check(lambda x: (x.cumprod(-1) + 1, *x.sort()), X, dynamic=dynamic)
+    assert lowered.externals == ["aten.cumprod.default", "aten.sort.default"]
     (graph,) = lowered.graphs
-    assert dict(graph.externals)["aten.cumsum.default"] == "no lowering for aten.cumsum.default"
+    assert dict(graph.externals)["aten.cumprod.default"] == "no lowering for aten.cumprod.default"
 
 
 def test_values_outside_an_entry_become_external() -> None:
