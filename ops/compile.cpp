@@ -212,7 +212,8 @@ Status Lowering::lower_node(const graph::Node& node) {
   }
   std::string reason = disabled_reason(node);
   if (reason.empty()) {
-    Status done = Error{"there is no kernel for it"};
+    Status done = Error{"there is no kernel for " +
+                        (node.op == Op::external ? node.attribute<std::string>("function") : "it")};
     const NodeId id = graph_.value(node.results[0]).producer;
     if (is_row_op(node)) {
       done = lower_rows(std::span(&id, 1));
