@@ -440,7 +440,8 @@ void bind_program(nb::module_& module) {
   nb::class_<Fingerprint>(module, "Fingerprint", "A hash of samples of memory.")
       .def(nb::init<std::vector<std::pair<Address, std::int64_t>>>())
       .def("value", &Fingerprint::value);
-  nb::class_<ops::WeightStore>(module, "WeightStore", "Packed weights that programs share.")
+  nb::class_<ops::WeightStore>(module, "WeightStore", nb::is_weak_referenceable(),
+                               "Packed weights that programs share.")
       .def(nb::init<>())
       .def("forget", [](ops::WeightStore& self, Address source) { self.forget(pointer(source)); })
       .def("release",

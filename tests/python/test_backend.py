@@ -124,6 +124,37 @@ def test_changed_weights_are_noticed(change: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("in_between", ["another graph", "a reset"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.up.weight.mul_(2),
+        lambda model: model.up.weight[:, ::2].mul_(2),
+        lambda model: model.up.weight.data.mul_(2),
+    ],
+    ids=["in place", "part", "data in place"],
+)
+def test_a_later_graph_does_not_find_what_was_packed_before_a_change(
+    change: Any, in_between: str
+) -> None:
+    model = Block().eval()
+    compiled = torch.compile(model, backend=backend, dynamic=False)
+    x = torch.randn(1, 4, 64)
+    compiled(x)
+    change(model)
+    if in_between == "a reset":
+        torch._dynamo.reset()
+        gc.collect()
+    else:
+        x = torch.randn(1, 5, 64)
+    close(compiled(x), model(x))
+    close(compiled(x[:, :4]), model(x[:, :4]))
+    stores = {graph.executable.store for graph in graphs() if graph.executable is not None}
+    packed = sum(store.bytes for store in stores)
+    assert packed <= 2 * 4 * 2 * 64 * 96, "one copy of what is current, and a program's own old one"
+
+
+@torch.no_grad()
 def test_a_compiled_graph_does_not_keep_a_model_alive() -> None:
     model = Block().eval()
     torch.compile(model, backend=backend)(torch.randn(2, 7, 64))

@@ -23,8 +23,6 @@ from tilewright.graph_text import UnsupportedError
 from tilewright.lower import lower
 from tilewright.program import Executable
 
-_MOST_OTHERS = 15  # programs that a graph keeps for other models
-
 # Every graph that Dynamo gave us and that is still alive, for explain().
 graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
@@ -106,28 +104,23 @@ class CompiledGraph:
 
     def __call__(self, *arguments: Any) -> Any:
         self.calls += 1
-        with self._lock:
-            executable = self.executable
-            if executable is None:
-                self.fallback_calls += 1
-                return self._gm.forward(*arguments)
-            try:
-                executable = self._of_weights(executable, arguments)
-                return executable.call(arguments)
-            except UnsupportedError as error:  # of these sizes; nothing has run
-                if core.settings()["strict"]:
-                    raise
-                self.decline(str(error))
-                self.fallback_calls += 1
-                return self._gm.forward(*arguments)
-            except core.CoreError as error:
-                if core.settings()["strict"] or executable.lowered.mutated:
-                    raise
-                self.executable = None
-                self._others = []
-                self.decline(f"the program failed: {error}")
-                self.fallback_calls += 1
-                return self._gm.forward(*arguments)
+        if self.executable is not None:
+            with self._lock:
+                if self.executable is not None:  # still, after other threads' calls
+                    try:
+                        return self._of_weights(self.executable, arguments).call(arguments)
+                    except UnsupportedError as error:  # of these sizes; nothing has run
+                        if core.settings()["strict"]:
+                            raise
+                        self.decline(str(error))
+                    except core.CoreError as error:
+                        if core.settings()["strict"] or self.executable.lowered.mutated:
+                            raise
+                        self.executable = None
+                        self._others = []
+                        self.decline(f"the program failed: {error}")
+        self.fallback_calls += 1
+        return self._gm.forward(*arguments)
 
     def _constants(self, arguments: Sequence[Any]) -> dict[str, torch.Tensor]:
         given = {name: arguments[i] for i, name in self._frozen.items()}
@@ -139,8 +132,7 @@ class CompiledGraph:
         Dynamo shares a graph between models of one class, so each gets a program of its own;
         weights that were replaced or written since are packed again.
         """
-
-        names = list(self._frozen.items())
+        names = self._frozen.items()
 
         def has_these(candidate: Executable) -> bool:
             return all(candidate.weights.same(name, arguments[i]) for i, name in names)
@@ -157,13 +149,12 @@ class CompiledGraph:
                 stale = found is not None or not executable.weights.alive()
             if found is None:
                 found = executable if stale else executable.of_weights(self._constants(arguments))
-            self._others = [other for other in known if other is not found][:_MOST_OTHERS]
+            self._others = [other for other in known if other is not found]
             self.executable = executable = found
         if not stale and not executable.is_decode(executable.lowered.symbols(arguments)):
             stale = executable.weights.contents_changed()
         if stale:
             self.refreshes += 1
-            executable.forget_weights()
             executable.bind(self._constants(arguments))
         return executable
 

@@ -39,6 +39,26 @@ def store_for(parameters: Iterable[torch.Tensor]) -> Any:
     return store
 
 
+# What each store packed, by address. A store does not watch its sources and outlives programs: one
+# that is made later must not find what was packed before a weight changed.
+_packed: weakref.WeakKeyDictionary[Any, dict[int, Weights]] = weakref.WeakKeyDictionary()
+
+
+def _forget_changed(store: Any, tensors: Iterable[torch.Tensor]) -> None:
+    """Drops what the store packed from these tensors before they changed, or from others that were
+    where they are now."""
+    packed = _packed.setdefault(store, {})
+    for tensor in tensors:
+        place = address(tensor)
+        if place >> 63:  # a token: the store has the only copy of its values
+            continue
+        known = packed.get(place)
+        if known is None or not known.all_same() or known.contents_changed():
+            if known is not None:
+                store.forget(place)
+            packed[place] = Weights({"": tensor})
+
+
 def weight_bytes() -> int:
     """Of packed weights that are alive."""
     stores = {id(executable.store): executable.store for executable in list(executables)}
@@ -124,6 +144,15 @@ class Weights:
                 found[name] = tensor.detach()
         return found
 
+    def left(self) -> list[int]:
+        """Addresses where a tensor is no longer."""
+        found = []
+        for reference, place, _ in self._marks.values():
+            tensor: Any = reference()
+            if place >> 63 == 0 and (tensor is None or address(tensor) != place):
+                found.append(place)
+        return found
+
     def places(self) -> list[int]:
         """Addresses; not tokens, which end with their parameters."""
         return [place for _, place, _ in self._marks.values() if place >> 63 == 0]
@@ -166,12 +195,16 @@ class Executable:
         self._checked: dict[str, torch.Tensor] = {}
         self.store = store
         self._frees = frees
+        self._copies: dict[str, torch.Tensor] = {}
+        self.weights = Weights({})
         executables.add(self)
         self.bind(tensors)
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Compiles for these constants: at first, and after they changed."""
         constants = {name: tensors[name] for name in self._constants}
+        for place in (*self.weights.left(), *map(address, self._copies.values())):
+            self.store.forget(place)
         # The core reads row-major memory; a transposed weight is copied once and kept here.
         self._copies = {
             name: tensor.detach().contiguous()
@@ -180,11 +213,13 @@ class Executable:
         }
         if self.store is None:
             self.store = store_for(constants.values())
+        given = constants | self._copies
+        _forget_changed(self.store, given.values())
         self.program = core.engine().compile(
             self.lowered.text,
             {
                 name: (address(tensor), DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-                for name, tensor in (constants | self._copies).items()
+                for name, tensor in given.items()
             },
             self.store,
         )
