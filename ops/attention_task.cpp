@@ -1,6 +1,6 @@
 // See attention_task.h.
 //
-// Tested by program_test.
+// Tested by program_test and task_test.
 #include "ops/attention_task.h"
 
 #include <algorithm>
@@ -13,11 +13,8 @@
 namespace tilewright::ops {
 namespace {
 
-std::int64_t argument(const void* pointer) { return std::bit_cast<std::int64_t>(pointer); }
-
 // More queries than a step of speculation has.
 constexpr std::int64_t kFewQueries = 16;
-constexpr std::size_t kMostRows = 48;
 
 bool fills_tiles(const AttentionTask& task, const Frame& frame) {
   return frame.dim(task.queries) > kFewQueries;
@@ -184,9 +181,9 @@ class Tile {
   const AttentionTask& task_;
   const Frame& frame_;
   char* nowhere_;  // output of rows that do not exist
-  std::array<const void*, kMostRows> q_, output_, mask_;
-  std::array<std::int32_t, kMostRows> first_keys_, end_keys_;
-  std::array<float, kMostRows> slopes_, sinks_;
+  std::array<const void*, kMostPrefillRows> q_, output_, mask_;
+  std::array<std::int32_t, kMostPrefillRows> first_keys_, end_keys_;
+  std::array<float, kMostPrefillRows> slopes_, sinks_;
   std::int64_t arguments_[PrefillArgs::count] = {};
 };
 

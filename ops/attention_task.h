@@ -4,7 +4,7 @@
 // A few queries (a step of decode, or of speculation) go one token at a time, so that one of them
 // and sixteen of them get the same bits; more of them fill tiles of rows.
 //
-// Tested by program_test.
+// Tested by program_test and task_test.
 #pragma once
 
 #include <cstdint>

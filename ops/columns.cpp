@@ -14,23 +14,6 @@ using jit::vir::Builder;
 using jit::vir::Element;
 using jit::vir::Reg;
 
-Element load_element(DataType type) {
-  switch (type) {
-    case DataType::f32:
-      return Element::f32;
-    case DataType::bf16:
-      return Element::bf16;
-    case DataType::f16:
-      return Element::f16;
-    case DataType::i32:
-      return Element::i32;
-    case DataType::boolean:
-      return Element::u8;
-    default:
-      return Element::none;
-  }
-}
-
 Element store_element(DataType type) {
   return type == DataType::bf16 ? Element::u16 : load_element(type);
 }
@@ -124,6 +107,23 @@ void for_columns(Builder& builder, const ColumnCount& columns, int unroll, Block
 bool has_masked_moves(DataType type, int lanes) {
   if (type == DataType::i64) return false;
   return lanes == 16 || type == DataType::f32 || type == DataType::i32;
+}
+
+Element load_element(DataType type) {
+  switch (type) {
+    case DataType::f32:
+      return Element::f32;
+    case DataType::bf16:
+      return Element::bf16;
+    case DataType::f16:
+      return Element::f16;
+    case DataType::i32:
+      return Element::i32;
+    case DataType::boolean:
+      return Element::u8;
+    default:
+      return Element::none;
+  }
 }
 
 bool has_vector_form(DataType type) { return load_element(type) != Element::none; }

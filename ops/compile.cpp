@@ -429,6 +429,15 @@ Layout Lowering::unit_columns(const Layout& source, graph::DataType dtype) {
   return fits ? source : contiguous(source, dtype);
 }
 
+std::vector<TaskLoop> Lowering::task_loops(std::span<const Layout> layouts, std::size_t axes) {
+  std::vector<TaskLoop> loops;
+  for (const Loop& loop : collapse(layouts, axes)) {
+    TaskLoop& added = loops.emplace_back(TaskLoop{dim(loop.size), {}});
+    for (const Dim& stride : loop.strides) added.strides.push_back(dim(stride));
+  }
+  return loops;
+}
+
 std::optional<Lowering::Matrix> Lowering::matrix(const Layout& source, graph::DataType dtype) {
   const Layout columns = unit_columns(source, dtype);
   const std::vector<Loop> loops = collapse(std::span(&columns, 1), columns.shape.size() - 1);

@@ -8,6 +8,7 @@
 // Thread-safe. Tested by kernel_library_test.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -31,6 +32,9 @@ struct Kernel {
   IsaMask required_isa = 0;
   bool loaded = false;  // from the cache; otherwise emitted
 };
+
+// An address, as kernels take it among their arguments.
+inline std::int64_t argument(const void* address) { return std::bit_cast<std::int64_t>(address); }
 
 struct KernelCounters {
   std::uint64_t emitted = 0, loaded = 0, code_bytes = 0;

@@ -1,6 +1,6 @@
 // See linear_task.h.
 //
-// Tested by program_test.
+// Tested by program_test and task_test.
 #include "ops/linear_task.h"
 
 #include <algorithm>
@@ -13,8 +13,6 @@
 namespace tilewright::ops {
 namespace {
 
-std::int64_t argument(const void* pointer) { return std::bit_cast<std::int64_t>(pointer); }
-
 std::int64_t padded_bytes(std::int64_t columns, graph::DataType type) {
   return (columns * graph::size_in_bytes(type) + 63) / 64 * 64;
 }
@@ -24,7 +22,7 @@ std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
 }
 
 // Of packed x: f32.
-const std::int64_t stretch_bytes = partial_sum_length() * 4;
+std::int64_t stretch_bytes() { return partial_sum_length() * 4; }
 
 // All rows, one thread's panels.
 class LinearRun {
@@ -96,9 +94,9 @@ class LinearRun {
   }
 
   void point_to_packed(std::int64_t blocks) {
-    const std::int64_t block = task_.packed.rows * stretch_bytes;
+    const std::int64_t block = task_.packed.rows * stretch_bytes();
     arguments_[LinearArgs::x] = argument(packed_);
-    arguments_[LinearArgs::x_row_stride] = stretch_bytes;
+    arguments_[LinearArgs::x_row_stride] = stretch_bytes();
     arguments_[LinearArgs::x_block_stride] = block;
     arguments_[LinearArgs::x_stretch_stride] = blocks * block;
   }
@@ -107,14 +105,14 @@ class LinearRun {
     std::int64_t arguments[CopyArgs::count];
     arguments[CopyArgs::rows] = rows;
     arguments[CopyArgs::x_row_stride] = x_stride_;
-    arguments[CopyArgs::y_row_stride] = stretch_bytes;
+    arguments[CopyArgs::y_row_stride] = stretch_bytes();
     char* to = packed_;
     for (std::int64_t k = 0; k < task_.spec.k; k += partial_sum_length()) {
       arguments[CopyArgs::columns] = std::min(partial_sum_length(), task_.spec.k - k);
       arguments[CopyArgs::x] = argument(x_ + first * x_stride_ + k * task_.x.element_bytes);
       arguments[CopyArgs::y] = argument(to);
       task_.copy->function(arguments);
-      to += rows * stretch_bytes;
+      to += rows * stretch_bytes();
     }
   }
 
@@ -243,7 +241,7 @@ std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {
     const std::int64_t stretches =
         round_up(task.spec.k, partial_sum_length()) / partial_sum_length();
     return chunk_rows(task, rows) *
-           (kPartialSumsBytesPerRow + (packs(task, rows) ? stretches * stretch_bytes : 0));
+           (kPartialSumsBytesPerRow + (packs(task, rows) ? stretches * stretch_bytes() : 0));
   }
   return (rows * 8 + 63) / 64 * 64 +
          task.variants[0].rows *

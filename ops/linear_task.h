@@ -7,7 +7,7 @@
 // stride is a multiple of a page share few sets of L1, and 16-bit values are widened for every
 // panel anew. The bits of y do not depend on any of this.
 //
-// Tested by program_test.
+// Tested by program_test and task_test.
 #pragma once
 
 #include <algorithm>

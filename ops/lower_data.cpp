@@ -29,9 +29,7 @@ void Lowering::copy(const Layout& from, DataType from_type, const Layout& to, Da
   task.x = operand(from, from_type);
   task.y = operand(to, to_type);
   task.columns = dim(columns ? from.shape.back() : Dim(1));
-  for (const Loop& loop : collapse(layouts, from.shape.size() - (columns ? 1 : 0))) {
-    task.loops.push_back({dim(loop.size), {dim(loop.strides[0]), dim(loop.strides[1])}});
-  }
+  task.loops = task_loops(layouts, from.shape.size() - (columns ? 1 : 0));
   const std::string specification = print(spec);
   task.kernel = kernels_->request(specification, [spec] { return build(spec); });
   add_task(std::move(task), {from.buffer}, {to.buffer}, Dim(0), specification);
@@ -100,14 +98,15 @@ Status Lowering::lower_arange(const graph::Node& node) {
 
 Status Lowering::lower_integers(const graph::Node& node) {
   using Number = std::int64_t;
+  using Bits = std::uint64_t;  // what overflows wraps, as in PyTorch
   const std::map<Op, Number (*)(Number, Number)> known = {
-      {Op::add, [](Number a, Number b) { return a + b; }},
-      {Op::sub, [](Number a, Number b) { return a - b; }},
-      {Op::mul, [](Number a, Number b) { return a * b; }},
+      {Op::add, [](Number a, Number b) { return Number(Bits(a) + Bits(b)); }},
+      {Op::sub, [](Number a, Number b) { return Number(Bits(a) - Bits(b)); }},
+      {Op::mul, [](Number a, Number b) { return Number(Bits(a) * Bits(b)); }},
       {Op::maximum, [](Number a, Number b) { return std::max(a, b); }},
       {Op::minimum, [](Number a, Number b) { return std::min(a, b); }},
-      {Op::neg, [](Number a, Number) { return -a; }},
-      {Op::abs, [](Number a, Number) { return a < 0 ? -a : a; }},
+      {Op::neg, [](Number a, Number) { return Number(-Bits(a)); }},
+      {Op::abs, [](Number a, Number) { return a < 0 ? Number(-Bits(a)) : a; }},
       {Op::convert, [](Number a, Number) { return a; }},
       {Op::eq, [](Number a, Number b) { return Number{a == b}; }},
       {Op::ne, [](Number a, Number b) { return Number{a != b}; }},
@@ -133,7 +132,9 @@ Status Lowering::lower_integers(const graph::Node& node) {
     task.types[i] = dtype;
     if (producer != nullptr && producer->op == Op::scalar) {
       const double literal = producer->attribute<double>("value");
-      if (literal != std::rint(literal) || std::abs(literal) > 0x1p53) {
+      // PyTorch compares with a float in f32.
+      const double exact = graph::is_float(dtype) ? 0x1p24 : 0x1p53;
+      if (literal != std::rint(literal) || std::abs(literal) > exact) {
         return Error{"a number beside integers that is none"};
       }
       task.literals[i] = static_cast<Number>(literal);
@@ -156,10 +157,7 @@ Status Lowering::lower_integers(const graph::Node& node) {
     const bool literal = i < 2 && task.literals[i].has_value();
     task.operands.push_back(operand(layouts[i], literal ? result.dtype : task.types[i]));
   }
-  for (const Loop& loop : collapse(layouts, result.shape.size())) {
-    TaskLoop& added = task.loops.emplace_back(TaskLoop{dim(loop.size), {}});
-    for (const Dim& stride : loop.strides) added.strides.push_back(dim(stride));
-  }
+  task.loops = task_loops(layouts, result.shape.size());
   add_task(std::move(task), reads, {y.buffer}, Dim(0), std::string(graph::name(node.op)));
   return {};
 }

@@ -47,10 +47,7 @@ Status Lowering::lower_matmul(const graph::Node& node) {
   task.w_stride = dim(w.strides[task.spec.transposed ? rank - 1 : rank - 2]);
   task.y_stride = dim(y.strides[rank - 2]);
   const Layout layouts[] = {x, w, y};
-  for (const Loop& loop : collapse(layouts, batch_axes)) {
-    task.batch.push_back(
-        {dim(loop.size), {dim(loop.strides[0]), dim(loop.strides[1]), dim(loop.strides[2])}});
-  }
+  task.batch = task_loops(layouts, batch_axes);
   const MatmulKernel spec = task.spec;
   const std::string specification = print(spec);
   task.kernel = kernels_->request(specification, [spec] { return build(spec); });

@@ -149,10 +149,7 @@ Status Lowering::lower_rows(std::span<const graph::NodeId> ids) {
     task.operands.push_back(operand(layouts.back(), type(value).dtype));
     writes.push_back(layouts.back().buffer);
   }
-  for (const Loop& loop : collapse(layouts, full.size() - 1)) {
-    TaskLoop& added = task.loops.emplace_back(TaskLoop{dim(loop.size), {}});
-    for (const Dim& stride : loop.strides) added.strides.push_back(dim(stride));
-  }
+  task.loops = task_loops(layouts, full.size() - 1);
   task.columns = dim(columns);
   const std::string specification = print(spec);
   task.kernel = kernels_->request(specification, [spec] { return build(spec); });

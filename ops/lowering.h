@@ -95,6 +95,8 @@ class Lowering {
   Operand operand(const Layout& layout, graph::DataType dtype);
   DimIndex dim(const graph::Dim& value) { return state_->dims.intern(value); }
   HeadStrides head_strides(const Layout& layout);
+  // Over the first `axes` axes, which the layouts share.
+  std::vector<TaskLoop> task_loops(std::span<const Layout> layouts, std::size_t axes);
   void copy(const Layout& from, graph::DataType from_type, const Layout& to,
             graph::DataType to_type);
 

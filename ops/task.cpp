@@ -15,8 +15,6 @@
 namespace tilewright::ops {
 namespace {
 
-std::int64_t argument(const void* pointer) { return std::bit_cast<std::int64_t>(pointer); }
-
 // Below this many elements a task runs on one thread: sharing it costs more than it saves.
 constexpr std::int64_t smallest_share = 4096;
 

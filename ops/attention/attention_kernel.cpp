@@ -21,6 +21,7 @@
 
 #include "jit/math.h"
 #include "jit/vir/builder.h"
+#include "ops/attention/head_vectors.h"
 #include "ops/attention/key_blocks.h"
 #include "ops/columns.h"
 
@@ -80,11 +81,12 @@ class AttentionBuilder {
       : spec_(spec),
         b_(name(spec), spec.lanes, AttentionArgs::count),
         blocks_(b_, {AttentionArgs::first_key, AttentionArgs::key_count,
-                     AttentionArgs::block_tokens, AttentionArgs::scratch, kKeyBlocks}) {}
+                     AttentionArgs::block_tokens, AttentionArgs::scratch, kKeyBlocks}),
+        head_(spec.head_dim, spec.lanes) {}
 
   jit::vir::Function run() && {
     prepare();
-    if (tail() != 0) tail_mask_ = b_.tail_mask(b_.constant(tail()));
+    head_.make_mask(b_);
     copy_queries();
     score();
     b_.loop(heads_with(scores_offset(spec_), 1), [&] { softmax_row(); });
@@ -99,19 +101,7 @@ class AttentionBuilder {
     return text;
   }
 
-  int tail() const { return spec_.head_dim % spec_.lanes; }
-  int vectors() const { return (spec_.head_dim + spec_.lanes - 1) / spec_.lanes; }
   int log2_lanes() const { return std::countr_zero(static_cast<unsigned>(spec_.lanes)); }
-
-  // Columns of vector `index` of head_dim, for load and store of columns.h.
-  Block columns(int index) const {
-    const bool partial = tail() != 0 && index == vectors() - 1;
-    return {partial ? Block::Part::masked : Block::Part::vector,
-            {},
-            index * spec_.lanes,
-            partial ? tail_mask_ : Reg{},
-            0};
-  }
 
   Reg scratch(std::int64_t offset) { return b_.add(b_.arg(AttentionArgs::scratch), offset); }
   Reg saved(std::int64_t offset) {
@@ -148,9 +138,9 @@ class AttentionBuilder {
     Reg from = b_.arg(AttentionArgs::q), to = scratch(kHeaderBytes);
     Reg stride = b_.arg(AttentionArgs::q_head_stride);
     b_.loop(b_.constant(spec_.group), [&] {
-      for (int v = 0; v < vectors(); ++v) {
+      for (int v = 0; v < head_.count(); ++v) {
         b_.store(Element::f32, b_.at(to, v * b_.vector_bytes()),
-                 load(b_, spec_.input, from, columns(v)));
+                 load(b_, spec_.input, from, head_.columns(v)));
       }
       b_.add_to(from, stride);
       b_.add_to(to, query_bytes(spec_));
@@ -210,7 +200,7 @@ class AttentionBuilder {
     b_.loop(b_.constant(spec_.group), [&] {
       std::vector<Reg> sums;
       for (int key = 0; key < keys; ++key) sums.push_back(b_.zero());
-      for (int v = 0; v < vectors(); ++v) {
+      for (int v = 0; v < head_.count(); ++v) {
         Reg q = b_.load(Element::f32, b_.at(query, v * b_.vector_bytes()));
         for (int key = 0; key < keys; ++key) {
           add_product(sums[static_cast<std::size_t>(key)], q, v, address(key, key_offset(v)));
@@ -238,12 +228,10 @@ class AttentionBuilder {
   }
 
   void add_product(Reg sum, Reg q, int vector, const Address& key) {
-    const bool partial = columns(vector).part == Block::Part::masked;
+    const bool partial = head_.is_partial(vector);
     if (spec_.cache == DataType::f32 && !partial) return b_.fma_load(sum, q, key);
-    const Element element = spec_.cache == DataType::f32    ? Element::f32
-                            : spec_.cache == DataType::bf16 ? Element::bf16
-                                                            : Element::f16;
-    b_.fma(sum, q, partial ? b_.load_masked(element, key, tail_mask_) : b_.load(element, key));
+    const Element element = load_element(spec_.cache);
+    b_.fma(sum, q, partial ? b_.load_masked(element, key, head_.mask()) : b_.load(element, key));
   }
 
   // The sum of the lanes in every lane, in the order of lane_sums.
@@ -345,8 +333,8 @@ class AttentionBuilder {
     const OutputTile tile = output_tile(spec_);
     Reg out = b_.arg(AttentionArgs::output);
     b_.loop(heads_with(scores_offset(spec_), tile.heads), [&] {
-      for (int first = 0; first < vectors(); first += tile.vectors) {
-        output_tile_of(out, tile.heads, first, std::min(tile.vectors, vectors() - first));
+      for (int first = 0; first < head_.count(); first += tile.vectors) {
+        output_tile_of(out, tile.heads, first, std::min(tile.vectors, head_.count() - first));
       }
       b_.add_to(row_, b_.mul(saved(kScoreBytes), tile.heads));
       b_.add_to(divisor_, 4 * tile.heads);
@@ -376,7 +364,7 @@ class AttentionBuilder {
                      std::vector<Reg> p;
                      for (int head = 0; head < heads; ++head) p.push_back(weight(head));
                      for (int v = 0; v < count; ++v) {
-                       Reg value = load(b_, spec_.cache, token, columns(first + v));
+                       Reg value = load(b_, spec_.cache, token, head_.columns(first + v));
                        for (std::size_t head = 0; head < p.size(); ++head) {
                          b_.fma(sums[head][static_cast<std::size_t>(v)], p[head], value);
                        }
@@ -392,7 +380,7 @@ class AttentionBuilder {
       for (int v = 0; v < count; ++v) {
         Reg value =
             b_.vdiv(sums[static_cast<std::size_t>(head)][static_cast<std::size_t>(v)], divisor);
-        store(b_, spec_.input, to, columns(first + v), value);
+        store(b_, spec_.input, to, head_.columns(first + v), value);
       }
       b_.add_to(to, stride);
     }
@@ -401,7 +389,7 @@ class AttentionBuilder {
   const AttentionKernel& spec_;
   Builder b_;
   KeyBlocks blocks_;
-  Reg tail_mask_;  // of head_dim's last vector, if it is not full
+  HeadVectors head_;
   Reg scale_;
   std::vector<Reg> lower_;  // masks: lanes whose bit 0, 1, 2 ... is clear
   Reg row_, divisor_;       // of the current heads, in scratch

@@ -18,8 +18,8 @@
 
 #include "jit/math.h"
 #include "jit/vir/builder.h"
+#include "ops/attention/head_vectors.h"
 #include "ops/attention/key_blocks.h"
-#include "ops/columns.h"
 
 namespace tilewright::ops {
 namespace {
@@ -40,12 +40,6 @@ int output_rows_at_once(int lanes) { return prefill_rows(lanes) / 4; }
 
 constexpr std::int64_t kHeaderBytes = 64;  // KeyBlocks
 
-Element element(DataType type) {
-  return type == DataType::bf16  ? Element::bf16
-         : type == DataType::f16 ? Element::f16
-                                 : Element::f32;
-}
-
 // Scratch: the header, a row's numbers, q, the weights.
 struct ScratchLayout {
   explicit ScratchLayout(const AttentionKernel& spec)
@@ -65,7 +59,8 @@ class PrefillBuilder {
         at_(spec),
         b_(name(spec), spec.lanes, PrefillArgs::count),
         blocks_(b_, {PrefillArgs::first_key, PrefillArgs::key_count, PrefillArgs::block_tokens,
-                     PrefillArgs::scratch, 0}) {}
+                     PrefillArgs::scratch, 0}),
+        head_(spec.head_dim, spec.lanes) {}
 
   jit::vir::Function run() && {
     blocks_.find_first();
@@ -116,7 +111,7 @@ class PrefillBuilder {
       const auto copy = [&](int count) {
         for (int d = 0; d < count; ++d) {
           b_.store_one(Element::f32, b_.at(to, d * at_.row_bytes),
-                       b_.load_one(element(spec_.input), b_.at(from, d * bytes)));
+                       b_.load_one(load_element(spec_.input), b_.at(from, d * bytes)));
         }
       };
       b_.loop(b_.constant(spec_.head_dim / unroll), [&] {
@@ -179,7 +174,7 @@ class PrefillBuilder {
               b_.load(Element::f32, b_.at(query, d * at_.row_bytes + v * b_.vector_bytes())));
         }
         for (int key = 0; key < keys; ++key) {
-          Reg k = b_.broadcast(element(spec_.cache), key_element(key, d));
+          Reg k = b_.broadcast(load_element(spec_.cache), key_element(key, d));
           for (std::size_t v = 0; v < q.size(); ++v) {
             b_.fma(sums[static_cast<std::size_t>(key)][v], k, q[v]);
           }
@@ -292,31 +287,19 @@ class PrefillBuilder {
   // --- output
 
   void output() {
-    if (tail() != 0) tail_mask_ = b_.tail_mask(b_.constant(tail()));
+    head_.make_mask(b_);
     const int count = output_rows_at_once(spec_.lanes);
     row_weights_ = scratch(at_.weights);
     row_divisors_ = scratch(at_.divisor);
     row_addresses_ = b_.arg(PrefillArgs::output_rows);
     b_.loop(b_.constant(rows() / count), [&] {
-      for (int first = 0; first < vectors(); first += 2) {
-        output_columns(count, first, std::min(2, vectors() - first));
+      for (int first = 0; first < head_.count(); first += 2) {
+        output_columns(count, first, std::min(2, head_.count() - first));
       }
       b_.add_to(row_weights_, 4 * count);
       b_.add_to(row_divisors_, 4 * count);
       b_.add_to(row_addresses_, 8 * count);
     });
-  }
-
-  int tail() const { return spec_.head_dim % spec_.lanes; }
-  int vectors() const { return (spec_.head_dim + spec_.lanes - 1) / spec_.lanes; }
-
-  Block columns(int index) const {
-    const bool partial = tail() != 0 && index == vectors() - 1;
-    return {partial ? Block::Part::masked : Block::Part::vector,
-            {},
-            index * spec_.lanes,
-            partial ? tail_mask_ : Reg{},
-            0};
   }
 
   void output_columns(int count, int first, int width) {
@@ -332,7 +315,7 @@ class PrefillBuilder {
           for (int key = 0; key < keys; ++key) {
             std::vector<Reg> values;
             for (int v = 0; v < width; ++v) {
-              values.push_back(load(b_, spec_.cache, token, columns(first + v)));
+              values.push_back(load(b_, spec_.cache, token, head_.columns(first + v)));
             }
             for (int row = 0; row < count; ++row) {
               Reg weight =
@@ -352,7 +335,7 @@ class PrefillBuilder {
       Reg divisor = b_.broadcast(Element::f32, b_.at(row_divisors_, 4 * row));
       for (int v = 0; v < width; ++v) {
         Reg sum = sums[static_cast<std::size_t>(row)][static_cast<std::size_t>(v)];
-        store(b_, spec_.input, to, columns(first + v), b_.vdiv(sum, divisor));
+        store(b_, spec_.input, to, head_.columns(first + v), b_.vdiv(sum, divisor));
       }
     }
   }
@@ -361,13 +344,14 @@ class PrefillBuilder {
   ScratchLayout at_;
   Builder b_;
   KeyBlocks blocks_;
-  Reg tail_mask_;                                   // of head_dim's last vector
+  HeadVectors head_;
   Reg row_weights_, row_divisors_, row_addresses_;  // of the rows whose output is computed
 };
 
 }  // namespace
 
 int prefill_rows(int lanes) { return kRowVectors * lanes; }
+static_assert(kRowVectors * 16 == kMostPrefillRows);
 
 std::int64_t prefill_scratch_bytes(const AttentionKernel& spec, std::int64_t keys) {
   const ScratchLayout layout(spec);

@@ -19,6 +19,7 @@ namespace tilewright::ops {
 
 // Rows of a tile: 24 with AVX2, 48 with AVX-512.
 int prefill_rows(int lanes);
+inline constexpr int kMostPrefillRows = 48;
 
 // Argument slots; strides in bytes. What AttentionArgs has, too, is the same here. Per row of the
 // tile, arrays of prefill_rows():

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "jit/vir/builder.h"
+#include "ops/columns.h"
 #include "ops/gemm/epilogue.h"
 #include "ops/gemm/pack.h"
 
@@ -46,12 +47,6 @@ constexpr int kFewRows = 3;
 // Of k, in one chain of additions: a multiple of all unrolled steps. Shorter chains round less, and
 // cost more: here the sums go to memory and back once for 128 multiply-adds each.
 constexpr std::int64_t kPartialSumLength = 128;
-
-Element input_element(DataType type) {
-  return type == DataType::bf16  ? Element::bf16
-         : type == DataType::f16 ? Element::f16
-                                 : Element::f32;
-}
 
 class LinearBuilder {
  public:
@@ -111,7 +106,7 @@ class LinearBuilder {
   void emit_panel() {
     const std::int64_t stretches = (spec_.k - 1) / kPartialSumLength;
     const std::int64_t rest = spec_.k - stretches * kPartialSumLength;
-    x_stretch_ = b_.add(b_.arg(LinearArgs::x), 0);
+    x_stretch_ = b_.arg(LinearArgs::x);
     if (stretches > 0) {
       clear_sums();
       b_.loop(b_.constant(stretches), [&] {
@@ -127,7 +122,7 @@ class LinearBuilder {
 
   // The next `count` of k for all blocks of rows: sums = products, or sums += products.
   void emit_stretch(std::int64_t count, bool add) {
-    x_ = {b_.add(x_stretch_, 0)};
+    x_ = {b_.copy(x_stretch_)};
     sums_ = b_.arg(LinearArgs::partial_sums);
     b_.loop(b_.arg(LinearArgs::block_count), [&] {
       for (int part = 0; part < part_count(); ++part) {
@@ -189,7 +184,7 @@ class LinearBuilder {
 
   // The accumulators: the sums over the next `count` of k. The pointers stay.
   void emit_products(int part, std::int64_t count) {
-    x_.resize(1);  // the others only live here: an epilogue has no registers for them
+    x_.resize(1);  // the others follow from the first, which moves from block to block
     x_stride_ = b_.arg(LinearArgs::x_row_stride);
     while (static_cast<int>(x_.size()) < pointer_count()) {
       x_.push_back(b_.add(x_.back(), b_.mul(x_stride_, kRowsPerPointer)));
@@ -304,7 +299,7 @@ class LinearBuilder {
     const std::int64_t offset = k * input_bytes();
     const Address address =
         strides == 0 ? b_.at(pointer, offset) : b_.at(pointer, x_stride_, strides, offset);
-    return b_.broadcast(input_element(spec_.input), address);
+    return b_.broadcast(load_element(spec_.input), address);
   }
 
   // --- the epilogue

@@ -50,7 +50,7 @@ struct LinearKernel {
 // x[block b, row r of it, k] is at x + b * x_block_stride + r * x_row_stride
 // + k / partial_sum_length() * x_stretch_stride + k % partial_sum_length() * size: rows in place
 // have x_block_stride = rows * x_row_stride and stretches that follow each other; packed x
-// (pack_stretches) has its pieces in the order in which the kernel reads them.
+// (linear_task.h) has its pieces in the order in which the kernel reads them.
 // The kernel computes, for each panel in [panel_begin, panel_begin + panel_count) and each of
 // block_count blocks of `rows` rows, its piece of y. Panels are the outer loop, so that the weights
 // are read from memory once.

@@ -138,7 +138,7 @@ class MatmulBuilder {
       std::vector<Reg> w;
       for (const Block& block : blocks) w.push_back(load(b_, spec_.input, w_, block));
       for (std::size_t row = 0; row < sums.size(); ++row) {
-        Reg x = b_.broadcast(broadcast_element(), x_address(static_cast<int>(row)));
+        Reg x = b_.broadcast(load_element(spec_.input), x_address(static_cast<int>(row)));
         for (std::size_t j = 0; j < w.size(); ++j) b_.fma(sums[row][j], x, w[j]);
       }
       b_.add_to(w_, b_.arg(MatmulArgs::w_row_stride));
@@ -148,13 +148,6 @@ class MatmulBuilder {
     for (std::size_t row = 0; row < sums.size(); ++row) {
       for (std::size_t j = 0; j < blocks.size(); ++j) b_.fma(totals[row][j], one, sums[row][j]);
     }
-  }
-
-  jit::vir::Element broadcast_element() const {
-    using jit::vir::Element;
-    return spec_.input == DataType::bf16  ? Element::bf16
-           : spec_.input == DataType::f16 ? Element::f16
-                                          : Element::f32;
   }
 
   // The first of `count` rows, and the others.

@@ -8,6 +8,33 @@ from __future__ import annotations
 from typing import Any
 
 
+def title_of(cell: dict[str, Any]) -> str:
+    """Short, for axes."""
+    return f"{cell['model']} {cell['dtype']}, prompt {cell['prompt']}, batch {cell['batch']}"
+
+
+def is_ours(name: str) -> bool:
+    return name.split(":")[0] == "tilewright"
+
+
+def running(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in cell["systems"] if row["status"] == "ok"]
+
+
+def verdict_of(ratio: dict[str, float]) -> str:
+    """ahead, behind, or even when the interval holds 1."""
+    if ratio["low"] > 1:
+        return "ahead"
+    return "behind" if ratio["high"] < 1 else "even"
+
+
+def is_wrong(row: dict[str, Any], dtype: str) -> bool:
+    """By its logits; where nobody looked at them, in fp32, by other greedy tokens than eager's."""
+    if "wrong" in row.get("accuracy", {}):
+        return bool(row["accuracy"]["wrong"])
+    return dtype == "fp32" and str(row.get("tokens", "")).startswith("first ")
+
+
 def machine_of(record: dict[str, Any]) -> str:
     """Runs on different kinds of machine never mix."""
     return f"{record['machine']['cpu']}, {record['machine']['isa'][-1]}"
@@ -38,6 +65,7 @@ def latest_cells(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]
                     rows[row["system"]] = {
                         **row,
                         "start": starts,  # not every run measures both
+                        "wrong": is_wrong(row, cell["dtype"]),
                         "commit": record["commit"],
                         "file": record.get("file", ""),
                     }

@@ -25,14 +25,14 @@ def _ratio(row: dict[str, Any], part: str) -> str:
 
 
 def table_of(cells: list[dict[str, Any]]) -> list[str]:
-    """One per model and dtype: of the smallest batch the longest cell, and batch 16."""
+    """One per model and dtype: the smallest batch with the longest prompt, and batch 16."""
     lines: list[str] = []
     kinds = sorted({(cell["model"], cell["dtype"]) for cell in cells}, reverse=True)
     for model, dtype in kinds:
         of_kind = [cell for cell in cells if (cell["model"], cell["dtype"]) == (model, dtype)]
         smallest = min(cell["batch"] for cell in of_kind)
         single = [cell for cell in of_kind if cell["batch"] == smallest]
-        main = max(single, key=lambda cell: (cell["prompt"], cell["new"]))
+        main = max(single, key=lambda cell: cell["prompt"])
         wide = {
             row["system"]: row
             for cell in of_kind
@@ -57,7 +57,7 @@ def table_of(cells: list[dict[str, Any]]) -> list[str]:
                 continue
             batch = wide.get(row["system"])
             many = f"{batch['decode_tokens_per_second']:.0f}" if batch else "-"
-            wrong = ", WRONG" if row.get("accuracy", {}).get("wrong") else ""
+            wrong = ", WRONG" if row.get("wrong") else ""
             shares = (row["share_of_prefill_limit"], row["share_of_decode_limit"])
             fields = [
                 row["system"],

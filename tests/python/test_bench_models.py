@@ -20,6 +20,7 @@ from bench_models import (
     cells,
     compare,
     encoders,
+    figures,
     gguf_file,
     intervals,
     latest,
@@ -121,6 +122,15 @@ def test_tokens_of_systems_before_eager_are_compared_too() -> None:
     assert [entry["tokens"] for entry in entries] == ["not compared"] * 3
     session._compare_tokens(entries, tokens | {"eager": [[1, 2]]})
     assert [entry["tokens"] for entry in entries] == ["identical", "identical", "first 1 of 2"]
+
+
+def test_other_tokens_than_eager_are_wrong_unless_the_logits_say_otherwise() -> None:
+    differs = {"tokens": "first 0 of 9"}
+    assert latest.is_wrong({**differs, "accuracy": {}}, "fp32")
+    assert not latest.is_wrong({**differs, "accuracy": {}}, "bf16")
+    assert not latest.is_wrong({**differs, "accuracy": {"wrong": False}}, "fp32")
+    assert latest.is_wrong({"tokens": "identical", "accuracy": {"wrong": True}}, "bf16")
+    assert not latest.is_wrong({"tokens": "not compared", "accuracy": {}}, "fp32")
 
 
 def test_a_later_run_without_warm_starts_keeps_the_earlier_ones() -> None:
@@ -261,7 +271,7 @@ def check_readers(bench: Path, cell: dict[str, Any]) -> None:
     peer = report.best_peer(found[0], "decode")
     assert peer is not None and peer["system"] == "eager"
     assert report.summary(found, "decode")[0].endswith("of 1")
-    phases = report.start_phases(found[0]["systems"][1]["start"]["cold"])
+    phases = figures.start_phases(found[0]["systems"][1]["start"]["cold"])
     total = found[0]["systems"][1]["start"]["cold"]["total"]
     assert sum(phases.values()) == pytest.approx(total, rel=0.2, abs=0.05)
 

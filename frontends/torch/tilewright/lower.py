@@ -23,7 +23,12 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from tilewright import aten, dims, host
+from tilewright import (
+    aten,
+    aten_data,  # noqa: F401 - fills the table, too
+    dims,
+    host,
+)
 from tilewright.dims import Derived, Dim
 from tilewright.graph_text import GraphBuilder, Type, UnsupportedError, Value, tensor_type
 from tilewright.outputs import Output, OutputPlanner, storage_key

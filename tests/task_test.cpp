@@ -1,0 +1,98 @@
+// Which kernels a task calls, and how often: counted by stand-ins, because a kernel that is never
+// called gives no wrong result.
+#include "ops/task.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "ops/attention/prefill_kernel.h"
+#include "ops/attention_task.h"
+#include "ops/linear_task.h"
+
+namespace tilewright::ops {
+namespace {
+
+// How often the stand-ins were called.
+int tokens, tiles, copies, packed_blocks, blocks_in_place;
+
+template <int& count>
+Kernel counting() {
+  Kernel kernel;
+  kernel.function = [](const std::int64_t*) { ++count; };
+  return kernel;
+}
+
+// Dims by index, and one buffer for all operands.
+struct Setting {
+  explicit Setting(std::vector<std::int64_t> values)
+      : dims(std::move(values)),
+        memory(1 << 16),
+        scratch_memory(1 << 22),
+        buffers{memory.data()},
+        scratch{scratch_memory.data(), scratch_memory.data()},
+        frame{dims, buffers, {}, scratch, nullptr} {}
+
+  std::vector<std::int64_t> dims;
+  std::vector<char> memory, scratch_memory;
+  std::vector<char*> buffers, scratch;
+  Frame frame;
+};
+
+Operand operand() {
+  Operand result;
+  result.buffer = 0;
+  return result;
+}
+
+TEST(AttentionTask, MoreThanSixteenQueriesFillTiles) {
+  const Kernel token = counting<tokens>(), tile = counting<tiles>();
+  for (const std::int64_t queries : {1, 16, 17, 100}) {
+    const Setting setting({0, 1, 2, queries});  // 0, and sizes by index
+    AttentionTask task{};
+    task.spec.group = 3;
+    task.kernel = &token;
+    task.prefill = &tile;
+    task.causal = true;
+    task.batch = DimIndex{1};
+    task.kv_heads = DimIndex{2};
+    task.queries = task.keys = task.values_keys = DimIndex{3};
+    task.q = task.k = task.v = task.output = operand();
+    tokens = tiles = 0;
+    for (int thread : {0, 1}) ops::run(task, setting.frame, thread, 2);
+    const std::int64_t rows = prefill_rows(task.spec.lanes);
+    EXPECT_EQ(tokens, queries > 16 ? 0 : 2 * queries);
+    EXPECT_EQ(tiles, queries > 16 ? 2 * ((3 * queries + rows - 1) / rows) : 0);
+  }
+}
+
+TEST(LinearTask, FourBlocksOfRowsArePacked) {
+  const Kernel copy = counting<copies>(), packed = counting<packed_blocks>(),
+               in_place = counting<blocks_in_place>();
+  LinearTask task{};
+  task.spec.n = 256;
+  task.spec.k = 300;
+  task.variants = {{6, graph::DataType::f32, &in_place}, {1, graph::DataType::f32, &in_place}};
+  task.packed = {6, graph::DataType::f32, &packed};
+  task.copy = &copy;
+  task.most_rows = 48;
+  task.weight = std::make_shared<PackedWeight>();
+  task.x = task.y = operand();
+  task.rows = DimIndex{1};
+  const auto calls = [&](std::int64_t rows) {
+    const Setting setting({0, rows});
+    copies = packed_blocks = blocks_in_place = 0;
+    ops::run(task, setting.frame, 0, 1);
+    return std::vector<int>{copies, packed_blocks, blocks_in_place};
+  };
+  EXPECT_EQ(calls(18), (std::vector{0, 0, 1}));
+  EXPECT_EQ(calls(24), (std::vector{3, 1, 0}));  // three stretches of k
+  EXPECT_EQ(calls(96), (std::vector{6, 2, 0}));  // two chunks
+  EXPECT_EQ(calls(25), (std::vector{3, 8, 8}));  // the last row alone, so panel by panel
+  task.spec.n = 224;
+  EXPECT_EQ(calls(24), (std::vector{0, 0, 1})) << "seven panels do not pay for a copy";
+}
+
+}  // namespace
+}  // namespace tilewright::ops
