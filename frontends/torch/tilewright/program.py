@@ -46,16 +46,22 @@ _packed: weakref.WeakKeyDictionary[Any, dict[int, Weights]] = weakref.WeakKeyDic
 
 def _forget_changed(store: Any, tensors: Iterable[torch.Tensor]) -> None:
     """Drops what the store packed from these tensors before they changed, or from others that were
-    where they are now."""
+    where they are now. What stays is for `_remember`: a weak reference would hinder `release`."""
+    packed = _packed.setdefault(store, {})
+    for place in map(address, tensors):
+        if place >> 63:  # a token: the store has the only copy of its values
+            continue
+        known = packed.pop(place, None)
+        if known is None or not known.all_same() or known.contents_changed():
+            store.forget(place)
+
+
+def _remember(store: Any, tensors: Iterable[torch.Tensor]) -> None:
+    """What these tensors held when the store packed them."""
     packed = _packed.setdefault(store, {})
     for tensor in tensors:
         place = address(tensor)
-        if place >> 63:  # a token: the store has the only copy of its values
-            continue
-        known = packed.get(place)
-        if known is None or not known.all_same() or known.contents_changed():
-            if known is not None:
-                store.forget(place)
+        if place >> 63 == 0:
             packed[place] = Weights({"": tensor})
 
 
@@ -226,6 +232,7 @@ class Executable:
         if self._frees:
             for name in self.program.packed_sources:
                 release(constants[name], self.store)
+        _remember(self.store, given.values())
         self.weights = Weights(constants)
         compute = weakref.WeakMethod(self._host)
         self.program.set_host(lambda *call: compute()(*call))  # type: ignore[misc]
