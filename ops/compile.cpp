@@ -204,7 +204,7 @@ Status Lowering::lower_region(std::span<const NodeId> ids) {
 }
 
 Status Lowering::lower_node(const graph::Node& node) {
-  if (is_source(node)) return {};
+  if (is_source(node) || is_reshaped_constant(node)) return {};
   if (is_view(node)) return lower_view(node);
   if (node.op == Op::cache_keys || node.op == Op::cache_values || node.op == Op::causal_mask) {
     return Error{fmt::format("%{}: {} outside of attention", graph_.value(node.results[0]).name,
@@ -303,6 +303,11 @@ Layout Lowering::layout(ValueId value) {
   if (known) return *known;
   // Constants and scalars get memory when something other than a row kernel asks for them.
   const graph::Node& node = *graph_.producer(value);
+  if (is_reshaped_constant(node)) {
+    Layout whole = layout(node.operands[0]);
+    known = view(node, type(value), whole).value_or(Layout{});
+    return *known;
+  }
   Result<Layout> constant = constant_layout(node);
   known = constant ? *constant : Layout{};
   return *known;
@@ -366,8 +371,16 @@ int Lowering::constant_buffer(const void* data, graph::DataType dtype) {
 
 std::vector<std::string> Lowering::constant_sources(ValueId value) const {
   const graph::Node* node = graph_.producer(value);
+  if (node != nullptr && is_reshaped_constant(*node)) return constant_sources(node->operands[0]);
   if (node == nullptr || node->op != Op::constant) return {};
   return joined_constants(*node);
+}
+
+// The filters of a convolution as the rows of a matrix: the same memory, which may be packed.
+bool Lowering::is_reshaped_constant(const graph::Node& node) const {
+  const graph::Node* source =
+      node.op == Op::reshape ? graph_.producer(node.operands[0]) : nullptr;
+  return source != nullptr && source->op == Op::constant && joined_constants(*source).size() == 1;
 }
 
 std::vector<std::string> joined_constants(const graph::Node& node) {

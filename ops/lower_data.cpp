@@ -118,7 +118,8 @@ Status Lowering::lower_integers(const graph::Node& node) {
   const graph::Type& result = type(node.results[0]);
   if (found == known.end()) return Error{"not of integers"};
   const bool converts = node.op == Op::convert, compares = result.dtype == DataType::boolean;
-  if (result.dtype != DataType::i64 && !compares && !(converts && result.dtype == DataType::f32)) {
+  const bool narrows = converts && graph::is_float(result.dtype) && result.dtype != DataType::f64;
+  if (result.dtype != DataType::i64 && !compares && !narrows) {
     return Error{"integers become another type"};
   }
   IntegerTask task;

@@ -81,6 +81,7 @@ class Lowering {
   int constant_buffer(const void* data, graph::DataType dtype);
   Result<Layout> constant_layout(const graph::Node& node);
   std::vector<std::string> constant_sources(graph::ValueId value) const;  // empty: not a constant
+  bool is_reshaped_constant(const graph::Node& node) const;
   // `source` if its last axis has stride 1, else a copy of it (a step of its own).
   Layout unit_columns(const Layout& source, graph::DataType dtype);
   Layout contiguous(const Layout& source, graph::DataType dtype);

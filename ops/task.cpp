@@ -236,9 +236,8 @@ std::int64_t read_integer(graph::DataType type, const char* from) {
 void write_integer(graph::DataType type, char* to, std::int64_t value) {
   if (type == graph::DataType::i64) {
     std::memcpy(to, &value, sizeof value);
-  } else if (type == graph::DataType::f32) {
-    const auto rounded = static_cast<float>(value);
-    std::memcpy(to, &rounded, sizeof rounded);
+  } else if (graph::is_float(type)) {
+    write_scalar(type, to, static_cast<float>(value));  // 16 bits by way of f32, as PyTorch does
   } else {
     *to = value != 0;
   }

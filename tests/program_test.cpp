@@ -257,7 +257,7 @@ TEST(Program, ARowOfManyHasTheBitsOfTheRowAlone) {
 TEST(Program, IntegersAreComputedByTheRuntime) {
   const LlamaText text{
       "graph integers(%m: i64[b, s], %p: i64[s, 1]) -> (f32[b, s], i64[s, s], bool[s, s], i64[b, "
-      "s]) {\n"
+      "s], bf16[b, s]) {\n"
       "  %n = cumsum(%m)\n"
       "  %one = scalar {value = 1.0, dtype = i64}\n"
       "  %q = sub(%n, %one)\n"
@@ -268,7 +268,8 @@ TEST(Program, IntegersAreComputedByTheRuntime) {
       "  %a = abs(%d)\n"
       "  %w = scalar {value = 2.0, dtype = i64}\n"
       "  %l = le(%a, %w)\n"
-      "  return %f, %a, %l, %r\n"
+      "  %h = convert(%r) {dtype = bf16}\n"
+      "  return %f, %a, %l, %r, %h\n"
       "}\n",
       {}};
   Model model(text, graph::DataType::f32);

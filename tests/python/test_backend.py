@@ -16,6 +16,7 @@ from tiny_models import prompt, tiny_llama
 
 pytest.importorskip("tilewright._core")
 
+import tilewright
 from tilewright import backend as backends
 from tilewright.backend import backend
 
@@ -60,6 +61,19 @@ def test_a_module_runs_in_our_program() -> None:
 
 
 @torch.no_grad()
+def test_patches_are_linear_layers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.Flatten(2), nn.GELU(), nn.Linear(16, 5)).eval()
+    compiled = torch.compile(model, backend="tilewright")
+    x = torch.randn(2, 3, 16, 16)
+    for scale in (1.0, 2.0):
+        with torch.no_grad():
+            model[0].weight.mul_(scale)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    explanation = tilewright.explain(compiled)
+    assert explanation.own_flops_share == 1.0, str(explanation)
+    assert explanation.phases["prefill"]["fallback_calls"] == 0, str(explanation)
+
+
 def test_symbolic_sizes_are_bound_at_each_call() -> None:
     model = Block().eval()
     compiled = torch.compile(model, backend=backend, dynamic=True)

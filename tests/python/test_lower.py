@@ -65,6 +65,10 @@ CASES = {
     "linear": (lambda x, w, b: (F.linear(x, w), F.linear(x, w, b)), (X, W, B)),
     "matmul": (lambda x, y: (x @ y.transpose(-1, -2), torch.bmm(x, y.mT)), (X, Y)),
     "mm": (lambda x, w: (torch.mm(x[0], w.t()), x @ w.T), (X, W)),
+    "literal": (
+        lambda x: x * torch.pow(torch.full((8,), 0.5), torch.arange(8, dtype=torch.int32)),
+        (X,),
+    ),
     "addmm": (lambda x, w, b: torch.addmm(b, x.view(-1, 8), w.t()), (X, W, B)),
     "reshape": (lambda x: (x.view(2, 6, 2, 4), x.reshape(-1, 8), x.flatten(1), x.flatten()), (X,)),
     "unflatten": (
@@ -103,6 +107,18 @@ CASES = {
         lambda w, i: w[None].repeat(2, 1, 1).gather(1, i[:, :, None].repeat(1, 1, w.shape[1])),
         (W, I64),
     ),
+    # ... under a sliding window, whose keys begin somewhere.
+    "index_later": (
+        lambda i: (
+            i[
+                torch.arange(i.shape[0])[:, None, None, None],
+                (torch.arange(3) + (i.shape[1] - 3))[None, None, None, :],
+            ]
+            + 1
+        ),
+        (I64.clone(),),
+    ),
+    "gather_list": (lambda t, i: t.gather(1, i[:1]) * 2, (torch.arange(50, 62)[None], I64)),
     "topk": (lambda x: (*x.topk(3), x.softmax(-1).topk(1).indices), (X,)),
     "cumsum": (lambda x: ((x > 0).cumsum(-1), (x > 0).long().cumsum(2)), (X,)),
     "repeat_interleave": (
@@ -124,6 +140,10 @@ CASES = {
     ),
     "attention_gqa": (
         lambda q, k: F.scaled_dot_product_attention(q, k, k, scale=0.5, enable_gqa=True),
+        (Q, K),
+    ),
+    "attention_one_key_head": (
+        lambda q, k: F.scaled_dot_product_attention(q, k[:, :1], k[:, 1:], scale=0.5),
         (Q, K),
     ),
     "attention_mask": (
@@ -177,6 +197,40 @@ def test_values_outside_an_entry_become_external() -> None:
         "aten.pow.Tensor_Scalar": "pow with exponent 1.5",
         "aten.sum.dim_IntList": "sum over other axes than the last",
     }
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "symbolic"])
+def test_convolutions_of_patches(dynamic: bool) -> None:
+    w, b = torch.nn.Parameter(torch.randn(5, 3, 2, 3)), torch.nn.Parameter(torch.randn(5))
+
+    def function(x):
+        return (
+            F.conv2d(x, w, stride=(2, 3)),  # the last column is not read
+            F.conv2d(x, w, b, stride=(2, 3)),
+            F.conv1d(x[:, :, 0], w[:, :, :1, 0], b),
+            F.conv3d(x[..., None], w[..., None], b, stride=(2, 3, 1)),
+        )
+
+    assert not check(function, torch.randn(2, 3, 6, 7), dynamic=dynamic).externals
+    others = lambda x: (F.conv2d(x, w), F.conv2d(x, w, stride=(2, 3), padding=1))  # noqa: E731
+    assert len(check(others, torch.randn(2, 3, 6, 7)).externals) == 2
+
+
+def test_what_may_change_is_not_a_literal() -> None:
+    def written(x):
+        ones = torch.ones(8)
+        ones.add_(x[0, 0])
+        return x * ones.cumprod(-1)
+
+    for function in (written, lambda x: x * torch.arange(x.shape[-1]).log(), lambda x: x.log()):
+        lowered = check(function, P, dynamic=True)
+        assert len(lowered.externals) == 1, lowered.externals
+
+
+def test_random_numbers_are_not_literals() -> None:
+    lowered = LoweredFunction(lambda x: x + torch.randperm(8))
+    assert not torch.equal(lowered.compiled(X), lowered.compiled(X))
+    assert lowered.externals
 
 
 def test_an_index_that_is_not_everything_in_order_is_external() -> None:

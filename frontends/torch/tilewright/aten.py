@@ -4,7 +4,7 @@ One entry per overload. An entry gets the call's arguments in schema order, with
 Values and symbolic integers as Dims, and returns the Value (or Values) of its result. It raises
 UnsupportedError for argument values outside its domain; lower.py then makes the node `external`,
 with that reason. Ops that only differ in spelling share a function through a list of names.
-What moves data is in aten_data.py.
+What moves data is in aten_data.py, products of matrices in aten_products.py.
 
 To add an op: write a function, decorate it with the overloads it lowers, add a case to
 tests/python/test_lower.py.
@@ -14,7 +14,6 @@ Tested by tests/python/test_lower.py (every entry, against eager).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -493,72 +492,6 @@ def layer_norm(
         raise UnsupportedError("layer_norm with a bias but no weight")
     operands = [v for v in (x, weight, bias) if v is not None]
     return call.emit("layer_norm", *operands, eps=float(eps))
-
-
-# --- contractions
-
-
-@lowers("linear.default")
-def linear(call: Call, x: Value, weight: Value, bias: Value | None = None) -> Value:
-    if len(weight.shape) != 2 or not x.shape:
-        raise UnsupportedError("linear with a weight that is not a matrix")
-    if bias is None:
-        return call.emit("linear", x, weight)
-    return call.emit("linear", x, weight, bias, bias=True)
-
-
-@lowers("matmul.default", "mm.default", "bmm.default")
-def matmul(call: Call, a: Value, b: Value) -> Value:
-    if len(a.shape) < 2 or len(b.shape) < 2:
-        raise UnsupportedError("matmul with a vector")
-    return call.emit("matmul", a, b)
-
-
-@lowers("addmm.default", "baddbmm.default")
-def addmm(call: Call, bias: Value, a: Value, b: Value, beta: Any = 1, alpha: Any = 1) -> Value:
-    product = call.append("matmul", [a, b], call.type)
-    if alpha != 1:
-        product = call.append("mul", [product, call.scalar(alpha, product.dtype)], call.type)
-    if beta != 1:
-        scaled = Type(bias.dtype, bias.shape)
-        bias = call.append("mul", [bias, call.scalar(beta, bias.dtype)], scaled)
-    return call.emit("add", product, bias)
-
-
-@lowers("scaled_dot_product_attention.default")
-def attention(
-    call: Call,
-    q: Value,
-    k: Value,
-    v: Value,
-    mask: Value | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Value:
-    if dropout_p != 0.0:
-        raise UnsupportedError("attention with dropout")
-    if not len(q.shape) == len(k.shape) == len(v.shape) == 4:
-        raise UnsupportedError("attention on tensors that are not [b, heads, s, d]")
-    if q.shape[0] != k.shape[0] or q.shape[0] != v.shape[0]:
-        raise UnsupportedError("attention with a broadcast batch")
-    if not enable_gqa and q.shape[1] != k.shape[1]:
-        raise UnsupportedError("attention with broadcast heads")
-    if scale is None:
-        head_dim = q.shape[3].constant
-        if not head_dim:
-            raise UnsupportedError("attention with a symbolic head size")
-        scale = 1.0 / math.sqrt(head_dim)
-    operands = [q, k, v]
-    if mask is not None and is_causal:
-        raise UnsupportedError("attention that is causal and has a mask")
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            mask = call.convert(mask, torch.float32)
-        missing = 4 - len(mask.shape)
-        operands.append(call.reshape(mask, (Dim.of(1),) * missing + mask.shape))
-    return call.emit("attention", *operands, scale=float(scale), causal=is_causal)
 
 
 # --- sources

@@ -16,7 +16,6 @@ from tilewright.dims import Dim
 from tilewright.graph_text import Type, UnsupportedError, Value
 
 if TYPE_CHECKING:
-    from tilewright.graph_text import Node
     from tilewright.lower import Call
 
 
@@ -46,8 +45,18 @@ def _repeated_from(call: Call, x: Value, whole: Sequence[Dim], once: Sequence[Di
 
 @lowers("gather.default")
 def gather(call: Call, x: Value, axis: int, indices: Value, sparse: bool = False) -> Value:
-    """Rows of one table for all sequences, spelled out: table and indices repeated to 3-D."""
-    if len(x.shape) != 3 or axis_of(axis, 3) != 1 or x.shape[2] != indices.shape[2]:
+    """From one list; or rows of one table for all sequences, spelled out: table and indices
+    repeated to 3-D."""
+    rank = len(x.shape)
+    axis = axis_of(axis, rank)
+    if all(len(_without_ones(value.shape)) <= 1 for value in (x, indices)) and all(
+        value.shape[i].constant == 1 for value in (x, indices) for i in range(rank) if i != axis
+    ):
+        listed = call.reshape(x, (x.shape[axis], Dim.of(1)))
+        flat = call.reshape(call.convert(indices, torch.int64), (indices.shape[axis],))
+        type_ = Type(x.dtype, (indices.shape[axis], Dim.of(1)))
+        return call.reshape(call.append("embedding", [listed, flat], type_), call.type.shape)
+    if rank != 3 or axis != 1 or x.shape[2] != indices.shape[2]:
         raise UnsupportedError("gather of more than rows")
     table = _repeated_from(call, x, x.shape, x.shape[1:])
     rows = _repeated_from(call, indices, indices.shape, indices.shape[:2])
@@ -58,47 +67,50 @@ def gather(call: Call, x: Value, axis: int, indices: Value, sparse: bool = False
 
 def _leading_part(
     call: Call, x: Value, indices: Sequence[Value | None]
-) -> list[tuple[int, Dim]] | None:
-    """If x[i, j, ...] is x[:a, :b, ...], the axes that it cuts and where: each index counts from 0,
-    along an axis of its own. So a padding mask is read: mask[batch[:, None, None, None], key]."""
+) -> list[tuple[int, Dim, Dim]] | None:
+    """If x[i, j, ...] is x[a:b, c:d, ...], the axes that it cuts and where: each index counts along
+    an axis of its own. So a padding mask is read: mask[batch[:, None, None, None], key], where a
+    sliding window has keys count from some later one."""
     if len(indices) != len(x.shape):
         return None
     rank = len(call.type.shape)
     places: list[int] = []
-    cuts: list[tuple[int, Dim]] = []
+    cuts: list[tuple[int, Dim, Dim]] = []
     for i, (size, value) in enumerate(zip(x.shape, indices, strict=True)):
         if value is None or value.dtype != torch.int64:
             return None
         wide = [axis for axis, dim in enumerate(value.shape) if dim.constant != 1]
-        end = _counts_to(call, value)
-        if len(wide) > 1 or end is None:
+        bounds = _counting(call, value)
+        if len(wide) > 1 or bounds is None:
             return None
         # An axis of one element may lie anywhere.
         places += [rank - len(value.shape) + axis for axis in wide]
-        if end != size:
-            cuts.append((i, end))
+        if bounds != (Dim.of(0), size):
+            cuts.append((i, *bounds))
     return cuts if places == sorted(set(places)) else None
 
 
-def _counts_to(call: Call, value: Value) -> Dim | None:
-    """The end, if the elements are 0, 1, ... end - 1."""
+def _counting(call: Call, value: Value) -> tuple[Dim, Dim] | None:
+    """Start and end, if the elements are start, start + 1, ... end - 1."""
     node = call.builder.producer(value)
-    while node is not None and node.op != "arange":
-        plus_zero = node.op == "add" and any(
-            _is_zero(call.builder.producer(operand)) for operand in node.operands
-        )
-        if node.op != "reshape" and not plus_zero:
-            return None
-        kept = [o for o in node.operands if not _is_zero(call.builder.producer(o))]
-        node = call.builder.producer(kept[0]) if len(kept) == 1 else None
-    if node is None or node.attributes["start"][0].constant != 0:
+    if node is None:
         return None
-    end: Dim = node.attributes["end"][0]
-    return end
-
-
-def _is_zero(node: Node | None) -> bool:
-    return node is not None and node.op == "scalar" and node.attributes["value"] == 0
+    if node.op == "arange":
+        return node.attributes["start"][0], node.attributes["end"][0]
+    if node.op == "reshape":
+        return _counting(call, node.operands[0])
+    if node.op == "scalar":
+        number = Dim.of(int(node.attributes["value"]))
+        return number, number + 1
+    if node.op != "add":
+        return None
+    left, right = (_counting(call, operand) for operand in node.operands)
+    if left is None or right is None:
+        return None
+    (first, end), (second, second_end) = left, right
+    if end == first + 1:  # one number, added to all
+        return second + first, second_end + first
+    return (first + second, end + second) if second_end == second + 1 else None
 
 
 @lowers("index.Tensor")
@@ -106,11 +118,14 @@ def index(call: Call, x: Value, indices: Sequence[Value | None]) -> Value:
     """Rows of a table; or one place, given as a constant."""
     cuts = _leading_part(call, x, indices)
     if cuts is not None:
-        for axis, end in cuts:
-            if end.constant is None or x.shape[axis].constant is None:
-                call.builder.at_most.append((end, x.shape[axis]))
-            shape = (*x.shape[:axis], end, *x.shape[axis + 1 :])
-            x = call.slice(x, axis, Dim.of(0), end, 1, Type(x.dtype, shape))
+        for axis, start, end in cuts:
+            for low, high in ((Dim.of(0), start), (end, x.shape[axis])):
+                if low.constant is None or high.constant is None:
+                    call.builder.at_most.append((low, high))
+                elif low.constant > high.constant:
+                    raise UnsupportedError("an index from the end, or beyond it")
+            shape = (*x.shape[:axis], end - start, *x.shape[axis + 1 :])
+            x = call.slice(x, axis, start, end, 1, Type(x.dtype, shape))
         return call.reshape(x, call.type.shape)
     given = [(axis, value) for axis, value in enumerate(indices) if value is not None]
     if len(given) != 1 or given[0][1].dtype != torch.int64:

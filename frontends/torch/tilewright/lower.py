@@ -2,8 +2,9 @@
 
 The ops are in the table (aten.py); this module walks the graph, keeps track of aliasing and
 mutation, and says how the results of a run become what the caller expects (`Output`). An op that
-the table does not take becomes an `external` node, which the front end runs through torch
-(host.py), with the reason in `Lowered.externals`. What cannot be said at all raises
+the table does not take becomes a constant if it only computes with numbers (literals.py), else an
+`external` node, which the front end runs through torch (host.py), with the reason in
+`Lowered.externals`. What cannot be said at all raises
 UnsupportedError, and the whole graph stays with torch.
 
 Mutation: `index_copy_` on an input writes that input; other in-place ops on inputs are external and
@@ -26,8 +27,10 @@ from torch.utils import _pytree as pytree
 from tilewright import (
     aten,
     aten_data,  # noqa: F401 - fills the table, too
+    aten_products,  # noqa: F401
     dims,
     host,
+    literals,
 )
 from tilewright.dims import Derived, Dim
 from tilewright.graph_text import GraphBuilder, Type, UnsupportedError, Value, tensor_type
@@ -190,6 +193,7 @@ class Lowerer:
         self.bindings: dict[str, tuple[int, int | None]] = {}
         self.derived: dict[str, Derived] = {}
         self.attributes: dict[int, str] = {}
+        self._literals = literals.Literals(gm)
         self._positions = {node: i for i, node in enumerate(gm.graph.nodes)}
         self._input_storage: dict[int, int] = {}  # storage -> placeholder
         self._sharing: dict[int, list[Node]] = {}
@@ -303,7 +307,7 @@ class Lowerer:
         return argument
 
     def emit_call(self, node: Node, overload: str, arguments: list[Any]) -> Any:
-        """Through the table, else as an external node."""
+        """Through the table, else as a literal, else as an external node."""
         values = [self.operand(argument) for argument in arguments]
         single = isinstance(node.meta.get("val"), torch.Tensor)
         call = Call(self.builder, overload, node.name, result_types(node))
@@ -313,6 +317,9 @@ class Lowerer:
                 raise UnsupportedError(f"no lowering for {overload}")
             return entry(call, *values)
         except UnsupportedError as reason:
+            literal = self._literals.value(node)
+            if literal is not None:
+                return self.constant(literals.name_of(literal), literal)
             return self.external(call, overload, values, str(reason), single)
 
     def external(
