@@ -210,6 +210,18 @@ Status top_indices(Step& step) {
   return {};
 }
 
+Status gather(Step& step) {
+  const std::int64_t columns = step.tensor(0).shape.back(), count = step.result.shape.back();
+  for (std::int64_t i = 0; i < step.result.count(); ++i) {
+    const std::int64_t place = step.tensor(1).get_integer(i);
+    if (place < 0 || place >= columns) {
+      return Error{fmt::format("index {} of {} columns", place, columns)};
+    }
+    step.result.copy(i, step.tensor(0), i / count * columns + place);
+  }
+  return {};
+}
+
 Status cumsum(Step& step) {
   const Tensor& x = step.tensor(0);
   std::int64_t sum = 0;

@@ -138,6 +138,19 @@ Result<Type> largest(const Arguments& a, DataType dtype) {
 Result<Type> top_values(const Arguments& a) { return largest(a, a.operand(0).dtype); }
 Result<Type> top_indices(const Arguments& a) { return largest(a, DataType::i64); }
 
+Result<Type> gather(const Arguments& a) {
+  Shape rows = a.shape(0), places = a.shape(1);
+  if (a.operand(1).dtype != DataType::i64 || rows.empty() || rows.size() != places.size()) {
+    return error("gather of {} from {}", print(a.operand(1)), print(a.operand(0)));
+  }
+  for (std::size_t i = 0; i + 1 < rows.size(); ++i) {
+    if (!may_be_equal(rows[i], places[i])) {
+      return error("gather of {} from {}", print(places), print(rows));
+    }
+  }
+  return tensor(a.operand(0).dtype, std::move(places));
+}
+
 Result<Type> cumsum(const Arguments& a) {
   if (a.operand(0).dtype != DataType::i64 || a.shape(0).empty()) {
     return error("cumsum of {}", print(a.operand(0)));

@@ -244,6 +244,9 @@ Status Lowering::lower_node(const graph::Node& node) {
         case Op::embedding:
           done = lower_embedding(node);
           break;
+        case Op::gather:
+          done = lower_gather(node);
+          break;
         case Op::cumsum:
           done = lower_cumsum(node);
           break;
@@ -378,8 +381,7 @@ std::vector<std::string> Lowering::constant_sources(ValueId value) const {
 
 // The filters of a convolution as the rows of a matrix: the same memory, which may be packed.
 bool Lowering::is_reshaped_constant(const graph::Node& node) const {
-  const graph::Node* source =
-      node.op == Op::reshape ? graph_.producer(node.operands[0]) : nullptr;
+  const graph::Node* source = node.op == Op::reshape ? graph_.producer(node.operands[0]) : nullptr;
   return source != nullptr && source->op == Op::constant && joined_constants(*source).size() == 1;
 }
 

@@ -27,26 +27,36 @@ Status Lowering::lower_rope(const graph::Node& node) {
                   type(node.operands[1]).dtype, type(result).dtype};
   if (type(node.operands[2]).dtype != spec.table) return Error{"cos and sin differ in dtype"};
 
-  const Layout x = unit_columns(layout(input), spec.input);
+  Layout x = unit_columns(layout(input), spec.input);
   Layout tables[2];
   for (int i = 0; i < 2; ++i) {
     const ValueId table = node.operands[static_cast<std::size_t>(i) + 1];
     tables[i] = broadcast(unit_columns(layout(table), spec.table), shape);
-    if (!(tables[i].strides[1] == Dim(0)) && !(shape[1] == Dim(1))) {
-      return Error{"cos and sin differ between heads"};
-    }
     if (!(tables[i].strides[3] == Dim(1))) return Error{"cos and sin repeat along head_dim"};
   }
-  for (int axis : {0, 2}) {
+  // One row of the tables serves all of an axis: the heads, wherever the model has them.
+  const auto is_shared = [&](std::size_t axis) {
+    return shape[axis] == Dim(1) ||
+           (tables[0].strides[axis] == Dim(0) && tables[1].strides[axis] == Dim(0));
+  };
+  const bool tokens_first = !is_shared(1);
+  if (tokens_first && !is_shared(2)) return Error{"cos and sin differ between heads"};
+  for (int axis : {0, 1, 2}) {
     if (!(tables[0].strides[static_cast<std::size_t>(axis)] ==
           tables[1].strides[static_cast<std::size_t>(axis)])) {
       return Error{"cos and sin lie differently"};
     }
   }
+  const auto heads_first = [&](Layout& layout) {
+    if (!tokens_first) return;
+    std::swap(layout.shape[1], layout.shape[2]);
+    std::swap(layout.strides[1], layout.strides[2]);
+  };
+  for (Layout* layout : {&x, &tables[0], &tables[1]}) heads_first(*layout);
   RopeTask task;
-  task.batch = dim(shape[0]);
-  task.heads = dim(shape[1]);
-  task.tokens = dim(shape[2]);
+  task.batch = dim(x.shape[0]);
+  task.heads = dim(x.shape[1]);
+  task.tokens = dim(x.shape[2]);
   task.x = operand(x, spec.input);
   task.x_strides = head_strides(x);
   task.cosine = operand(tables[0], spec.table);
@@ -61,7 +71,8 @@ Status Lowering::lower_rope(const graph::Node& node) {
           : &graph_.nodes[static_cast<std::size_t>(forward->second.consumer)];
   const auto cache =
       consumer == nullptr ? cache_indices_.end() : cache_indices_.find(consumer->operands[0]);
-  if (consumer != nullptr && consumer->op == Op::kv_append && cache != cache_indices_.end()) {
+  if (consumer != nullptr && consumer->op == Op::kv_append && cache != cache_indices_.end() &&
+      !tokens_first) {
     const CacheParameter& parameter = state_->caches[static_cast<std::size_t>(cache->second)];
     spec.output = parameter.dtype;
     task.destination.cache = cache->second;
@@ -71,6 +82,7 @@ Status Lowering::lower_rope(const graph::Node& node) {
     if (consumer != nullptr && consumer->op == Op::kv_append) forwarded_.erase(forward);
     Layout y = destination(result);
     set_layout(result, y);
+    heads_first(y);
     task.destination.tensor = operand(y, spec.output);
     task.destination.strides = head_strides(y);
     written = y.buffer;

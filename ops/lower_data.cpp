@@ -163,6 +163,24 @@ Status Lowering::lower_integers(const graph::Node& node) {
   return {};
 }
 
+Status Lowering::lower_gather(const graph::Node& node) {
+  const graph::Type &source = type(node.operands[0]), &result = type(node.results[0]);
+  const Layout x = contiguous(layout(node.operands[0]), source.dtype);
+  const Layout indices = contiguous(layout(node.operands[1]), DataType::i64);
+  const Layout y = destination(node.results[0]);
+  if (!is_row_major(y)) return Error{"its result is not contiguous"};
+  set_layout(node.results[0], y);
+  GatherTask task;
+  task.rows = dim(graph::element_count({result.shape.begin(), result.shape.end() - 1}));
+  task.columns = dim(source.shape.back());
+  task.count = dim(result.shape.back());
+  task.x = operand(x, source.dtype);
+  task.indices = operand(indices, DataType::i64);
+  task.y = operand(y, result.dtype);
+  add_task(task, {x.buffer, indices.buffer}, {y.buffer}, Dim(0), "gather");
+  return {};
+}
+
 Status Lowering::lower_cumsum(const graph::Node& node) {
   const graph::Type& result = type(node.results[0]);
   const Layout x = contiguous(layout(node.operands[0]), DataType::i64);

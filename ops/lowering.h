@@ -63,6 +63,7 @@ class Lowering {
   Status lower_contiguous(const graph::Node& node);
   Status lower_arange(const graph::Node& node);
   Status lower_integers(const graph::Node& node);
+  Status lower_gather(const graph::Node& node);
   Status lower_cumsum(const graph::Node& node);
   Status lower_largest(const graph::Node& node);
   // --- lower_host.cpp

@@ -258,6 +258,25 @@ void run(const IntegerTask& task, const Frame& frame, int thread, int threads) {
             });
 }
 
+void run(const GatherTask& task, const Frame& frame, int thread, int threads) {
+  const std::int64_t columns = frame.dim(task.columns), count = frame.dim(task.count);
+  const auto bytes = static_cast<std::size_t>(task.x.element_bytes);
+  const WorkRange rows = share_rows(frame.dim(task.rows), count, thread, threads);
+  const auto* places = reinterpret_cast<const std::int64_t*>(task.indices.address(frame));
+  for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+    const char* x = task.x.address(frame) + row * columns * task.x.element_bytes;
+    char* y = task.y.address(frame) + row * count * task.x.element_bytes;
+    for (std::int64_t i = 0; i < count; ++i, y += bytes) {
+      const std::int64_t place = places[row * count + i];
+      if (place < 0 || place >= columns) {
+        frame.problem->store("gather: an index is out of range");
+        return;
+      }
+      std::memcpy(y, x + place * task.x.element_bytes, bytes);
+    }
+  }
+}
+
 void run(const CumsumTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t columns = frame.dim(task.columns);
   const WorkRange rows = share_rows(frame.dim(task.rows), columns, thread, threads);

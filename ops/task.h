@@ -181,6 +181,12 @@ struct IntegerTask {
   std::vector<TaskLoop> loops;
 };
 
+// Elements of rows by their places, by the runtime itself: routers and token types.
+struct GatherTask {
+  DimIndex rows, columns, count;
+  Operand x, indices, y;  // row-major
+};
+
 // Running sums along rows of i64, by the runtime itself.
 struct CumsumTask {
   DimIndex rows, columns;
@@ -212,7 +218,7 @@ struct HostTask {
 
 using Task =
     std::variant<LinearTask, MatmulTask, RowTask, CopyTask, RopeTask, AppendTask, AttentionTask,
-                 EmbeddingTask, ArangeTask, IntegerTask, CumsumTask, TopTask, HostTask>;
+                 EmbeddingTask, ArangeTask, IntegerTask, GatherTask, CumsumTask, TopTask, HostTask>;
 
 // One thread's share. HostTask is not run here.
 void run_task(const Task& task, const Frame& frame, int thread, int threads);

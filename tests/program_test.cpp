@@ -257,7 +257,7 @@ TEST(Program, ARowOfManyHasTheBitsOfTheRowAlone) {
 TEST(Program, IntegersAreComputedByTheRuntime) {
   const LlamaText text{
       "graph integers(%m: i64[b, s], %p: i64[s, 1]) -> (f32[b, s], i64[s, s], bool[s, s], i64[b, "
-      "s], bf16[b, s]) {\n"
+      "s], bf16[b, s], i64[b, s]) {\n"
       "  %n = cumsum(%m)\n"
       "  %one = scalar {value = 1.0, dtype = i64}\n"
       "  %q = sub(%n, %one)\n"
@@ -269,7 +269,8 @@ TEST(Program, IntegersAreComputedByTheRuntime) {
       "  %w = scalar {value = 2.0, dtype = i64}\n"
       "  %l = le(%a, %w)\n"
       "  %h = convert(%r) {dtype = bf16}\n"
-      "  return %f, %a, %l, %r, %h\n"
+      "  %g = gather(%m, %r)\n"
+      "  return %f, %a, %l, %r, %h, %g\n"
       "}\n",
       {}};
   Model model(text, graph::DataType::f32);

@@ -21,6 +21,7 @@
 
 #include "jit/math.h"
 #include "jit/vir/builder.h"
+#include "ops/attention/chunk_sums.h"
 #include "ops/attention/head_vectors.h"
 #include "ops/attention/key_blocks.h"
 #include "ops/columns.h"
@@ -40,7 +41,8 @@ std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Scratch: a header, the queries as f32 padded to full vectors, a divisor per head, the scores.
+// Scratch: a header, the queries as f32 padded to full vectors, a divisor per head, the totals of
+// the output phase, the scores.
 constexpr std::int64_t kKeyBlocks = 0;    // of KeyBlocks
 constexpr std::int64_t kScoreBytes = 16;  // i64: bytes of a head's scores
 constexpr std::int64_t kHeaderBytes = 64;
@@ -51,7 +53,7 @@ std::int64_t query_bytes(const AttentionKernel& spec) {
 std::int64_t divisors_offset(const AttentionKernel& spec) {
   return kHeaderBytes + round_up(spec.group * query_bytes(spec), 64);
 }
-std::int64_t scores_offset(const AttentionKernel& spec) {
+std::int64_t totals_offset(const AttentionKernel& spec) {
   return divisors_offset(spec) + round_up(4 * spec.group, 64);
 }
 
@@ -73,6 +75,11 @@ OutputTile output_tile(const AttentionKernel& spec) {
   const int passes = (vectors + most - 1) / most;
   tile.vectors = (vectors + passes - 1) / passes;
   return tile;
+}
+
+std::int64_t scores_offset(const AttentionKernel& spec) {
+  const OutputTile tile = output_tile(spec);
+  return totals_offset(spec) + round_up(tile.heads * tile.vectors * 4 * spec.lanes, 64);
 }
 
 class AttentionBuilder {
@@ -305,14 +312,20 @@ class AttentionBuilder {
     // All masked: subtract 0, and every exp is 0.
     Reg nothing = b_.equal(most, b_.splat(kMinusInfinity));
     most = b_.select(nothing, b_.zero(), most);
-    Reg sum = b_.zero();
+    Reg sum = b_.zero(), chunk = b_.zero();
     b_.assign(at, row_);
-    b_.loop(score_vectors(), [&] {
-      Reg e = jit::math::exp(b_, b_.vsub(b_.load(Element::f32, b_.at(at)), most));
-      b_.store(Element::f32, b_.at(at), e);
-      b_.assign(sum, b_.vadd(sum, e));
-      b_.add_to(at, b_.vector_bytes());
-    });
+    blocks_.loop_chunks(
+        score_vectors(),
+        [&] {
+          Reg e = jit::math::exp(b_, b_.vsub(b_.load(Element::f32, b_.at(at)), most));
+          b_.store(Element::f32, b_.at(at), e);
+          b_.assign(chunk, b_.vadd(chunk, e));
+          b_.add_to(at, b_.vector_bytes());
+        },
+        [&] {
+          b_.assign(sum, b_.vadd(sum, chunk));
+          b_.assign(chunk, b_.zero());
+        });
     sum = lane_sum(sum);
     if (spec_.sinks) {
       Reg sink = b_.broadcast(Element::f32, b_.at(sink_));
@@ -343,10 +356,7 @@ class AttentionBuilder {
   }
 
   void output_tile_of(Reg out, int heads, int first, int count) {
-    std::vector<std::vector<Reg>> sums(static_cast<std::size_t>(heads));
-    for (auto& row : sums) {
-      for (int v = 0; v < count; ++v) row.push_back(b_.zero());
-    }
+    ChunkSums sums(b_, AttentionArgs::scratch, totals_offset(spec_), heads * count);
     Reg weights = b_.copy(row_);
     Reg row_bytes, row_bytes3;
     if (heads > 1) row_bytes = saved(kScoreBytes);
@@ -357,30 +367,30 @@ class AttentionBuilder {
                                           : b_.at(weights, row_bytes, head);
       return b_.broadcast(Element::f32, address);
     };
-    blocks_.walk(AttentionArgs::v_blocks, AttentionArgs::v_token_stride,
-                 [&](Reg token, Reg tokens) {
-                   Reg stride = b_.arg(AttentionArgs::v_token_stride);
-                   b_.loop(tokens, [&] {
-                     std::vector<Reg> p;
-                     for (int head = 0; head < heads; ++head) p.push_back(weight(head));
-                     for (int v = 0; v < count; ++v) {
-                       Reg value = load(b_, spec_.cache, token, head_.columns(first + v));
-                       for (std::size_t head = 0; head < p.size(); ++head) {
-                         b_.fma(sums[head][static_cast<std::size_t>(v)], p[head], value);
-                       }
-                     }
-                     b_.add_to(token, stride);
-                     b_.add_to(weights, 4);
-                   });
-                 });
+    const auto add_keys = [&](Reg token, Reg tokens) {
+      Reg stride = b_.arg(AttentionArgs::v_token_stride);
+      b_.loop(tokens, [&] {
+        std::vector<Reg> p;
+        for (int head = 0; head < heads; ++head) p.push_back(weight(head));
+        for (int v = 0; v < count; ++v) {
+          Reg value = load(b_, spec_.cache, token, head_.columns(first + v));
+          for (int head = 0; head < heads; ++head) {
+            b_.fma(sums[head * count + v], p[static_cast<std::size_t>(head)], value);
+          }
+        }
+        b_.add_to(token, stride);
+        b_.add_to(weights, 4);
+      });
+    };
+    blocks_.walk_chunks(AttentionArgs::v_blocks, AttentionArgs::v_token_stride, add_keys,
+                        [&] { sums.end_chunk(); });
     Reg to = b_.copy(out);
     Reg stride = b_.arg(AttentionArgs::output_head_stride);
     for (int head = 0; head < heads; ++head) {
       Reg divisor = b_.broadcast(Element::f32, b_.at(divisor_, 4 * head));
       for (int v = 0; v < count; ++v) {
-        Reg value =
-            b_.vdiv(sums[static_cast<std::size_t>(head)][static_cast<std::size_t>(v)], divisor);
-        store(b_, spec_.input, to, head_.columns(first + v), value);
+        store(b_, spec_.input, to, head_.columns(first + v),
+              b_.vdiv(sums.total(head * count + v), divisor));
       }
       b_.add_to(to, stride);
     }

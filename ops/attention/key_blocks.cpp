@@ -43,20 +43,57 @@ Reg KeyBlocks::key_count() {
   return b_.max(none, b_.arg(slots_.key_count));
 }
 
-void KeyBlocks::walk(int table, int stride, const std::function<void(Reg, Reg)>& body) {
+Reg KeyBlocks::take(Reg remaining, Reg most) {
+  Reg taken = b_.min(most, remaining);
+  // The loop takes one away itself.
+  b_.assign(remaining, b_.add(b_.sub(remaining, taken), 1));
+  return taken;
+}
+
+void KeyBlocks::walk(int table, int stride, const Body& body) {
   Reg entry = saved(kFirstBlock);
   b_.add_to(entry, b_.arg(table));
   Reg skipped = saved(kFirstToken);
   Reg remaining = key_count();
   b_.loop(remaining, [&] {
-    Reg tokens = b_.min(b_.sub(b_.arg(slots_.block_tokens), skipped), remaining);
     Reg token = b_.load_gpr(Element::i64, b_.at(entry));
     b_.add_to(token, b_.mul(skipped, b_.arg(stride)));
     b_.add_to(entry, 8);
+    Reg tokens = take(remaining, b_.sub(b_.arg(slots_.block_tokens), skipped));
     b_.assign(skipped, b_.constant(0));
-    // The loop takes one away itself.
-    b_.assign(remaining, b_.add(b_.sub(remaining, tokens), 1));
     body(token, tokens);
+  });
+}
+
+void KeyBlocks::walk_chunks(int table, int stride, const Body& body,
+                            const std::function<void()>& end_chunk) {
+  Reg entry = saved(kFirstBlock);
+  b_.add_to(entry, b_.arg(table));
+  Reg skipped = saved(kFirstToken);
+  Reg remaining = key_count();
+  b_.loop(remaining, [&] {
+    Reg chunk = take(remaining, b_.constant(kChunkKeys));
+    b_.loop(chunk, [&] {
+      Reg token = b_.load_gpr(Element::i64, b_.at(entry));
+      b_.add_to(token, b_.mul(skipped, b_.arg(stride)));
+      Reg tokens = take(chunk, b_.sub(b_.arg(slots_.block_tokens), skipped));
+      b_.assign(skipped, b_.add(skipped, tokens));
+      // At its end, on to the next block.
+      Reg stays = b_.min(b_.sub(b_.arg(slots_.block_tokens), skipped), b_.constant(1));
+      b_.assign(skipped, b_.mul(skipped, stays));
+      b_.assign(entry, b_.add(b_.sub(entry, b_.shift_left(stays, 3)), 8));
+      body(token, tokens);
+    });
+    end_chunk();
+  });
+}
+
+void KeyBlocks::loop_chunks(Reg count, const std::function<void()>& body,
+                            const std::function<void()>& end_chunk) {
+  Reg remaining = b_.copy(count);
+  b_.loop(remaining, [&] {
+    b_.loop(take(remaining, b_.constant(kChunkKeys)), body);
+    end_chunk();
   });
 }
 

@@ -262,6 +262,8 @@ def compute(line: Line, operands: list, constants: dict, symbols: dict[str, int]
         return [F.linear(x, weight, *operands[2:])]
     if op in ("top_values", "top_indices"):
         return [x.topk(int(a["count"]))[op == "top_indices"]]
+    if op == "gather":
+        return [x.gather(-1, operands[1])]
     if op == "cumsum":
         return [x.cumsum(-1)]
     if op == "embedding":

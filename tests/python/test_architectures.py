@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("tilewright._core")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "campaign"))
 
-from architectures import ARCHITECTURES, build, prompt
+from architectures import ARCHITECTURES, build, others, prompt
 
 import tilewright
 from tilewright.capture_ops import window_of
@@ -37,13 +37,15 @@ WHOLE = {
     "cohere": "interleaved rotary embedding, scaled logits",
     "gpt_oss": "attention sinks, experts stored [in, out] with biases and a gate of their own",
     "qwen3_moe": "experts behind a softmax and top-k",
+    "dots1": "experts behind a sigmoid, chosen in groups, and a shared one",
+    "gemma4_text": "rotary embedding before heads come first",
     "bloom": "ALiBi, attention spelled out with batch and heads merged",
 }
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_logits_and_tokens(name: str) -> None:
-    eager = build(ARCHITECTURES[name])
+    eager = build({**others(), **ARCHITECTURES}[name])
     ours = tilewright.llm.optimize(eager)
     given = prompt(3, 21, padding=True)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

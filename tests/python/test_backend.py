@@ -61,6 +61,41 @@ def test_a_module_runs_in_our_program() -> None:
 
 
 @torch.no_grad()
+def test_rotary_embedding_of_tokens_first() -> None:
+    """Gemma 4 turns [b, tokens, heads, d], before heads come first."""
+
+    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+        return (x * cos[:, :, None] + turned * sin[:, :, None]).transpose(1, 2)
+
+    inputs = (torch.randn(2, 5, 4, 16), torch.randn(2, 5, 16), torch.randn(2, 5, 16))
+    compiled = torch.compile(rotate, backend=backend)
+    close(compiled(*inputs), rotate(*inputs))
+    (graph,) = graphs()
+    assert graph.executable is not None
+    regions = graph.executable.program.report()["regions"]
+    assert [r["name"] for r in regions if "rope" in r["name"]], regions
+    assert not any(r["fallback"] for r in regions), regions
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "head_dim"),
+    [(40, 4096, 64), (4, 4096, 128), (1, 4096, 64), (40, 130, 256)],
+)
+def test_long_attention_is_as_exact_as_eager(queries: int, keys: int, head_dim: int) -> None:
+    """Small scores: then all keys count alike, and the sum is long."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, k, scale=0.01)
+
+    q, k = torch.randn(1, 4, queries, head_dim), torch.randn(1, 4, keys, head_dim)
+    exact = attend(q.double(), k.double())
+    ours = torch.compile(attend, backend=backend)(q, k)
+    errors = [(result.double() - exact).square().mean() for result in (ours, attend(q, k))]
+    assert errors[0] <= 1.25**2 * errors[1], errors
+
+
 def test_patches_are_linear_layers() -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.Flatten(2), nn.GELU(), nn.Linear(16, 5)).eval()
     compiled = torch.compile(model, backend="tilewright")

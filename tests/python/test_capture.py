@@ -137,6 +137,22 @@ def test_the_model_is_as_before() -> None:
     assert all("forward" not in layer.__dict__ for layer in model.model.layers)
 
 
+def test_what_a_forward_assigns_is_undone() -> None:
+    model = tiny_llama()
+    model.model.register_buffer("scale", torch.ones(()))
+    embed = model.model.embed_tokens.forward
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        model.model.scale = model.model.scale * 1
+        model.model.seen = ids.shape
+        return embed(ids) * model.model.scale
+
+    before = model.model.scale
+    model.model.embed_tokens.forward = forward
+    model_capture.capture_model(model, model.forward, 1)
+    assert model.model.scale is before and not hasattr(model.model, "seen")
+
+
 def test_sizes_become_symbols() -> None:
     b, s = Dim.symbol("b"), Dim.symbol("s")
     values = {

@@ -118,7 +118,17 @@ CASES = {
         ),
         (I64.clone(),),
     ),
-    "gather_list": (lambda t, i: t.gather(1, i[:1]) * 2, (torch.arange(50, 62)[None], I64)),
+    "gather_last": (
+        lambda x: x.gather(-1, x.abs().topk(3).indices),
+        (X,),
+    ),
+    "scatter": (
+        lambda x: (
+            x.scatter(-1, x.topk(3).indices, 2.5)
+            + torch.zeros_like(x).scatter_(-1, x.topk(1).indices, 1)
+        ),
+        (X,),
+    ),
     "topk": (lambda x: (*x.topk(3), x.softmax(-1).topk(1).indices), (X,)),
     "cumsum": (lambda x: ((x > 0).cumsum(-1), (x > 0).long().cumsum(2)), (X,)),
     "repeat_interleave": (

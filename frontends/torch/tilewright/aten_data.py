@@ -45,24 +45,43 @@ def _repeated_from(call: Call, x: Value, whole: Sequence[Dim], once: Sequence[Di
 
 @lowers("gather.default")
 def gather(call: Call, x: Value, axis: int, indices: Value, sparse: bool = False) -> Value:
-    """From one list; or rows of one table for all sequences, spelled out: table and indices
+    """Along the last axis; or rows of one table for all sequences, spelled out: table and indices
     repeated to 3-D."""
     rank = len(x.shape)
     axis = axis_of(axis, rank)
-    if all(len(_without_ones(value.shape)) <= 1 for value in (x, indices)) and all(
-        value.shape[i].constant == 1 for value in (x, indices) for i in range(rank) if i != axis
-    ):
-        listed = call.reshape(x, (x.shape[axis], Dim.of(1)))
-        flat = call.reshape(call.convert(indices, torch.int64), (indices.shape[axis],))
-        type_ = Type(x.dtype, (indices.shape[axis], Dim.of(1)))
-        return call.reshape(call.append("embedding", [listed, flat], type_), call.type.shape)
+    if rank > 0 and axis == rank - 1 and x.shape[:-1] == indices.shape[:-1]:
+        return call.emit("gather", x, call.convert(indices, torch.int64))
     if rank != 3 or axis != 1 or x.shape[2] != indices.shape[2]:
-        raise UnsupportedError("gather of more than rows")
+        raise UnsupportedError("gather along another axis than the last")
     table = _repeated_from(call, x, x.shape, x.shape[1:])
     rows = _repeated_from(call, indices, indices.shape, indices.shape[:2])
     if table is None or rows is None:
         raise UnsupportedError("gather from a table of each sequence")
     return call.emit("embedding", table, call.convert(rows, torch.int64))
+
+
+@lowers("scatter.value")
+def scatter(call: Call, x: Value, axis: int, indices: Value, number: Any) -> Value:
+    """Marks a few places of each row, as routers mark groups of experts."""
+    last = len(x.shape) - 1
+    count = indices.shape[-1].constant if indices.shape else None
+    if last < 0 or axis_of(axis, last + 1) != last or x.shape[:-1] != indices.shape[:-1]:
+        raise UnsupportedError("scatter along another axis than the last")
+    if count is None or not 1 <= count <= 16 or not isinstance(number, int | float):
+        raise UnsupportedError("scatter of many elements")
+    places = call.append(
+        "arange", [], Type(torch.int64, x.shape[-1:]), start=[Dim.of(0)], end=[x.shape[-1]]
+    )
+    marked = Type(torch.bool, x.shape)
+    hits = []
+    for i in range(count):
+        one = Type(torch.int64, (*indices.shape[:-1], Dim.of(1)))
+        index = call.slice(indices, last, Dim.of(i), Dim.of(i + 1), 1, one)
+        hits.append(call.append("eq", [index, places], marked))
+    found = hits[0]
+    for hit in hits[1:]:
+        found = call.append("logical_or", [found, hit], marked)
+    return call.emit("where", found, call.builder.scalar(number, x.dtype), x)
 
 
 def _leading_part(

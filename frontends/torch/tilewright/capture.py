@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from tilewright.graph_text import UnsupportedError
@@ -30,6 +31,28 @@ def no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Undoes what the model assigns to its modules meanwhile: under a trace that is fake tensors.
+    CTRL, for one, assigns a buffer in each forward."""
+    tables = ("_parameters", "_buffers", "_modules")
+    spaces = [
+        space
+        for module in list(model.modules())
+        for space in (module.__dict__, *(module.__dict__[name] for name in tables))
+    ]
+    kept = [(space, dict(space)) for space in spaces]
+    try:
+        yield
+    finally:
+        for space, before in kept:
+            for name in [name for name in space if name not in before]:
+                del space[name]
+            for name, value in before.items():
+                if space.get(name) is not value:
+                    space[name] = value
 
 
 def trace(function: Callable[..., Any], fakes: Sequence[Any], fake_mode: Any) -> GraphModule:

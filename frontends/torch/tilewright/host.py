@@ -282,6 +282,7 @@ GRAPH_OPS: dict[str, Callable[..., torch.Tensor]] = {
     "embedding": lambda a, table, indices: F.embedding(indices, table),
     "top_values": lambda a, x: x.topk(int(a["count"])).values,
     "top_indices": lambda a, x: x.topk(int(a["count"])).indices,
+    "gather": lambda a, x, indices: x.gather(-1, indices),
     "cumsum": lambda a, x: x.cumsum(-1),
     "cat": lambda a, *pieces: torch.cat(pieces, int(a["axis"])),
     "contiguous": lambda a, x: x,

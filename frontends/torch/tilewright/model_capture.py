@@ -147,6 +147,7 @@ def _trace(
     with mode:
         fakes = [torch.zeros(batch, tokens, dtype=torch.int64) for _ in range(2)]
     with (
+        capture.unchanged(model),
         capture_ops.recording_attention(model),
         capture_ops.recording_experts(model),
         stamp.recording_layers(group, markers),
