@@ -42,10 +42,27 @@ Pattern scores() {
       either(op(Op::matmul, scaled_q, k_transposed), product));
 }
 
-Pattern spelled_out() {
-  Pattern masked = either(op(Op::add, scores(), any("mask")), scores());
-  Pattern weights = maybe_converted(op(Op::softmax, maybe_converted(masked)));
+Pattern weighted_values(Pattern scores) {
+  Pattern weights = maybe_converted(op(Op::softmax, maybe_converted(std::move(scores))));
   return op(Op::matmul, weights, any("v"));
+}
+
+Pattern spelled_out() {
+  return weighted_values(either(op(Op::add, scores(), any("mask")), scores()));
+}
+
+// (product + mask) / divisor is the same as product / divisor + mask if the mask is 0 or -inf.
+Pattern scaled_after_mask() {
+  Pattern product = op(Op::matmul, any("q"), shared(swapped(any("k"))));
+  Pattern masked = op(Op::add, product, any("mask"));
+  return weighted_values(
+      either(op(Op::div, masked, number("divisor")), op(Op::mul, masked, number("scale"))));
+}
+
+bool is_causal_mask(const Graph& graph, ValueId value) {
+  const Node* node = graph.producer(value);
+  while (node != nullptr && node->op == Op::convert) node = graph.producer(node->operands[0]);
+  return node != nullptr && node->op == Op::causal_mask;
 }
 
 double scale(const Match& found) {
@@ -123,11 +140,18 @@ ValueId before_widening(const Rewriter& rewriter, ValueId value, DataType type) 
   return widens && !rewriter.aliases().written(node->operands[0]) ? node->operands[0] : value;
 }
 
-bool match_spelled_out(Rewriter& rewriter, const Node& node, const Pattern& pattern,
+struct Patterns {
+  Pattern plain = spelled_out(), late = scaled_after_mask();
+};
+
+bool match_spelled_out(Rewriter& rewriter, const Node& node, const Patterns& patterns,
                        WideMasks& masks) {
-  auto found = find(pattern, rewriter, node.results[0]);
-  if (!found) return false;
   const Graph& graph = rewriter.source();
+  auto found = find(patterns.plain, rewriter, node.results[0]);
+  if (!found) {
+    found = find(patterns.late, rewriter, node.results[0]);
+    if (!found || scale(*found) <= 0 || !is_causal_mask(graph, found->value("mask"))) return false;
+  }
   const Type& v = found->type("v");
   std::vector<ValueId> values = {before_widening(rewriter, found->value("q"), v.dtype),
                                  before_widening(rewriter, found->value("k"), v.dtype),
@@ -149,14 +173,14 @@ bool match_spelled_out(Rewriter& rewriter, const Node& node, const Pattern& patt
 }  // namespace
 
 Graph match_attention(Graph graph, const Target&) {
-  const Pattern pattern = spelled_out();
+  const Patterns patterns;
   WideMasks masks;
   return rewrite(graph, [&](Rewriter& rewriter, const Node& node) {
     if (node.op == Op::attention) {
       return node.operands.size() > 2 &&
              emit(rewriter, node, node.operands, node.attributes, masks);
     }
-    return node.op == Op::matmul && match_spelled_out(rewriter, node, pattern, masks);
+    return node.op == Op::matmul && match_spelled_out(rewriter, node, patterns, masks);
   });
 }
 

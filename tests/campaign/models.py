@@ -2,7 +2,8 @@
 
 One row each: is it right (error against fp64 next to eager's own, the same greedy tokens), how much
 of it runs in our kernels, and what does not and why. A row is measured in a process of its own with
-a time limit, so a crash costs one row. Rows are merged into perf/results/models.json.
+a time limit, so a crash costs one row. Rows are merged into perf/results/models.json; those of
+--others into models-others.json.
 
     ./dev campaign models                  the architectures of the project's goals
     ./dev campaign models llama gpt2       some of them
@@ -40,7 +41,7 @@ from torch.overrides import TorchFunctionMode
 import tilewright
 from tilewright import core
 
-RESULTS = Path(__file__).resolve().parents[2] / "perf" / "results" / "models.json"
+RESULTS = Path(__file__).resolve().parents[2] / "perf" / "results"
 LENGTHS = (1, 7, 33, 130)
 NEW_TOKENS = 64
 BOUND = 1.25  # of our error to eager's own
@@ -319,7 +320,7 @@ def describe(name: str, mode: str, row: dict[str, Any]) -> str:
 def commit() -> str:
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
-        cwd=RESULTS.parent,
+        cwd=RESULTS,
         capture_output=True,
         text=True,
         check=False,
@@ -334,17 +335,26 @@ def phase_shares(row: dict[str, Any]) -> str:
     return " / ".join(f"{100 * phase['own_flops_share']:.1f}" for phase in ran) or "-"
 
 
-def summary() -> str:
-    """A Markdown table of the recorded rows, one per architecture."""
+def recorded(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": {}}
+    return found
+
+
+def summary(file: Path) -> str:
+    """A Markdown table of the recorded rows, one per architecture that could be built."""
     lines = [
         "| architecture | own flops %, optimize | own flops %, compile | in PyTorch | error |",
         "|---|---|---|---|---|",
     ]
-    for name, modes in json.loads(RESULTS.read_text())["rows"].items():
+    for name, modes in recorded(file)["rows"].items():
         rows = [modes.get("optimize", {}), modes.get("compile", {})]
+        if any("skipped" in row for row in rows):
+            continue
         verdict = "" if all(row.get("right", True) for row in rows) else "**WRONG** "
         calls = [
-            str(sum(phase["fallback_calls"] for phase in row.get("phases", {}).values()))
+            str(sum(phase["fallback_calls"] for phase in row["phases"].values()))
+            if row.get("phases")
+            else "-"
             for row in rows
         ]
         ratio = rows[0].get("error_ratio", rows[1].get("error_ratio"))
@@ -355,20 +365,18 @@ def summary() -> str:
     return "\n".join(lines)
 
 
-def record(rows: dict[str, dict[str, Any]], origin: dict[str, str]) -> None:
+def record(file: Path, rows: dict[str, dict[str, Any]], origin: dict[str, str]) -> None:
     """Merges rows into the file of results; `origin`: the machine and commit they came from."""
-    results: dict[str, Any] = {}
-    if RESULTS.exists():
-        results = json.loads(RESULTS.read_text())
+    results = recorded(file)
     results["date"] = datetime.date.today().isoformat()
     results["torch"] = torch.__version__
     results["transformers"] = transformers.__version__
-    merged = results.setdefault("rows", {})
+    merged = results["rows"]
     for name, row in rows.items():
         stamped = {mode: {**measured, **origin} for mode, measured in row.items()}
         merged.setdefault(name, {}).update(stamped)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> int:
@@ -380,8 +388,9 @@ def main() -> int:
     parser.add_argument("--no-record", action="store_true")
     parser.add_argument("--summary", action="store_true", help="print what is recorded")
     options = parser.parse_args()
+    file = RESULTS / ("models-others.json" if options.others else "models.json")
     if options.summary:
-        print(summary())
+        print(summary(file))
         return 0
     # Read when the core is first used.
     cache = tempfile.TemporaryDirectory(prefix="tilewright-campaign-")
@@ -399,7 +408,7 @@ def main() -> int:
             print(describe(name, mode, rows[mode]), flush=True)
             wrong += not rows[mode]["right"]
         if not options.no_record:
-            record({name: rows}, origin)
+            record(file, {name: rows}, origin)
     print(f"{wrong} wrong")
     return wrong != 0
 

@@ -37,6 +37,7 @@ WHOLE = {
     "cohere": "interleaved rotary embedding, scaled logits",
     "gpt_oss": "attention sinks, experts stored [in, out] with biases and a gate of their own",
     "qwen3_moe": "experts behind a softmax and top-k",
+    "codegen": "attention spelled out, scaled after the mask",
     "dots1": "experts behind a sigmoid, chosen in groups, and a shared one",
     "gemma4_text": "rotary embedding before heads come first",
     "bloom": "ALiBi, attention spelled out with batch and heads merged",
