@@ -38,7 +38,7 @@ void Lowering::copy(const Layout& from, DataType from_type, const Layout& to, Da
 Status Lowering::lower_embedding(const graph::Node& node) {
   const ValueId table = node.operands[0], indices = node.operands[1], result = node.results[0];
   const Shape& shape = type(table).shape;
-  if (!shape[0].is_constant() || !shape[1].is_constant()) return Error{"its table is symbolic"};
+  if (!shape[1].is_constant()) return Error{"its rows have a symbolic length"};
   if (type(indices).dtype != DataType::i64) return Error{"its indices are not i64"};
   const CopyKernel spec{target_.lanes(), type(table).dtype, type(result).dtype};
   const Layout rows = contiguous(layout(table), type(table).dtype);
@@ -49,7 +49,7 @@ Status Lowering::lower_embedding(const graph::Node& node) {
   EmbeddingTask task;
   task.rows = dim(graph::element_count(type(indices).shape));
   task.columns = shape[1].constant();
-  task.table_rows = shape[0].constant();
+  task.table_rows = dim(shape[0]);
   task.table = operand(rows, type(table).dtype);
   task.indices = operand(positions, DataType::i64);
   task.y = operand(y, type(result).dtype);

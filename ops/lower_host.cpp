@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <nlohmann/json.hpp>
+#include <string_view>
 #include <type_traits>
 
 #include "ops/lowering.h"
@@ -14,6 +15,7 @@ using graph::DataType;
 using graph::Dim;
 using graph::Op;
 using graph::OpClass;
+using graph::Shape;
 using graph::ValueId;
 
 namespace {
@@ -98,6 +100,31 @@ Status Lowering::host_call(const graph::Node& node, std::span<const Layout> outp
   return {};
 }
 
+namespace {
+
+// What an ATen op costs that torch computes: without its products, our share would look larger.
+Dim work_of_external(const graph::Graph& graph, const graph::Node& node, const Dim& elements) {
+  const auto& function = node.attribute<std::string>("function");
+  const auto is = [&](std::string_view part) { return function.find(part) != std::string::npos; };
+  const auto shape = [&](std::size_t i) -> const Shape& {
+    return graph.type(node.operands[i]).shape;
+  };
+  const std::size_t first = is("addmm") || is("addbmm") || is("baddbmm") ? 1 : 0;
+  const std::size_t count = node.operands.size();
+  if (is("scaled_dot_product") && count > 1 && shape(1).size() > 1) {
+    return Dim(4) * elements * shape(1)[shape(1).size() - 2];
+  }
+  if (is(".conv") && count > 1 && !shape(1).empty()) {
+    return Dim(2) * elements * graph::element_count({shape(1).begin() + 1, shape(1).end()});
+  }
+  if ((is("mm.") || is("mm_") || is("matmul") || is(".linear")) && count > first && !shape(first).empty()) {
+    return Dim(2) * elements * shape(first).back();
+  }
+  return elements;
+}
+
+}  // namespace
+
 Dim work_of(const graph::Graph& graph, const graph::Node& node) {
   const Dim elements = graph::element_count(graph.type(node.results[0]).shape);
   switch (node.op) {
@@ -111,6 +138,8 @@ Dim work_of(const graph::Graph& graph, const graph::Node& node) {
       const graph::Type& keys = graph.type(node.operands[1]);
       return keys.is_cache ? Dim(0) : Dim(4) * elements * keys.shape[2];
     }
+    case Op::external:
+      return work_of_external(graph, node, elements);
     case Op::rope:
       return Dim(3) * elements;
     case Op::rms_norm:
@@ -119,8 +148,7 @@ Dim work_of(const graph::Graph& graph, const graph::Node& node) {
       return Dim(4) * elements;
     default: {
       const OpClass kind = op_class(node.op);
-      const bool arithmetic =
-          kind == OpClass::elementwise || kind == OpClass::reduction || kind == OpClass::fallback;
+      const bool arithmetic = kind == OpClass::elementwise || kind == OpClass::reduction;
       return arithmetic ? elements : Dim(0);
     }
   }

@@ -201,8 +201,9 @@ void run(const AppendTask& task, const Frame& frame, int thread, int threads) {
 void run(const EmbeddingTask& task, const Frame& frame, int thread, int threads) {
   const WorkRange rows = share_rows(frame.dim(task.rows), task.columns, thread, threads);
   const auto* indices = reinterpret_cast<const std::int64_t*>(task.indices.address(frame));
+  const std::int64_t table_rows = frame.dim(task.table_rows);
   for (std::int64_t i = rows.begin; i < rows.end; ++i) {
-    if (indices[i] < 0 || indices[i] >= task.table_rows) {
+    if (indices[i] < 0 || indices[i] >= table_rows) {
       frame.problem->store("embedding: an index is out of range");
       return;
     }

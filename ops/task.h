@@ -160,8 +160,8 @@ struct AttentionTask {
 
 struct EmbeddingTask {
   const Kernel* kernel;
-  DimIndex rows;
-  std::int64_t columns, table_rows;
+  DimIndex rows, table_rows;
+  std::int64_t columns;
   Operand table, indices, y;
 };
 

@@ -79,6 +79,33 @@ def test_rotary_embedding_of_tokens_first() -> None:
     assert not any(r["fallback"] for r in regions), regions
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "symbolic"])
+def test_grouped_products_of_experts(dynamic: bool) -> None:
+    """transformers' own, over rows sorted by expert. The second expert has no row, and the last row
+    no expert."""
+    import transformers.integrations.moe  # noqa: F401 - registers the operator
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stored = nn.Parameter(torch.randn(3, 64, 8))
+            self.transposed = nn.Parameter(torch.randn(3, 8, 64))
+
+        def forward(self, x: torch.Tensor, ends: torch.Tensor) -> Any:
+            grouped = torch.ops.transformers.grouped_mm_fallback
+            return grouped(x, self.transposed, ends), grouped(x, self.stored.mT, ends)
+
+    model = Experts()
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    for rows in (6, 9):
+        x, ends = torch.randn(rows, 8), torch.tensor([2, 2, rows - 1], dtype=torch.int32)
+        for ours, theirs in zip(compiled(x, ends), model(x, ends), strict=True):
+            close(ours, theirs)
+    assert all(g.executable is not None and not g.executable.lowered.externals for g in graphs())
+    assert tilewright.explain(compiled).own_flops_share == 1.0
+
+
 @pytest.mark.parametrize(
     ("queries", "keys", "head_dim"),
     [(40, 4096, 64), (4, 4096, 128), (1, 4096, 64), (40, 130, 256)],

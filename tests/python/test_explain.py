@@ -101,6 +101,18 @@ def test_fallbacks_lower_the_share() -> None:
     assert reasons and all(reasons)
 
 
+@torch.no_grad()
+def test_products_that_pytorch_computes_count() -> None:
+    """A convolution whose patches overlap is PyTorch's; the linear layer behind it is ours."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Linear(8, 16)).eval()
+    compiled = torch.compile(model, backend="tilewright")
+    compiled(torch.randn(2, 4, 10, 10))
+    elements = 2 * 8 * 8 * 8  # of the convolution's result
+    theirs, ours = 2 * elements * 4 * 9, 2 * elements * 16
+    share = tilewright.explain(compiled).own_flops_share
+    assert abs(share - ours / (ours + theirs)) < 0.01, share
+
+
 def test_stats_count_what_happened() -> None:
     before = tilewright.stats()
     model = tilewright.llm.optimize(tiny_llama(3))

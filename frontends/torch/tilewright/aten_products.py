@@ -1,4 +1,5 @@
-"""The third part of the table of aten.py: linear layers, products, convolutions, attention.
+"""The third part of the table of aten.py: linear layers, products, convolutions, attention,
+experts.
 
 Tested by tests/python/test_lower.py (every entry, against eager).
 """
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tilewright.aten import lowers
+from tilewright.aten import TABLE, lowers
 from tilewright.dims import Dim
 from tilewright.graph_text import Type, UnsupportedError, Value
 
@@ -89,6 +90,39 @@ def addmm(call: Call, bias: Value, a: Value, b: Value, beta: Any = 1, alpha: Any
         scaled = Type(bias.dtype, bias.shape)
         bias = call.append("mul", [bias, call.scalar(beta, bias.dtype)], scaled)
     return call.emit("add", product, bias)
+
+
+def grouped_mm(call: Call, x: Value, weights: Value, ends: Value) -> Value:
+    """transformers' product of rows sorted by expert: x [rows, k], weights [experts, k, n].
+
+    `ends[e]` rows belong to experts up to e, so a row's expert is the number of ends that it is
+    not before. Rows behind the last end are zero."""
+    node = call.builder.producer(weights)
+    swapped = node is not None and node.op == "permute" and node.attributes["order"] == [0, 2, 1]
+    if swapped and node is not None:
+        weights, node = node.operands[0], call.builder.producer(node.operands[0])
+    if node is None or node.op != "constant":
+        raise UnsupportedError("a grouped product with weights that are no constant")
+    rows, experts = x.shape[0], weights.shape[0]
+    one, counted = Dim.of(1), Type(torch.int64, (x.shape[0], weights.shape[0]))
+    number = call.append("arange", [], Type(torch.int64, (rows,)), start=[Dim.of(0)], end=[rows])
+    ends = call.reshape(call.convert(ends, torch.int64), (one, experts))
+    passed = call.append(
+        "le", [ends, call.reshape(number, (rows, one))], Type(torch.bool, counted.shape)
+    )
+    sums = call.append("cumsum", [call.convert(passed, torch.int64)], counted)
+    column = Type(torch.int64, (rows, one))
+    expert = call.slice(sums, 1, experts - 1, experts, 1, column)
+    last = call.scalar(experts - 1, torch.int64)
+    index = call.append("minimum", [expert, last], column)
+    product = call.append(
+        "expert_linear", [x, weights, index], call.type, transposed=None if swapped else True
+    )
+    inside = call.append("le", [expert, last], Type(torch.bool, column.shape))
+    return call.emit("where", inside, product, call.builder.scalar(0.0, x.dtype))
+
+
+TABLE["transformers.grouped_mm_fallback.default"] = grouped_mm
 
 
 @lowers("scaled_dot_product_attention.default")
