@@ -52,7 +52,8 @@ std::string family(const graph::Node& node) {
 
 Lowering::Lowering(const graph::Graph& graph, const std::map<std::string, TensorView>& constants,
                    const Target& target, const CompileOptions& options,
-                   std::shared_ptr<KernelLibrary> kernels, std::shared_ptr<WeightStore> weights)
+                   std::shared_ptr<KernelLibrary> kernels, std::shared_ptr<WeightStore> weights,
+                   const PackedCallback& packed)
     : graph_(graph),
       constants_(constants),
       target_(target),
@@ -61,12 +62,14 @@ Lowering::Lowering(const graph::Graph& graph, const std::map<std::string, Tensor
       weights_(std::move(weights)),
       state_(std::make_unique<Program::State>()),
       layouts_(graph.values.size()),
-      output_taken_(graph.outputs.size(), false) {}
+      output_taken_(graph.outputs.size(), false),
+      packed_callback_(packed) {}
 
 Result<Program> Lowering::run() {
   state_->graph = graph_;
   state_->kernels = kernels_;
   if (Status bound = bind_constants(); !bound) return bound.error();
+  count_readers();
   bind_parameters();
   find_forwarded_values();
   std::size_t begin = 0;
@@ -120,6 +123,17 @@ Status Lowering::bind_constants() const {
     }
   }
   return {};
+}
+
+void Lowering::count_readers() {
+  const auto read = [&](ValueId value) {
+    for (const std::string& name : constant_sources(value)) ++readers_[constants_.at(name).data];
+  };
+  for (const graph::Node& node : graph_.nodes) {
+    if (is_reshaped_constant(node)) continue;  // its readers count
+    for (ValueId value : node.operands) read(value);
+  }
+  for (ValueId value : graph_.outputs) read(value);
 }
 
 void Lowering::bind_parameters() {
@@ -518,11 +532,12 @@ void Lowering::add_task(Task task, const std::vector<int>& reads, const std::vec
 Result<Program> compile(const graph::Graph& graph,
                         const std::map<std::string, TensorView>& constants, const Target& target,
                         const CompileOptions& options, std::shared_ptr<KernelLibrary> kernels,
-                        std::shared_ptr<WeightStore> weights) {
+                        std::shared_ptr<WeightStore> weights, const PackedCallback& packed) {
   if (!target.has(Isa::avx2)) {
     return Error{"this CPU has no AVX2 (with FMA, F16C and BMI): nothing can be compiled for it"};
   }
-  return Lowering(graph, constants, target, options, std::move(kernels), std::move(weights)).run();
+  return Lowering(graph, constants, target, options, std::move(kernels), std::move(weights), packed)
+      .run();
 }
 
 }  // namespace tilewright::ops

@@ -32,9 +32,10 @@ struct CompileOptions {
 
 // constants: every `const` source named by the graph; the memory must stay valid and unchanged
 // while the program lives, unless it was packed (weights of contractions are read only here).
+// packed: called meanwhile, may be empty.
 Result<Program> compile(const graph::Graph& graph,
                         const std::map<std::string, TensorView>& constants, const Target& target,
                         const CompileOptions& options, std::shared_ptr<KernelLibrary> kernels,
-                        std::shared_ptr<WeightStore> weights);
+                        std::shared_ptr<WeightStore> weights, const PackedCallback& packed = {});
 
 }  // namespace tilewright::ops

@@ -36,7 +36,8 @@ Result<std::string> Engine::optimize(const std::string& text) const {
 
 Result<Program> Engine::compile(const std::string& text,
                                 const std::map<std::string, TensorView>& constants,
-                                std::shared_ptr<WeightStore> weights) const {
+                                std::shared_ptr<WeightStore> weights,
+                                const PackedCallback& packed) const {
   if (!target_.has(Isa::avx2)) return Error{"this CPU has no AVX2 and FMA"};
   Result<graph::Graph> graph = optimized(text);
   if (!graph) return graph.error();
@@ -45,7 +46,7 @@ Result<Program> Engine::compile(const std::string& text,
   options.disabled.insert(settings.disable.names.begin(), settings.disable.names.end());
   options.exact_weights = settings.weights != WeightMode::plain;
   options.fallback_onednn = settings.fallback == Fallback::onednn;
-  return ops::compile(*graph, constants, target_, options, kernels_, std::move(weights));
+  return ops::compile(*graph, constants, target_, options, kernels_, std::move(weights), packed);
 }
 
 Result<graph::Graph> Engine::optimized(const std::string& text) const {

@@ -35,10 +35,11 @@ class Engine {
   // Text to text: parse, check, run the passes.
   Result<std::string> optimize(const std::string& text) const;
 
-  // constants: see compile() in compile.h. Error: also a CPU below AVX2.
+  // constants, packed: see compile() in compile.h. Error: also a CPU below AVX2.
   Result<Program> compile(const std::string& text,
                           const std::map<std::string, TensorView>& constants,
-                          std::shared_ptr<WeightStore> weights) const;
+                          std::shared_ptr<WeightStore> weights,
+                          const PackedCallback& packed = {}) const;
 
  private:
   explicit Engine(Target target);

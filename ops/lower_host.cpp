@@ -117,7 +117,8 @@ Dim work_of_external(const graph::Graph& graph, const graph::Node& node, const D
   if (is(".conv") && count > 1 && !shape(1).empty()) {
     return Dim(2) * elements * graph::element_count({shape(1).begin() + 1, shape(1).end()});
   }
-  if ((is("mm.") || is("mm_") || is("matmul") || is(".linear")) && count > first && !shape(first).empty()) {
+  if ((is("mm.") || is("mm_") || is("matmul") || is(".linear")) && count > first &&
+      !shape(first).empty()) {
     return Dim(2) * elements * shape(first).back();
   }
   return elements;

@@ -142,6 +142,13 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   const std::int64_t bytes = task.weight->bytes;
   add_task(std::move(task), reads, {y->buffer}, work_of(graph_, node), specification);
   state_->regions.back().weight_bytes += static_cast<std::uint64_t>(bytes);
+  if (!transposed && packed_callback_) {
+    for (ValueId weight : weights) {
+      for (const std::string& name : constant_sources(weight)) {
+        if (readers_[constants_.at(name).data] == 1) packed_callback_(name);
+      }
+    }
+  }
   return {};
 }
 

@@ -26,7 +26,8 @@ class Lowering {
  public:
   Lowering(const graph::Graph& graph, const std::map<std::string, TensorView>& constants,
            const Target& target, const CompileOptions& options,
-           std::shared_ptr<KernelLibrary> kernels, std::shared_ptr<WeightStore> weights);
+           std::shared_ptr<KernelLibrary> kernels, std::shared_ptr<WeightStore> weights,
+           const PackedCallback& packed);
 
   Result<Program> run();
 
@@ -82,6 +83,7 @@ class Lowering {
   int constant_buffer(const void* data, graph::DataType dtype);
   Result<Layout> constant_layout(const graph::Node& node);
   std::vector<std::string> constant_sources(graph::ValueId value) const;  // empty: not a constant
+  void count_readers();
   bool is_reshaped_constant(const graph::Node& node) const;
   // `source` if its last axis has stride 1, else a copy of it (a step of its own).
   Layout unit_columns(const Layout& source, graph::DataType dtype);
@@ -121,12 +123,14 @@ class Lowering {
   std::map<graph::ValueId, int> cache_indices_;  // cache values: which cache parameter
   std::map<const void*, int> constant_buffers_;
   std::set<std::string> packed_, read_in_place_;  // sources of constants
+  std::map<const void*, int> readers_;            // nodes that read the memory of a source
   struct Forward {
     graph::NodeId consumer;  // a cat or a kv_append
     int operand;
   };
   std::map<graph::ValueId, Forward> forwarded_;  // written straight into its only consumer
   std::vector<bool> output_taken_;               // outputs written by their producers
+  const PackedCallback& packed_callback_;
 
   std::string region_name_;
   bool new_step_ = true;

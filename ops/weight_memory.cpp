@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <system_error>
 
@@ -50,10 +51,12 @@ void WeightMemory::reserve(std::size_t bytes) {
   if (next_ == nullptr) return;
   end_ = next_ + bytes;
   stop_ = false;
-  const auto populate = [this, begin = next_, end = end_] {
+  const auto populate = [this, begin = next_.load(), end = end_, ahead = lead(bytes)] {
     // In pieces, to stop soon when asked to. An error ends it: pages then come when touched.
     constexpr std::size_t piece = 8 * kHugePage;
     for (char* at = begin; at < end && !stop_; at += piece) {
+      while (at >= next_ + ahead && !stop_)
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
       const auto size = std::min(piece, static_cast<std::size_t>(end - at));
       if (madvise(at, size, MADV_POPULATE_WRITE) != 0) return;
     }
@@ -69,7 +72,7 @@ WeightBytes WeightMemory::allocate(std::size_t bytes) {
   const std::size_t size = round_up(std::max(bytes, std::size_t{1}), kPage);
   if (size <= reserved_bytes()) {
     char* memory = next_;
-    next_ += size;
+    next_ = memory + size;
     return {memory, Unmap{size}};
   }
   return {map(size), Unmap{size}};

@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -29,6 +30,11 @@ struct PackedWeight {
   std::int64_t n = 0, k = 0, bytes = 0;
   graph::DataType dtype = graph::DataType::f32;
 };
+
+// Called during compile with the name of a constant that was packed and whose own memory nothing in
+// the graph reads any more: its owner may release it at once, so that a model's weights are not in
+// memory twice.
+using PackedCallback = std::function<void(const std::string& name)>;
 
 class WeightStore {
  public:

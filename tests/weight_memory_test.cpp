@@ -6,7 +6,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 namespace tilewright::ops {
@@ -43,6 +45,19 @@ TEST(WeightMemory, PiecesAreZeroedAndApart) {
                               [&](char c) { return c == static_cast<char>(i + 1); }));
     }
   }
+}
+
+TEST(WeightMemory, FetchesOnlySoFarAhead) {
+  WeightMemory memory;
+  const std::size_t bytes = 400 * kMegabyte, lead = WeightMemory::lead(bytes);
+  ASSERT_LT(lead + 64 * kMegabyte, bytes);
+  memory.reserve(bytes);
+  WeightBytes first = memory.allocate(4 * kMegabyte);
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  const char* far = first.get() + 4 * kMegabyte + lead + 32 * kMegabyte;
+  unsigned char resident = 0;
+  ASSERT_EQ(mincore(const_cast<char*>(far), 1, &resident), 0);
+  EXPECT_EQ(resident & 1, 0);
 }
 
 TEST(WeightMemory, WhatIsLeftGoesBack) {

@@ -131,12 +131,23 @@ using Cache = Handled<ops::KvCache>;
 
 using ops::Engine;
 
+// packed: called with the name of a constant whose own memory is not needed any more, or None.
 std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
                                  const std::map<std::string, TypedAddress>& constants,
-                                 std::shared_ptr<ops::WeightStore> weights) {
+                                 std::shared_ptr<ops::WeightStore> weights,
+                                 const nb::object& packed) {
   nb::gil_scoped_release unlocked;
-  return Program::make(
-      value_or_throw(engine.compile(text, views_of(constants), std::move(weights))));
+  const auto call = [&packed](const std::string& name) {
+    nb::gil_scoped_acquire locked;
+    try {
+      packed(name);
+    } catch (nb::python_error& error) {
+      error.discard_as_unraisable("a weight that was packed");  // it keeps its memory
+    }
+  };
+  return Program::make(value_or_throw(
+      engine.compile(text, views_of(constants), std::move(weights),
+                     packed.is_none() ? ops::PackedCallback() : ops::PackedCallback(call))));
 }
 
 std::vector<graph::DataType> input_types(const ops::Program& program) {
@@ -481,7 +492,7 @@ void bind_program(nb::module_& module) {
             return value_or_throw(self.optimize(text));
           },
           "text"_a)
-      .def("compile", &compile, "text"_a, "constants"_a, "weights"_a)
+      .def("compile", &compile, "text"_a, "constants"_a, "weights"_a, "packed"_a = nb::none())
       .def("kernel_counters", &kernel_counters)
       .def("cache_entries", &cache_entries)
       .def("cache_state", &cache_state)

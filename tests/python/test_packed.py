@@ -45,9 +45,33 @@ def compile_and_release(layer: nn.Linear) -> None:
 }}
 """
     constants = {"w": (layer.weight.data_ptr(), dtype, tuple(layer.weight.shape))}
-    program = core.engine().compile(text, constants, store)
-    assert program.packed_sources == ["w"]
+    packed: list[str] = []
+    program = core.engine().compile(text, constants, store, packed.append)
+    assert program.packed_sources == packed == ["w"]
     assert release(layer.weight, store)
+
+
+def test_memory_that_is_read_twice_is_not_released_early() -> None:
+    """Two layers of one weight; a weight whose rows are looked up, too."""
+    from tilewright import core
+
+    tensors = {name: torch.randn(40, 40) for name in ("twice", "looked_up", "once")}
+    text = """graph f(%x: f32[s, 40], %i: i64[s]) -> (f32[s, 40], f32[s, 40]) {
+  %a = constant {source = "twice"} : f32[40, 40]
+  %b = constant {source = "looked_up"} : f32[40, 40]
+  %c = constant {source = "once"} : f32[40, 40]
+  %1 = linear(%x, %a)
+  %2 = linear(%1, %a)
+  %3 = linear(%2, %b)
+  %4 = linear(%3, %c)
+  %5 = embedding(%b, %i)
+  return %4, %5
+}
+"""
+    constants = {n: (t.data_ptr(), "f32", tuple(t.shape)) for n, t in tensors.items()}
+    packed: list[str] = []
+    program = core.engine().compile(text, constants, _core.WeightStore(), packed.append)
+    assert packed == ["once"] and program.packed_sources == ["once", "twice"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

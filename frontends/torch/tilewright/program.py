@@ -221,6 +221,10 @@ class Executable:
             self.store = store_for(constants.values())
         given = constants | self._copies
         _forget_changed(self.store, given.values())
+
+        def packed(name: str) -> None:
+            release(constants[name], self.store)
+
         self.program = core.engine().compile(
             self.lowered.text,
             {
@@ -228,10 +232,11 @@ class Executable:
                 for name, tensor in given.items()
             },
             self.store,
+            packed if self._frees else None,  # each at once: else all weights are there twice
         )
         if self._frees:
             for name in self.program.packed_sources:
-                release(constants[name], self.store)
+                packed(name)
         _remember(self.store, given.values())
         self.weights = Weights(constants)
         compute = weakref.WeakMethod(self._host)
