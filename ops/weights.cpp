@@ -2,6 +2,7 @@
 #include "ops/weights.h"
 
 #include <fmt/format.h>
+#include <malloc.h>  // glibc
 
 #include "ops/gemm/exact.h"
 #include "ops/gemm/linear_kernel.h"
@@ -122,6 +123,12 @@ void WeightStore::reserve(std::int64_t bytes) {
 void WeightStore::settle() {
   std::lock_guard lock(mutex_);
   memory_.settle();
+#ifdef __GLIBC__
+  // Released weights below malloc's threshold (32 MB) stay in its free lists: 0.65 GB of a model
+  // with 1.2 G parameters.
+  if (last_token_ != trimmed_token_) malloc_trim(0);
+  trimmed_token_ = last_token_;
+#endif
 }
 
 }  // namespace tilewright::ops

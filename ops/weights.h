@@ -55,7 +55,7 @@ class WeightStore {
   Status unpack(const void* token, void* to) const;
   std::int64_t bytes() const;
   // Around capture and packing: fetches memory for so many bytes of packed weights meanwhile
-  // (weight_memory.h).
+  // (weight_memory.h); settle() also returns to the system what sources gave back.
   void reserve(std::int64_t bytes);
   void settle();
 
@@ -73,7 +73,7 @@ class WeightStore {
   mutable std::mutex mutex_;
   WeightMemory memory_;
   std::vector<Item> items_;
-  std::uintptr_t last_token_ = 0;
+  std::uintptr_t last_token_ = 0, trimmed_token_ = 0;
 };
 
 }  // namespace tilewright::ops
