@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from tiny_models import padded, prompt, tiny_llama
+from tiny_models import llama_config, padded, prompt, tiny_llama
 
 pytest.importorskip("tilewright._core")
 
@@ -262,3 +262,52 @@ def test_a_prefix_is_reused_by_copies_of_its_cache(duplicate: Callable[[Any], An
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     assert actual.get_seq_length() == 9
     assert not tilewright.explain(model).fallbacks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("linear", {}),
+        ("dynamic", {}),
+        ("yarn", {"original_max_position_embeddings": 16}),
+        (
+            "llama3",
+            {
+                "original_max_position_embeddings": 16,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        ),
+        (
+            "longrope",
+            {
+                "original_max_position_embeddings": 16,
+                "short_factor": [1 + 0.1 * i for i in range(8)],
+                "long_factor": [2 + 0.3 * i for i in range(8)],
+            },
+        ),
+    ],
+)
+def test_scaled_rotary_tables(kind: str, settings: dict[str, Any]) -> None:
+    """Also beyond the length that the model was made for, and back."""
+    from transformers import LlamaForCausalLM
+
+    config = llama_config(3)
+    config.max_position_embeddings = 32
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **settings}
+    torch.manual_seed(0)
+    eager = LlamaForCausalLM(config).eval()
+    ours = tilewright.llm.optimize(copy.deepcopy(eager), inplace=True)
+    decoder = decoder_of(ours)
+    assert decoder is not None
+    steps = []
+    for length in (9, 28, 9, 9):
+        before = decoder.calls
+        ids = prompt(1, length)
+        expected = generate(eager, input_ids=ids, max_new_tokens=12)
+        assert generate(ours, input_ids=ids, max_new_tokens=12) == expected, length
+        assert torch.allclose(ours(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-5)
+        steps.append(decoder.calls - before)
+    # A dynamic table: five steps within, seven beyond, then one that goes back.
+    assert steps == ([13, 5, 13, 13] if kind == "dynamic" else [13] * 4), decoder.fallbacks

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tilewright import _core, core
+from tilewright import _core, core, rotary
 from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
@@ -71,6 +71,7 @@ class Decoder(InstalledForward):
         self.frees = False  # packed parameters may be: the model is the caller's to change
         self._state: ModuleState | None = None  # of the model that the programs are of
         self.unsupported = ""  # why no program can be made of this model
+        self._growing = rotary.growing_tables(model)
         self.calls = self.tokens = 0  # of the program
         decoders.add(self)
         self._padding_counts: bool | None = None  # see _counts_padding
@@ -113,6 +114,10 @@ class Decoder(InstalledForward):
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         step = self._prepare(arguments)
+        if self._growing:
+            length = int(step.position_ids.max()) + 1
+            if any(rotary.would_change(module, length) for module in self._growing):
+                raise NotRunnableError("its rotary table changes with the length")
         captured, executable = self._program(step)
         logits = self._execute(step, captured, executable)
         use_cache = arguments.get("use_cache")
@@ -277,6 +282,7 @@ class Decoder(InstalledForward):
         self._programs.clear()
         self._state = None
         self.unsupported = ""
+        self._growing = rotary.growing_tables(self.model)
 
     def programs(self) -> list[Executable]:
         return [executable for _, executable in self._programs.values()]

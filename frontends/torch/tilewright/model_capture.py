@@ -23,7 +23,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from tilewright import capture, capture_ops, graph_text, stamp
+from tilewright import capture, capture_ops, graph_text, rotary, stamp
 from tilewright.dims import Dim
 from tilewright.expand import body_of, expand_layers
 from tilewright.graph_text import Type, UnsupportedError, Value
@@ -148,6 +148,7 @@ def _trace(
         fakes = [torch.zeros(batch, tokens, dtype=torch.int64) for _ in range(2)]
     with (
         capture.unchanged(model),
+        rotary.as_they_are(rotary.growing_tables(model)),
         capture_ops.recording_attention(model),
         capture_ops.recording_experts(model),
         stamp.recording_layers(group, markers),
