@@ -71,7 +71,7 @@ class Decoder(InstalledForward):
         self.frees = False  # packed parameters may be: the model is the caller's to change
         self._state: ModuleState | None = None  # of the model that the programs are of
         self.unsupported = ""  # why no program can be made of this model
-        self._growing = rotary.growing_tables(model)
+        self._growing: list[Any] | None = None  # rotary tables; see rotary.py
         self.calls = self.tokens = 0  # of the program
         decoders.add(self)
         self._padding_counts: bool | None = None  # see _counts_padding
@@ -114,6 +114,8 @@ class Decoder(InstalledForward):
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         step = self._prepare(arguments)
+        if self._growing is None:
+            self._growing = rotary.growing_tables(self.model)
         if self._growing:
             length = int(step.position_ids.max()) + 1
             if any(rotary.would_change(module, length) for module in self._growing):
@@ -282,7 +284,7 @@ class Decoder(InstalledForward):
         self._programs.clear()
         self._state = None
         self.unsupported = ""
-        self._growing = rotary.growing_tables(self.model)
+        self._growing = None
 
     def programs(self) -> list[Executable]:
         return [executable for _, executable in self._programs.values()]
