@@ -18,7 +18,7 @@ pytest.importorskip("tilewright._core")
 
 import tilewright
 from tilewright import backend as backends
-from tilewright import core
+from tilewright import core, rotary
 from tilewright.decoder import decoder_of
 
 NEW = 6
@@ -262,6 +262,21 @@ def test_a_prefix_is_reused_by_copies_of_its_cache(duplicate: Callable[[Any], An
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     assert actual.get_seq_length() == 9
     assert not tilewright.explain(model).fallbacks
+
+
+def test_only_transformers_rotary_tables_grow() -> None:
+    """A user's module may mean anything by these words."""
+
+    class Other(torch.nn.Module):
+        def __init__(self, kind: Any) -> None:
+            super().__init__()
+            self.rope_type = kind
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    others = torch.nn.ModuleList([Other(kind) for kind in ("dynamic", None, 3, {"a": "dynamic"})])
+    assert rotary.growing_tables(others) == []
 
 
 @torch.no_grad()

@@ -16,14 +16,27 @@ from typing import Any
 
 from torch import nn
 
+_UPDATES = "transformers.modeling_rope_utils"  # where the decorator is defined
+
 
 def growing_tables(model: nn.Module) -> list[Any]:
-    """The model's modules with such a table."""
+    """The model's modules with such a table. Others of the same words are their own affair."""
     return [
         module
         for module in model.modules()
-        if "dynamic" in (kind := getattr(module, "rope_type", "")) and isinstance(kind, str)
+        if isinstance(kind := getattr(module, "rope_type", None), str)
+        and "dynamic" in kind
+        and _is_updated_by_transformers(type(module).forward)
     ]
+
+
+def _is_updated_by_transformers(forward: Any) -> bool:
+    """Whether one of the decorators of a forward is transformers' update of tables."""
+    while forward is not None:
+        if getattr(forward, "__globals__", {}).get("__name__") == _UPDATES:
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
 
 
 def would_change(module: Any, length: int) -> bool:
