@@ -216,9 +216,11 @@ def build(architecture: Architecture, dtype: torch.dtype = torch.float32) -> Any
     return model
 
 
-def prompt(batch: int, tokens: int, padding: bool = False) -> dict[str, torch.Tensor]:
-    """Token ids; with padding on the left in all rows but the first."""
-    generator = torch.Generator().manual_seed(batch * 1000 + tokens)
+def prompt(
+    batch: int, tokens: int, padding: bool = False, draw: int = 0
+) -> dict[str, torch.Tensor]:
+    """Token ids, others for each draw; with padding on the left in all rows but the first."""
+    generator = torch.Generator().manual_seed((draw * 100 + batch) * 1000 + tokens)
     ids = torch.randint(2, VOCABULARY - 1, (batch, tokens), generator=generator)
     mask = torch.ones_like(ids)
     if padding:
@@ -229,9 +231,11 @@ def prompt(batch: int, tokens: int, padding: bool = False) -> dict[str, torch.Te
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def inputs_for(architecture: Architecture, model: Any, batch: int, tokens: int) -> dict[str, Any]:
+def inputs_for(
+    architecture: Architecture, model: Any, batch: int, tokens: int, draw: int = 0
+) -> dict[str, Any]:
     """Keyword arguments for the model's forward and, where it has one, generate."""
-    generator = torch.Generator().manual_seed(batch * 1000 + tokens)
+    generator = torch.Generator().manual_seed((draw * 100 + batch) * 1000 + tokens)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -240,7 +244,7 @@ def inputs_for(architecture: Architecture, model: Any, batch: int, tokens: int) 
         return {"pixel_values": noise(batch, 3, 32, 32)}
     if architecture.model_type == "whisper":
         return {"input_features": noise(batch, model.config.num_mel_bins, 128)}
-    given: dict[str, Any] = prompt(batch, tokens, padding=batch > 1)
+    given: dict[str, Any] = prompt(batch, tokens, batch > 1, draw)
     if architecture.auto == "AutoModelForImageTextToText":
         patches = (_VISION["image_size"] // _VISION["patch_size"]) ** 2  # type: ignore[operator]
         image = torch.full((batch, patches), VOCABULARY - 1)
