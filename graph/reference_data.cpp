@@ -6,6 +6,7 @@
 #include <vector>
 
 #include <algorithm>
+#include <cmath>
 
 #include "graph/reference.h"
 
@@ -186,8 +187,11 @@ void for_largest(const Step& step, Found found) {
   for (std::int64_t row = 0; columns > 0 && row < x.count() / columns; ++row) {
     std::vector<std::int64_t> order(static_cast<std::size_t>(columns));
     std::iota(order.begin(), order.end(), row * columns);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](std::int64_t a, std::int64_t b) { return x.get(a) > x.get(b); });
+    std::stable_sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) {
+      const double left = x.get(a), right = x.get(b);
+      // NaN is above all numbers, as in ATen.
+      return left > right || (std::isnan(left) && !std::isnan(right));
+    });
     for (std::int64_t i = 0; i < count; ++i) {
       found(row * count + i, order[static_cast<std::size_t>(i)], row * columns);
     }

@@ -154,6 +154,15 @@ Status rsqrt(Step& step) {
 Status exp(Step& step) {
   return unary(step, [](double x) { return std::exp(x); });
 }
+Status expm1(Step& step) {
+  return unary(step, [](double x) { return std::expm1(x); });
+}
+Status log(Step& step) {
+  return unary(step, [](double x) { return std::log(x); });
+}
+Status log1p(Step& step) {
+  return unary(step, [](double x) { return std::log1p(x); });
+}
 Status sin(Step& step) {
   return unary(step, [](double x) { return std::sin(x); });
 }

@@ -125,7 +125,7 @@ namespace {
 Result<Type> largest(const Arguments& a, DataType dtype) {
   Shape shape = a.shape(0);
   const auto count = a.attribute<std::int64_t>("count");
-  if (shape.empty() || !is_float(a.operand(0).dtype) || count < 1 ||
+  if (shape.empty() || a.operand(0).dtype == DataType::boolean || count < 1 ||
       (shape.back().is_constant() && count > shape.back().constant())) {
     return error("the {} largest of {}", count, print(a.operand(0)));
   }

@@ -76,6 +76,9 @@ Result<Type> reciprocal(const Arguments& a) { return real(a); }
 Result<Type> sqrt(const Arguments& a) { return real(a); }
 Result<Type> rsqrt(const Arguments& a) { return real(a); }
 Result<Type> exp(const Arguments& a) { return real(a); }
+Result<Type> expm1(const Arguments& a) { return real(a); }
+Result<Type> log(const Arguments& a) { return real(a); }
+Result<Type> log1p(const Arguments& a) { return real(a); }
 Result<Type> sin(const Arguments& a) { return real(a); }
 Result<Type> cos(const Arguments& a) { return real(a); }
 Result<Type> tanh(const Arguments& a) { return real(a); }

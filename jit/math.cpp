@@ -217,6 +217,31 @@ Reg log(Builder& b, Reg x) {
   return b.select(b.less_equal(x, zero), not_positive, sum);
 }
 
+Reg log1p(Builder& b, Reg x) {
+  // What 1 + x loses in rounding, x - (u - 1), comes back by the slope of log at u.
+  Reg one = b.splat(1.0f);
+  Reg u = b.vadd(x, one);
+  Reg lost = b.vdiv(b.vsub(x, b.vsub(u, one)), u);
+  Reg result = log(b, u);
+  Reg infinity = b.splat(std::numeric_limits<float>::infinity());
+  Reg finite = b.less(magnitude(b, result), infinity);
+  result = b.select(finite, b.vadd(result, lost), result);
+  return b.select(b.equal(u, one), x, result);
+}
+
+Reg expm1(Builder& b, Reg x) {
+  // 2^n e^r - 1 = 2 (2^(n-1) (e^r - 1) + 2^(n-1) - 1/2): nothing cancels near zero, where n is 0,
+  // and 2^(n-1) is in range where the result is.
+  const Reduced reduced = reduce_for_exp(b, at_most(b, 89.0f, at_least(b, -30.0f, x)));
+  Reg increment = b.vmul(exp_slope(b, reduced.r), reduced.r);
+  Reg half = power_of_two(b, b.to_i32(b.vsub(reduced.n, b.splat(1.0f))));
+  Reg sum = b.vsub(half, b.splat(0.5f));
+  b.fma(sum, increment, half);
+  Reg result = b.vadd(sum, sum);
+  // Half of the smallest numbers would not be one.
+  return b.select(b.less(magnitude(b, x), b.splat(0x1p-30f)), x, result);
+}
+
 Reg tanh(Builder& b, Reg x) {
   Reg a = magnitude(b, x);
   // Large: 1 - 2 / (e^2a + 1), which is 1 from a = 9.02 on.

@@ -6,6 +6,8 @@
 // the next float). NaN gives NaN everywhere. Subnormal results are rounded, not flushed.
 //
 //   exp, exp2, log                 1 ulp
+//   log1p                          2 ulp
+//   expm1                          4 ulp
 //   sigmoid, silu, tanh, rsqrt     2 ulp
 //   erf                            4 ulp
 //   gelu                           7 ulp everywhere; 4 ulp or 2^-23 absolute
@@ -30,6 +32,8 @@ using vir::Reg;
 Reg exp(Builder& b, Reg x);
 Reg exp2(Builder& b, Reg x);
 Reg log(Builder& b, Reg x);
+Reg log1p(Builder& b, Reg x);  // log(1 + x)
+Reg expm1(Builder& b, Reg x);  // e^x - 1
 Reg tanh(Builder& b, Reg x);
 Reg erf(Builder& b, Reg x);
 Reg sigmoid(Builder& b, Reg x);

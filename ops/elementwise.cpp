@@ -58,6 +58,12 @@ Reg emit_real(Builder& b, Op op, std::span<const Reg> x, bool tanh_form) {
       return math::rsqrt(b, x[0]);
     case Op::exp:
       return math::exp(b, x[0]);
+    case Op::expm1:
+      return math::expm1(b, x[0]);
+    case Op::log:
+      return math::log(b, x[0]);
+    case Op::log1p:
+      return math::log1p(b, x[0]);
     case Op::sin:
       return math::sin(b, x[0]);
     case Op::cos:

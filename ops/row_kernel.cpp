@@ -44,8 +44,9 @@ std::string kernel_name(const RowKernel& spec) {
 }
 
 bool is_transcendental(Op op) {
-  return op == Op::exp || op == Op::sin || op == Op::cos || op == Op::tanh || op == Op::erf ||
-         op == Op::sigmoid || op == Op::silu || op == Op::gelu;
+  constexpr std::array known{Op::exp,  Op::expm1, Op::log,     Op::log1p, Op::sin, Op::cos,
+                             Op::tanh, Op::erf,   Op::sigmoid, Op::silu,  Op::gelu};
+  return std::ranges::find(known, op) != known.end();
 }
 
 class RowBuilder {

@@ -72,6 +72,12 @@ double elementwise(const RowInstruction& instruction, double a, double b, double
       return 1 / std::sqrt(a);
     case Op::exp:
       return std::exp(a);
+    case Op::expm1:
+      return std::expm1(a);
+    case Op::log:
+      return std::log(a);
+    case Op::log1p:
+      return std::log1p(a);
     case Op::sin:
       return std::sin(a);
     case Op::cos:

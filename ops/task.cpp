@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -288,37 +289,58 @@ void run(const CumsumTask& task, const Frame& frame, int thread, int threads) {
   }
 }
 
-void run(const TopTask& task, const Frame& frame, int thread, int threads) {
+// NaN is above all numbers, as in ATen.
+bool ranks_above(double a, double b) { return a > b || (std::isnan(a) && !std::isnan(b)); }
+bool ranks_above(std::int64_t a, std::int64_t b) { return a > b; }
+
+// read(address) gives what an element is ordered by.
+template <class Read>
+void find_largest(const TopTask& task, const Frame& frame, WorkRange rows, Read&& read) {
   const std::int64_t columns = frame.dim(task.columns);
-  const WorkRange rows = share_rows(frame.dim(task.rows), columns, thread, threads);
-  const std::int64_t bytes = graph::size_in_bytes(task.dtype);
+  const auto bytes = static_cast<std::size_t>(task.x.element_bytes);
+  if (columns < task.count) {
+    frame.problem->store("top_values: it asks for more than there is");
+    return;
+  }
   struct Candidate {
-    double value;
+    decltype(read("")) value;
     std::int64_t index;
   };
   std::array<Candidate, TopTask::most> best;  // descending
   for (std::int64_t row = rows.begin; row < rows.end; ++row) {
-    const char* x = task.x.address(frame) + row * columns * bytes;
+    const char* x = task.x.address(frame) + row * columns * task.x.element_bytes;
+    char* y = task.y.address(frame) + row * task.count * task.y.element_bytes;
     std::int64_t found = 0;
     for (std::int64_t i = 0; i < columns; ++i) {
-      const double value = read_scalar(task.dtype, x + i * bytes);
+      const auto value = read(x + i * task.x.element_bytes);
       std::int64_t place = found;
-      while (place > 0 && value > best[static_cast<std::size_t>(place - 1)].value) --place;
+      while (place > 0 && ranks_above(value, best[static_cast<std::size_t>(place - 1)].value)) {
+        --place;
+      }
       if (place == task.count) continue;
       found = std::min(found + 1, task.count);
       const auto at = best.begin() + place;
       std::copy_backward(at, best.begin() + found - 1, best.begin() + found);
       *at = {value, i};
     }
-    for (std::int64_t i = 0; i < task.count; ++i) {
-      const auto& [value, index] = best[static_cast<std::size_t>(i)];
-      char* y = task.y.address(frame) + (row * task.count + i) * (task.indices ? 8 : bytes);
+    for (std::int64_t i = 0; i < task.count; ++i, y += task.y.element_bytes) {
+      const std::int64_t index = best[static_cast<std::size_t>(i)].index;
       if (task.indices) {
         std::memcpy(y, &index, sizeof index);
       } else {
-        write_scalar(task.dtype, y, value);
+        std::memcpy(y, x + index * task.x.element_bytes, bytes);
       }
     }
+  }
+}
+
+void run(const TopTask& task, const Frame& frame, int thread, int threads) {
+  const WorkRange rows = share_rows(frame.dim(task.rows), frame.dim(task.columns), thread, threads);
+  const graph::DataType dtype = task.dtype;
+  if (graph::is_float(dtype)) {
+    find_largest(task, frame, rows, [dtype](const char* x) { return read_scalar(dtype, x); });
+  } else {  // a double would not hold all of them
+    find_largest(task, frame, rows, [dtype](const char* x) { return read_integer(dtype, x); });
   }
 }
 

@@ -153,6 +153,12 @@ Bounded elementwise(const RowInstruction& instruction, Bounded a, Bounded b, Bou
                                          : Bounded{inverse_root(a.value), kUnknown};
     case Op::exp:
       return monotone(exp, a);
+    case Op::expm1:
+      return monotone([](double x) { return std::expm1(x); }, a);
+    case Op::log:
+      return monotone([](double x) { return std::log(x); }, a);
+    case Op::log1p:
+      return monotone([](double x) { return std::log1p(x); }, a);
     case Op::sin:
       return with_slope([](double x) { return std::sin(x); }, 1, a);
     case Op::cos:

@@ -61,11 +61,13 @@ std::vector<OpCase> float_cases() {
   std::vector<OpCase> cases;
   for (Op op : {Op::add, Op::sub, Op::mul, Op::maximum, Op::minimum}) cases.push_back({{op}, 2});
   cases.push_back({{Op::div}, 2, positive});
-  for (Op op : {Op::neg, Op::abs, Op::exp, Op::sin, Op::cos, Op::tanh, Op::erf, Op::sigmoid,
-                Op::silu, Op::relu, Op::gelu, Op::sum, Op::mean, Op::amax, Op::softmax}) {
+  for (Op op :
+       {Op::neg, Op::abs, Op::exp, Op::expm1, Op::sin, Op::cos, Op::tanh, Op::erf, Op::sigmoid,
+        Op::silu, Op::relu, Op::gelu, Op::sum, Op::mean, Op::amax, Op::softmax}) {
     cases.push_back({{op}, 1});
   }
-  for (Op op : {Op::reciprocal, Op::sqrt, Op::rsqrt}) cases.push_back({{op}, 1, positive});
+  for (Op op : {Op::reciprocal, Op::sqrt, Op::rsqrt, Op::log, Op::log1p})
+    cases.push_back({{op}, 1, positive});
   cases.push_back({{Op::gelu, {}, 0, true}, 1});
   for (double exponent : {2.0, 3.0, 0.5, -0.5, -1.0}) {
     cases.push_back({{Op::pow, {}, exponent}, 1, positive});

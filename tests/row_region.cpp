@@ -234,13 +234,15 @@ class RegionGenerator {
   DataType integer_or_float() { return chance(2) ? DataType::i32 : DataType::f32; }
 
   void add_unary() {
-    static const std::vector<Op> kOps{Op::neg,  Op::abs,  Op::exp,     Op::sin,  Op::cos,
-                                      Op::tanh, Op::erf,  Op::sigmoid, Op::silu, Op::relu,
-                                      Op::gelu, Op::sqrt, Op::rsqrt,   Op::pow,  Op::reciprocal};
+    static const std::vector<Op> kOps{Op::neg,     Op::abs,  Op::exp,       Op::expm1, Op::log,
+                                      Op::log1p,   Op::sin,  Op::cos,       Op::tanh,  Op::erf,
+                                      Op::sigmoid, Op::silu, Op::relu,      Op::gelu,  Op::sqrt,
+                                      Op::rsqrt,   Op::pow,  Op::reciprocal};
     static const std::vector<double> kExponents{2, 3, 0.5, -0.5, -1};
     const Op op = pick(random_, kOps);
     int x = of_type(DataType::f32);
-    if (op == Op::sqrt || op == Op::rsqrt || op == Op::pow) x = add(Op::abs, {x}, DataType::f32);
+    if (op == Op::sqrt || op == Op::rsqrt || op == Op::pow || op == Op::log || op == Op::log1p)
+      x = add(Op::abs, {x}, DataType::f32);
     add(op, {x}, DataType::f32, op == Op::pow ? pick(random_, kExponents) : 0, chance(2));
   }
 

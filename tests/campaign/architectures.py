@@ -74,6 +74,8 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+# What `others` set where a configuration has it.
+OPTIONAL = {**ROUTED, **LATENT, "is_decoder": True}
 
 Inputs = Callable[[Any, int, int], dict[str, Any]]
 
@@ -171,7 +173,7 @@ def others() -> dict[str, Architecture]:
 
     listed = {architecture.model_type for architecture in ARCHITECTURES.values()}
     return {
-        name: Architecture(name, changes={**ROUTED, **LATENT})
+        name: Architecture(name, changes=OPTIONAL)
         for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         if name not in listed
     }
@@ -183,9 +185,9 @@ def configuration(architecture: Architecture) -> Any:
     defaults = type(AutoConfig.for_model(architecture.model_type))
     known = {**defaults().to_dict(), **defaults.attribute_map}
     settings = {k: v for k, v in _SMALL.items() if k in known}
-    own = {
-        k: v for k, v in architecture.changes.items() if k in known or k not in {**ROUTED, **LATENT}
-    }
+    own = {k: v for k, v in architecture.changes.items() if k in known or k not in OPTIONAL}
+    if known.get("qk_rope_head_dim"):  # of latent attention: all heads have keys of their own
+        own.update(num_key_value_heads=4, head_dim=own["qk_rope_head_dim"])
     # A name that is only another spelling must not be given twice.
     for alias, name in defaults.attribute_map.items():
         if alias in settings and name in settings:

@@ -173,7 +173,9 @@ def attention(line: Line, operands: list) -> torch.Tensor:
 UNARY = {
     name: getattr(torch, name)
     for name in re.split(
-        r"\s+", "neg abs reciprocal sqrt rsqrt exp sin cos tanh erf sigmoid relu logical_not"
+        r"\s+",
+        "neg abs reciprocal sqrt rsqrt exp expm1 log log1p sin cos tanh erf sigmoid relu "
+        "logical_not",
     )
 }
 BINARY = {

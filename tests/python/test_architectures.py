@@ -40,6 +40,7 @@ WHOLE = {
     "codegen": "attention spelled out, scaled after the mask",
     "dots1": "experts behind a sigmoid, chosen in groups, and a shared one",
     "gemma4_text": "rotary embedding before heads come first",
+    "biogpt": "makes a mask of ones itself",
     "bloom": "ALiBi, attention spelled out with batch and heads merged",
 }
 
@@ -77,6 +78,44 @@ def test_positions_counted_from_the_mask() -> None:
             expected, got = eager(**given).logits[kept], ours(**given).logits[kept]
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
         assert bool(decoder_of(ours).fallbacks) == (name == "opt")
+
+
+def test_positions_counted_from_the_mask_that_no_caller_can_state() -> None:
+    from transformers import OPTForCausalLM
+
+    class Unstated(OPTForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **more):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **more,
+            )
+
+    eager = build(ARCHITECTURES["opt"])
+    eager.__class__ = Unstated
+    ours = tilewright.llm.optimize(eager)
+    for padding in (False, True):
+        given = prompt(2, 9, padding)
+        kept = given["attention_mask"].bool()
+        with torch.inference_mode():
+            expected, got = eager(**given).logits[kept], ours(**given).logits[kept]
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        assert bool(decoder_of(ours).fallbacks) == padding, decoder_of(ours).fallbacks
+
+
+def test_a_model_that_is_no_single_program_runs_by_parts() -> None:
+    """Differential attention reads half of each value: not what a cache's attention gives."""
+    eager = build(others()["diffllama"])
+    ours = tilewright.llm.optimize(eager)
+    given = prompt(1, 9)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.inference_mode():
+        assert torch.equal(eager.generate(**given, **settings), ours.generate(**given, **settings))
+    explanation = tilewright.explain(ours)
+    assert "not the cache's" in explanation.by_parts
+    assert not explanation.fallbacks and explanation.own_flops_share >= 0.95, str(explanation)
+    assert decoder_of(ours).calls == 0
 
 
 def mask(rule: Any) -> Any:

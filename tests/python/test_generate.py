@@ -324,5 +324,7 @@ def test_scaled_rotary_tables(kind: str, settings: dict[str, Any]) -> None:
         assert generate(ours, input_ids=ids, max_new_tokens=12) == expected, length
         assert torch.allclose(ours(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-5)
         steps.append(decoder.calls - before)
+    calls = [phase["fallback_calls"] for phase in tilewright.explain(ours).phases.values()]
+    assert calls == [0, 0]
     # A dynamic table: five steps within, seven beyond, then one that goes back.
     assert steps == ([13, 5, 13, 13] if kind == "dynamic" else [13] * 4), decoder.fallbacks

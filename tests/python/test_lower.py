@@ -19,6 +19,7 @@ P = torch.rand(2, 6, 8) + 0.5
 W = torch.randn(12, 8)
 B = torch.randn(12)
 I64 = torch.randint(0, 12, (2, 6))
+N = torch.randint(-9, 9, (3, 5))
 MASK = torch.rand(2, 6, 8) > 0.5
 BF = X.bfloat16()
 Q = torch.randn(2, 4, 5, 8)
@@ -129,7 +130,20 @@ CASES = {
         ),
         (X,),
     ),
+    "logarithms": (lambda x, p: (p.log(), p.log1p(), x.expm1()), (X, P)),
+    "softplus, elu": (
+        lambda x: (
+            torch.nn.functional.softplus(x),
+            torch.nn.functional.softplus(x, 2.0, 1.5),
+            torch.nn.functional.elu(x, 0.7),
+            torch.nn.functional.selu(x),
+            torch.nn.functional.leaky_relu(x, 0.2),
+        ),
+        (X,),
+    ),
+    "softplus in 16 bits": (torch.nn.functional.softplus, (BF,)),
     "topk": (lambda x: (*x.topk(3), x.softmax(-1).topk(1).indices), (X,)),
+    "largest integers": (lambda n: (n.max() + 1, n.topk(2).values, (n + 2**60).max()), (N,)),
     "cumsum": (lambda x: ((x > 0).cumsum(-1), (x > 0).long().cumsum(2)), (X,)),
     "repeat_interleave": (
         lambda x: (x.repeat_interleave(2, -1), x.repeat_interleave(3, 1), x.repeat_interleave(2)),
@@ -234,7 +248,8 @@ def test_what_may_change_is_not_a_literal() -> None:
         ones.add_(x[0, 0])
         return x * ones.cumprod(-1)
 
-    for function in (written, lambda x: x * torch.arange(x.shape[-1]).log(), lambda x: x.log()):
+    of_sizes = lambda x: x * torch.arange(x.shape[-1]).lgamma()  # noqa: E731
+    for function in (written, of_sizes, torch.lgamma):
         lowered = check(function, P, dynamic=True)
         assert len(lowered.externals) == 1, lowered.externals
 

@@ -4,7 +4,8 @@ One entry per overload. An entry gets the call's arguments in schema order, with
 Values and symbolic integers as Dims, and returns the Value (or Values) of its result. It raises
 UnsupportedError for argument values outside its domain; lower.py then makes the node `external`,
 with that reason. Ops that only differ in spelling share a function through a list of names.
-What moves data is in aten_data.py, products of matrices in aten_products.py.
+Elementwise ops are in aten_elementwise.py, what moves data in aten_data.py, products of matrices in
+aten_products.py.
 
 To add an op: write a function, decorate it with the overloads it lowers, add a case to
 tests/python/test_lower.py.
@@ -14,6 +15,7 @@ Tested by tests/python/test_lower.py (every entry, against eager).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -267,151 +269,6 @@ def unbind(call: Call, x: Value, axis: int = 0) -> list[Value]:
     return rows
 
 
-# --- elementwise
-
-_UNARY = {
-    "neg": "neg",
-    "abs": "abs",
-    "reciprocal": "reciprocal",
-    "sqrt": "sqrt",
-    "rsqrt": "rsqrt",
-    "exp": "exp",
-    "sin": "sin",
-    "cos": "cos",
-    "tanh": "tanh",
-    "erf": "erf",
-    "sigmoid": "sigmoid",
-    "silu": "silu",
-    "relu": "relu",
-}
-
-
-def _unary(op: str) -> Lowering:
-    def lower(call: Call, x: Value) -> Value:
-        # ATen computes these in the result's type: int64 -> float32.
-        return call.emit(op, call.convert(x, call.type.dtype))
-
-    return lower
-
-
-for _name, _op in _UNARY.items():
-    lowers(f"{_name}.default")(_unary(_op))
-
-
-@lowers("gelu.default")
-def gelu(call: Call, x: Value, approximate: str = "none") -> Value:
-    return call.emit("gelu", x, approximate=approximate)
-
-
-def _binary(op: str) -> Lowering:
-    def lower(call: Call, a: Any, b: Any) -> Value:
-        left, right = call.promote(a, b)
-        return call.emit(op, left, right)
-
-    return lower
-
-
-lowers("mul.Tensor", "mul.Scalar", "multiply.Tensor")(_binary("mul"))
-lowers("maximum.default", "max.other")(_binary("maximum"))
-lowers("minimum.default", "min.other")(_binary("minimum"))
-
-_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-for _name in _COMPARISONS:
-    lowers(f"{_name}.Tensor", f"{_name}.Scalar")(_binary(_name))
-
-
-def _sum(op: str) -> Lowering:
-    def lower(call: Call, a: Any, b: Any, alpha: Any = 1) -> Value:
-        left, right = call.promote(a, b)
-        if alpha != 1:
-            right = call.append(
-                "mul", [right, call.scalar(alpha, call.type.dtype)], Type(right.dtype, right.shape)
-            )
-        return call.emit(op, left, right)
-
-    return lower
-
-
-lowers("add.Tensor", "add.Scalar")(_sum("add"))
-lowers("sub.Tensor", "sub.Scalar", "subtract.Tensor")(_sum("sub"))
-
-
-@lowers("rsub.Scalar", "rsub.Tensor")
-def rsub(call: Call, a: Any, b: Any, alpha: Any = 1) -> Value:
-    if alpha != 1:
-        raise UnsupportedError("rsub with alpha")
-    left, right = call.promote(b, a)
-    return call.emit("sub", left, right)
-
-
-@lowers("div.Tensor", "div.Scalar", "true_divide.Tensor", "divide.Tensor")
-def div(call: Call, a: Any, b: Any) -> Value:
-    left, right = call.promote(a, b, to=call.type.dtype)
-    return call.emit("div", left, right)
-
-
-@lowers("pow.Tensor_Scalar")
-def pow_(call: Call, x: Value, exponent: Any) -> Value:
-    if not isinstance(exponent, int | float) or float(exponent) not in (2.0, 3.0, 0.5, -0.5, -1.0):
-        raise UnsupportedError(f"pow with exponent {exponent}")
-    if not x.dtype.is_floating_point:
-        raise UnsupportedError("pow of integers")
-    return call.emit("pow", x, exponent=float(exponent))
-
-
-@lowers("square.default")
-def square(call: Call, x: Value) -> Value:
-    return pow_(call, x, 2)
-
-
-@lowers("clamp.default", "clip.default")
-def clamp(call: Call, x: Value, low: Any = None, high: Any = None) -> Value:
-    for op, bound in (("maximum", low), ("minimum", high)):
-        if bound is not None:
-            left, right = call.promote(x, bound)
-            x = call.append(op, [left, right], call.type)
-    return x
-
-
-@lowers("clamp_min.default", "clamp_max.default")
-def clamp_one(call: Call, x: Value, bound: Any) -> Value:
-    is_low = call.overload == "aten.clamp_min.default"
-    return clamp(call, x, bound if is_low else None, None if is_low else bound)
-
-
-@lowers(
-    "logical_and.default",
-    "bitwise_and.Tensor",
-    "__and__.Tensor",
-    "logical_or.default",
-    "bitwise_or.Tensor",
-    "__or__.Tensor",
-)
-def logical(call: Call, a: Value, b: Value) -> Value:
-    if a.dtype != torch.bool or b.dtype != torch.bool:
-        raise UnsupportedError("bit operations on integers")
-    return call.emit("logical_and" if "and" in call.overload else "logical_or", a, b)
-
-
-@lowers("logical_not.default", "bitwise_not.default")
-def logical_not(call: Call, x: Value) -> Value:
-    if x.dtype != torch.bool:
-        raise UnsupportedError("logical_not of numbers")
-    return call.emit("logical_not", x)
-
-
-@lowers("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
-def where(call: Call, condition: Value, a: Any, b: Any) -> Value:
-    left, right = call.promote(a, b, to=call.type.dtype)
-    return call.emit("where", condition, left, right)
-
-
-@lowers("masked_fill.Scalar", "masked_fill.Tensor")
-def masked_fill(call: Call, x: Value, mask: Value, number: Any) -> Value:
-    left, right = call.promote(number, x, to=x.dtype)
-    return call.emit("where", mask, left, right)
-
-
 # --- reductions and norms over the last axis
 
 
@@ -442,6 +299,17 @@ lowers("sum.dim_IntList")(_reduction("sum"))
 @lowers("amax.default")
 def amax(call: Call, x: Value, axes: Sequence[int] = (), keep: bool = False) -> Value:
     return _reduce(call, "amax", x, axes, keep)
+
+
+@lowers("max.default")
+def largest_of_all(call: Call, x: Value) -> Value:
+    """Of positions: a rotary table that grows asks for the last one."""
+    if x.dtype.is_floating_point or not x.shape:
+        raise UnsupportedError("the largest of all numbers, unless they are integers")
+    count = math.prod(x.shape, start=Dim.of(1))
+    flat = call.reshape(x, (count,))
+    top = call.append("top_values", [flat], Type(x.dtype, (Dim.of(1),)), count=1)
+    return call.reshape(top, ())
 
 
 @lowers("softmax.int", "_softmax.default")

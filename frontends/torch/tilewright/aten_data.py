@@ -167,8 +167,8 @@ def topk(
 ) -> list[Value]:
     if axis_of(axis, len(x.shape)) != len(x.shape) - 1 or not largest:
         raise UnsupportedError("topk over another axis than the last, or of the smallest")
-    if not isinstance(count, int) or not x.dtype.is_floating_point:
-        raise UnsupportedError("topk of integers, or of a symbolic number")
+    if not isinstance(count, int) or x.dtype == torch.bool:
+        raise UnsupportedError("topk of booleans, or of a symbolic number")
     return [
         call.append(op, [x], type_, count=count)
         for op, type_ in zip(("top_values", "top_indices"), call.types, strict=True)

@@ -50,8 +50,9 @@ def ops() -> Any:
         "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, "
         "float softcap) -> Tensor"
     )
-    # Of causal attention; window 0: a query sees all keys before it.
-    library.define("mask(Tensor like, int window) -> Tensor")
+    # Of causal attention; window 0: a query sees all keys before it. `padding` is what the model
+    # made for a mask that it was not given.
+    library.define("mask(Tensor like, Tensor? padding, int window) -> Tensor")
     library.define(
         "expert_linear(Tensor x, Tensor weights, Tensor indices, Tensor? bias, bool transposed) "
         "-> Tensor"
@@ -72,7 +73,7 @@ def ops() -> Any:
         lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
         "Meta",
     )
-    library.impl("mask", lambda like, window: torch.empty_like(like), "Meta")
+    library.impl("mask", lambda like, padding, window: torch.empty_like(like), "Meta")
     library.impl(
         "expert_linear",
         lambda x, weights, indices, bias, transposed: x.new_empty(
@@ -131,13 +132,11 @@ def mask(
     **__: Any,
 ) -> torch.Tensor:
     """transformers' mask function: a marker with the structure. Padding is the cache's affair."""
-    if attention_mask is not None:
-        raise UnsupportedError("a mask that depends on the input")
     window = 0
     if mask_function is not None:
         window = window_of(mask_function, local_size)
     like = torch.empty(batch_size, 1, q_length, kv_length, dtype=dtype)
-    return ops().mask(like, window)
+    return ops().mask(like, attention_mask, window)
 
 
 def window_of(mask_function: Any, local_size: int | None) -> int:
@@ -238,14 +237,19 @@ def recording_attention(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def other_cache_layer(config: Any) -> str:
+    """The kind of a layer whose cache holds something else than keys and values; "" if none."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return type(layer).__name__
+    return ""
+
+
 def recording_cache(config: Any, past: int, tokens: int) -> Any:
     """A Cache that records appends; it claims `past` earlier tokens. Call under the fake mode."""
-    from transformers.cache_utils import (
-        CacheLayerMixin,
-        DynamicCache,
-        DynamicLayer,
-        DynamicSlidingWindowLayer,
-    )
+    from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
     class RecordingLayer(CacheLayerMixin):
         def __init__(self, index: int) -> None:
@@ -269,10 +273,9 @@ def recording_cache(config: Any, past: int, tokens: int) -> Any:
         def get_max_length(self) -> int:
             return -1
 
+    if other := other_cache_layer(config):
+        raise UnsupportedError(f"a cache with {other}")
     cache = DynamicCache(config=config)
-    for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise UnsupportedError(f"a cache with {type(layer).__name__}")
     cache.layers = [RecordingLayer(i) for i in range(len(cache.layers))]
     return cache
 

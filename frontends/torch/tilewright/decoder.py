@@ -3,7 +3,8 @@
 Installed as `model.forward`, a plain function with the original's signature. A call that a program
 can run goes to the program: tokens in, logits out, keys and values in the core's blocks inside the
 caller's own Cache. Any other call goes to the original forward, counted with the reason, on the
-same Cache; the answer is right either way.
+same Cache; the answer is right either way. A model of which no program can be made goes through
+torch.compile with our backend instead, so that the parts that are understood are ours.
 
 Two programs at most: logits of all tokens, and of the last one. They are captured when first
 needed, and again when the model's modules or weights change.
@@ -14,14 +15,16 @@ Thread-safe: calls take turns. Tested by tests/python/test_optimize.py, test_gen
 from __future__ import annotations
 
 import collections
+import inspect
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tilewright import _core, core, rotary
+from tilewright import _core, capture_ops, core, rotary
 from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
@@ -45,8 +48,15 @@ _KNOWN = frozenset(
 )
 
 
+_PARTS_LIMIT = 32  # compilations of a model that is no single program
+
+
 class NotRunnableError(Exception):
     """This call is not for a program; the message says why."""
+
+
+class NotCapturedError(NotRunnableError):
+    """No program can be made of this model."""
 
 
 @dataclass
@@ -71,6 +81,7 @@ class Decoder(InstalledForward):
         self.frees = False  # packed parameters may be: the model is the caller's to change
         self._state: ModuleState | None = None  # of the model that the programs are of
         self.unsupported = ""  # why no program can be made of this model
+        self.by_parts: Callable[..., Any] | None = None  # then, its compiled forward
         self._growing: list[Any] | None = None  # rotary tables; see rotary.py
         self.calls = self.tokens = 0  # of the program
         decoders.add(self)
@@ -88,8 +99,31 @@ class Decoder(InstalledForward):
                 arguments = _flat(bound.arguments) if bound is not None else kwargs
                 self._check_state()
                 return self._run(arguments)
+            except NotCapturedError as reason:
+                return self._run_parts(str(reason), args, kwargs)
             except NotRunnableError as reason:
                 return self._fall_back(str(reason), args, kwargs)
+
+    def _run_parts(self, reason: str, args: Any, kwargs: Any) -> Any:
+        if capture_ops.other_cache_layer(self.model.config):
+            # States over time are loops over tokens, which Dynamo would unroll for every length.
+            return self._fall_back(reason, args, kwargs)
+        from tilewright import backend
+
+        if self.by_parts is None:
+            name = type(self.model).__name__
+            core.say_once(f"{name} is no single program, torch.compile takes its parts: {reason}")
+            # A generation has more kinds of calls than Dynamo's 8: one token or many, of one
+            # sequence or many, a cache or none ... Not dynamic=True, which makes symbols of floats.
+            limit: dict[str, Any] = {}
+            if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13
+                limit = {"recompile_limit": _PARTS_LIMIT}
+            self.by_parts = torch.compile(self.original, backend=backend.backend, **limit)
+        before = backend.calls()
+        result = self.by_parts(*args, **kwargs)
+        if backend.calls() == before:
+            self.fallbacks[f"torch.compile made no graph of this call; {reason}"] += 1
+        return result
 
     def _fall_back(self, reason: str, args: Any, kwargs: Any) -> Any:
         if core.settings()["strict"]:
@@ -99,8 +133,6 @@ class Decoder(InstalledForward):
         return self.original(*args, **kwargs)
 
     def _check_state(self) -> None:
-        if self.unsupported:
-            raise NotRunnableError(self.unsupported)
         if core.settings()["disable_all"]:
             raise NotRunnableError("TILEWRIGHT_DISABLE=1")
         if self.model.training:
@@ -111,16 +143,20 @@ class Decoder(InstalledForward):
             raise NotRunnableError(
                 "gradients are enabled; call the model under torch.no_grad() or inference_mode()"
             )
+        if self.unsupported:
+            raise NotCapturedError(self.unsupported)
 
     def _run(self, arguments: dict[str, Any]) -> Any:
-        step = self._prepare(arguments)
+        input_ids, logits_to_keep = self._checked(arguments)
+        # Before the caller's cache gets our layers, which are of no use without a program.
+        captured, executable = self._program(input_ids.shape[1], logits_to_keep)
+        step = self._prepare(arguments, input_ids, logits_to_keep)
         if self._growing is None:
             self._growing = rotary.growing_tables(self.model)
         if self._growing:
             length = int(step.position_ids.max()) + 1
             if any(rotary.would_change(module, length) for module in self._growing):
                 raise NotRunnableError("its rotary table changes with the length")
-        captured, executable = self._program(step)
         logits = self._execute(step, captured, executable)
         use_cache = arguments.get("use_cache")
         if use_cache is None:
@@ -154,7 +190,8 @@ class Decoder(InstalledForward):
 
     # --- arguments
 
-    def _prepare(self, arguments: dict[str, Any]) -> Step:
+    def _checked(self, arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        """The call's input_ids and logits_to_keep, if the other arguments are for a program."""
         for name, value in arguments.items():
             if name not in _KNOWN and value is not None and value is not False:
                 raise NotRunnableError(f"the argument {name} is given")
@@ -173,11 +210,17 @@ class Decoder(InstalledForward):
             or input_ids.numel() == 0
         ):
             raise NotRunnableError("input_ids is not a CPU tensor [batch, tokens]")
-        batch, tokens = input_ids.shape
         # Before the caller's cache gets our layers: a mask that was made for its own would not fit.
         mask = arguments.get("attention_mask")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
             raise NotRunnableError("attention_mask is not [batch, keys]")
+        return input_ids, keep
+
+    def _prepare(
+        self, arguments: dict[str, Any], input_ids: torch.Tensor, logits_to_keep: int
+    ) -> Step:
+        batch, tokens = input_ids.shape
+        mask = arguments.get("attention_mask")
         cache = self._cache(arguments.get("past_key_values"), batch)
         past = int(cache.layers[0].get_seq_length())
         first_keys = _first_keys(mask, batch, past + tokens)
@@ -192,26 +235,32 @@ class Decoder(InstalledForward):
             _positions(positions, batch, tokens, past),
             cache,
             first_keys,
-            keep,
+            logits_to_keep,
         )
 
     def _counts_padding(self) -> bool:
         """Whether the model's own positions, where it is given none, ignore the mask.
 
-        Most count all tokens, padding too; some (learned positions) count from the mask. Both give
-        the same result for four tokens of which one is padding, if it does not matter.
+        Most count all tokens, padding too; some (learned positions) count from the mask. It is
+        tried with four tokens of which two are padding: against the model with stated positions, or
+        where a caller cannot state any, against the program.
         """
-        if "position_ids" not in self.__signature__.parameters:
-            return True  # it has no positions, or none that a caller could give
         if self._padding_counts is None:
             given = {
                 "input_ids": torch.arange(1, 5)[None],
-                "attention_mask": torch.tensor([[0, 1, 1, 1]]),
+                "attention_mask": torch.tensor([[0, 0, 1, 1]]),
             }
             with torch.no_grad():
                 implicit = self.original(**given).logits[:, -1]
-                stated = self.original(**given, position_ids=torch.arange(4)[None]).logits[:, -1]
-            self._padding_counts = bool(torch.allclose(implicit, stated, 1e-2, 1e-3))
+                if "position_ids" in self.__signature__.parameters:
+                    positions = torch.arange(4)[None]
+                    stated = self.original(**given, position_ids=positions).logits[:, -1]
+                else:
+                    self._padding_counts = True  # for this call
+                    stated = self._run(given).logits[:, -1]
+            tolerance = 1e-3 if implicit.dtype == torch.float32 else 3e-2
+            difference = (implicit.float() - stated.float()).norm()
+            self._padding_counts = bool(difference <= tolerance * implicit.float().norm())
         return self._padding_counts
 
     def _cache(self, given: Any, batch: int) -> Any:
@@ -231,9 +280,9 @@ class Decoder(InstalledForward):
 
     # --- programs
 
-    def _program(self, step: Step) -> tuple[CapturedModel, Executable]:
-        key = 1 if step.logits_to_keep == 1 else 0
-        self._drop_stale(step.input_ids.shape[1] > 1)
+    def _program(self, tokens: int, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
+        key = 1 if logits_to_keep == 1 else 0
+        self._drop_stale(tokens > 1)
         if self._state is None:
             self._state = ModuleState(self.model)
         if hooked := self._state.hooked():
@@ -255,7 +304,7 @@ class Decoder(InstalledForward):
             executable = Executable(captured.lowered, tensors, self._store, self.frees)
         except (UnsupportedError, core.CoreError) as error:
             self.unsupported = str(error).splitlines()[0]
-            raise NotRunnableError(self.unsupported) from None
+            raise NotCapturedError(self.unsupported) from None
         finally:
             self._store.settle()
         self._state = ModuleState(self.model)  # capture may have replaced parameters
@@ -284,6 +333,7 @@ class Decoder(InstalledForward):
         self._programs.clear()
         self._state = None
         self.unsupported = ""
+        self.by_parts = None
         self._growing = None
 
     def programs(self) -> list[Executable]:

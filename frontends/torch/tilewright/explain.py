@@ -37,6 +37,7 @@ class Explanation:
     regions: list[dict[str, Any]] = field(default_factory=list)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> calls of PyTorch's forward
+    by_parts: str = ""  # why the model is no single program, but graphs of torch.compile
     kernels_emitted: int = 0
     kernels_loaded: int = 0
     emit_seconds: float = 0.0
@@ -58,6 +59,7 @@ class Explanation:
             "emit_seconds": self.emit_seconds,
             "phases": self.phases,
             "fallbacks": self.fallbacks,
+            "by_parts": self.by_parts,
             "notes": self.notes(),
             "regions": self.regions,
             "target": self.target,
@@ -67,6 +69,8 @@ class Explanation:
     def notes(self) -> list[str]:
         """What a user should know besides the numbers."""
         notes = [f"in PyTorch ({count} calls): {why}" for why, count in self.fallbacks.items()]
+        if self.by_parts:
+            notes.append(f"by parts, through torch.compile: {self.by_parts}")
         if self.cache.get("problem"):
             notes.append(f"kernel cache: {self.cache['problem']}")
         return notes
@@ -139,8 +143,8 @@ def executables_of(model: nn.Module, explanation: Explanation) -> list[Executabl
     if decoder is not None:
         found += decoder.programs()
         explanation.fallbacks.update(decoder.fallbacks)
-        if decoder.unsupported:
-            explanation.fallbacks.setdefault(decoder.unsupported, 0)
+        if decoder.by_parts is not None:
+            explanation.by_parts = decoder.unsupported
     backends = sys.modules.get("tilewright.backend")
     if backends is not None:
         parameters = {id(parameter) for parameter in model.parameters()}

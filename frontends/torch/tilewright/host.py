@@ -261,8 +261,8 @@ def _plain(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 _TORCH_FUNCTIONS = """
-    add sub mul div maximum minimum neg abs reciprocal sqrt rsqrt exp sin cos tanh erf sigmoid relu
-    where eq ne lt le gt ge logical_and logical_or logical_not matmul
+    add sub mul div maximum minimum neg abs reciprocal sqrt rsqrt exp expm1 log log1p
+    sin cos tanh erf sigmoid relu where eq ne lt le gt ge logical_and logical_or logical_not matmul
 """
 GRAPH_OPS: dict[str, Callable[..., torch.Tensor]] = {
     **{name: _plain(getattr(torch, name)) for name in re.findall(r"\w+", _TORCH_FUNCTIONS)},

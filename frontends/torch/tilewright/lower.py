@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from tilewright import (
     aten,
     aten_data,  # noqa: F401 - fills the table, too
+    aten_elementwise,  # noqa: F401
     aten_products,  # noqa: F401
     dims,
     host,

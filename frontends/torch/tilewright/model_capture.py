@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -228,7 +228,12 @@ class ModelLowerer(Lowerer):
         self._caches_of.update((id(value), after) for value in kept)
         return kept
 
-    def _mask(self, node: Node, like: Value, window: int) -> Value:
+    def _mask(self, node: Node, like: Value, padding: Value | None, window: int) -> Value:
+        # Padding is the cache's affair. Some models make a mask of ones where they are given none.
+        if padding is not None:
+            made = self._literals.value(cast(Node, node.args[1]))
+            if made is None or not bool(made.all()):
+                raise UnsupportedError("a mask that depends on the input")
         mask = self.builder.append(
             "causal_mask",
             [],
