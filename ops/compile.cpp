@@ -131,7 +131,10 @@ void Lowering::count_readers() {
   };
   for (const graph::Node& node : graph_.nodes) {
     if (is_reshaped_constant(node)) continue;  // its readers count
-    for (ValueId value : node.operands) read(value);
+    const bool looks_up = node.op == Op::embedding && is_tied(node);
+    for (ValueId value : node.operands) {
+      if (!looks_up || value != node.operands[0]) read(value);
+    }
   }
   for (ValueId value : graph_.outputs) read(value);
 }

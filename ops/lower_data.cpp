@@ -35,7 +35,52 @@ void Lowering::copy(const Layout& from, DataType from_type, const Layout& to, Da
   add_task(std::move(task), {from.buffer}, {to.buffer}, Dim(0), specification);
 }
 
+bool Lowering::is_tied(const graph::Node& embedding) const {
+  const std::vector<std::string> table = constant_sources(embedding.operands[0]);
+  if (table.size() != 1 || !type(embedding.operands[0]).shape[1].is_constant()) return false;
+  const auto first = static_cast<std::size_t>(graph_.value(embedding.results[0]).producer);
+  const auto later = std::span(graph_.nodes).subspan(first + 1);
+  return std::ranges::any_of(later, [&](const graph::Node& node) {
+    if (node.op != Op::linear || node.attribute_or("transposed", false)) return false;
+    const std::vector<std::string> weight = constant_sources(node.operands[1]);
+    return weight.size() == 1 && disabled_reason(node).empty() &&
+           constants_.at(weight[0]).data == constants_.at(table[0]).data;
+  });
+}
+
+// A tied head is in memory once: rows are looked up in its packed columns. That reads a line per
+// value (of 16 bits: per two), some 10 us a token, where a table of its own would be as large as
+// the head again.
+Status Lowering::lower_packed_embedding(const graph::Node& node) {
+  const ValueId table = node.operands[0], indices = node.operands[1], result = node.results[0];
+  const std::string name = constant_sources(table).front();
+  const DataType dtype = type(table).dtype;
+  PackedEmbeddingTask task;
+  task.columns = type(table).shape[1].constant();
+  task.table_rows = type(table).shape[0].constant();
+  const WeightBlock block{constants_.at(name).data, task.table_rows,
+                          task.columns * graph::size_in_bytes(dtype)};
+  Result<std::shared_ptr<const PackedWeight>> packed =
+      weights_->pack({block}, task.columns, dtype, false, options_.exact_weights);
+  if (!packed) return packed.error();
+  packed_.insert(name);
+  task.weight = *packed;
+  task.dtype = dtype;
+  const Layout positions = contiguous(layout(indices), DataType::i64);
+  const Layout y = destination(result);
+  if (!is_row_major(y)) return Error{"its result is not contiguous"};
+  set_layout(result, y);
+  task.rows = dim(graph::element_count(type(indices).shape));
+  task.indices = operand(positions, DataType::i64);
+  task.y = operand(y, dtype);
+  add_task(std::move(task), {positions.buffer}, {y.buffer}, Dim(0), "embedding in a packed weight");
+  return {};
+}
+
 Status Lowering::lower_embedding(const graph::Node& node) {
+  if (type(node.operands[1]).dtype == DataType::i64 && is_tied(node)) {
+    return lower_packed_embedding(node);
+  }
   const ValueId table = node.operands[0], indices = node.operands[1], result = node.results[0];
   const Shape& shape = type(table).shape;
   if (!shape[1].is_constant()) return Error{"its rows have a symbolic length"};

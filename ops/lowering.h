@@ -60,6 +60,10 @@ class Lowering {
   Status lower_attention(const graph::Node& node);
   // --- lower_data.cpp
   Status lower_embedding(const graph::Node& node);
+  Status lower_packed_embedding(const graph::Node& node);
+  // Whether the table is also the weight of a later linear layer, whose packed values can be looked
+  // up. Of an earlier one the memory may be gone by now.
+  bool is_tied(const graph::Node& embedding) const;
   Status lower_cat(const graph::Node& node);
   Status lower_contiguous(const graph::Node& node);
   Status lower_arange(const graph::Node& node);

@@ -221,6 +221,20 @@ void run(const EmbeddingTask& task, const Frame& frame, int thread, int threads)
   task.kernel->function(arguments);
 }
 
+void run(const PackedEmbeddingTask& task, const Frame& frame, int thread, int threads) {
+  const WorkRange rows = share_rows(frame.dim(task.rows), task.columns, thread, threads);
+  const auto* indices = reinterpret_cast<const std::int64_t*>(task.indices.address(frame));
+  const std::int64_t row_bytes = task.columns * task.y.element_bytes;
+  for (std::int64_t i = rows.begin; i < rows.end; ++i) {
+    if (indices[i] < 0 || indices[i] >= task.table_rows) {
+      frame.problem->store("embedding: an index is out of range");
+      return;
+    }
+    unpack_row(task.weight->data.get(), indices[i], task.columns, task.weight->dtype, task.dtype,
+               task.y.address(frame) + i * row_bytes);
+  }
+}
+
 void run(const ArangeTask& task, const Frame& frame, int thread, int) {
   if (thread != 0) return;
   auto* y = reinterpret_cast<std::int64_t*>(task.y.address(frame));

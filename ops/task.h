@@ -165,6 +165,15 @@ struct EmbeddingTask {
   Operand table, indices, y;
 };
 
+// An embedding whose table is packed as the weight of a linear layer, by the runtime itself.
+struct PackedEmbeddingTask {
+  std::shared_ptr<const PackedWeight> weight;
+  DimIndex rows;
+  std::int64_t table_rows, columns;
+  graph::DataType dtype;  // of the table and of y
+  Operand indices, y;
+};
+
 // arange: i64, written by the runtime itself.
 struct ArangeTask {
   DimIndex start, count;
@@ -216,9 +225,9 @@ struct HostTask {
   std::vector<HostTensor> inputs, outputs;
 };
 
-using Task =
-    std::variant<LinearTask, MatmulTask, RowTask, CopyTask, RopeTask, AppendTask, AttentionTask,
-                 EmbeddingTask, ArangeTask, IntegerTask, GatherTask, CumsumTask, TopTask, HostTask>;
+using Task = std::variant<LinearTask, MatmulTask, RowTask, CopyTask, RopeTask, AppendTask,
+                          AttentionTask, EmbeddingTask, PackedEmbeddingTask, ArangeTask,
+                          IntegerTask, GatherTask, CumsumTask, TopTask, HostTask>;
 
 // One thread's share. HostTask is not run here.
 void run_task(const Task& task, const Frame& frame, int thread, int threads);

@@ -2,6 +2,7 @@
 // decode, any number of threads, fallbacks, counters, and inputs that do not fit.
 #include "ops/program.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -11,6 +12,7 @@
 #include "graph/interpret.h"
 #include "graph/pipeline.h"
 #include "ops/compile.h"
+#include "ops/scalar_type.h"
 #include "tests/llama_graph.h"
 
 namespace tilewright::ops {
@@ -383,6 +385,53 @@ TEST(Program, InputsThatDoNotFitAreErrors) {
   ASSERT_FALSE(refused.ok());
   EXPECT_NE(refused.error().message.find("cache %kv0"), std::string::npos)
       << refused.error().message;
+}
+
+// k = 33: the last pair of a 16-bit weight is half. fp32 values that fit bf16 are packed in it.
+TEST(Program, ATiedHeadIsAlsoTheTable) {
+  using graph::DataType;
+  for (const auto& [dtype, rounded] : {std::pair{DataType::f32, false},
+                                       {DataType::f32, true},
+                                       {DataType::bf16, false},
+                                       {DataType::f16, false}}) {
+    SCOPED_TRACE(fmt::format("{} {}", graph::name(dtype), rounded));
+    const std::string name(graph::name(dtype));
+    const std::string text = fmt::format(R"(graph f(%i: i64[s]) -> ({0}[s, 70], {0}[s, 33]) {{
+  %w = constant {{source = "w"}} : {0}[70, 33]
+  %rows = embedding(%w, %i)
+  %y = linear(%rows, %w)
+  return %y, %rows
+}}
+)",
+                                         name);
+    Model model({text, {{"w", {70, 33}}}}, dtype);
+    Tensor& table = model.constants.at("w");
+    for (std::int64_t i = 0; rounded && i < table.count(); ++i) {
+      table.set(i, rounded_to(DataType::bf16, table.get(i)));
+    }
+    std::vector<std::string> packed;
+    const PackedCallback record = [&](const std::string& source) { packed.push_back(source); };
+    auto program = ops::compile(model.optimized, model.views, Target::host(), {}, model.kernels,
+                                model.weights, record);
+    ASSERT_TRUE(program.ok()) << program.error().message;
+    EXPECT_EQ(packed, std::vector<std::string>{"w"});
+    EXPECT_EQ(fallbacks(*program), "");
+    std::vector<Tensor> inputs{integers({7}, [](std::int64_t i) { return (31 * i + 69) % 70; })};
+    std::vector<graph::Argument> arguments{inputs[0]};
+    const auto expected = graph::interpret(model.source, arguments, model.constants);
+    ASSERT_TRUE(expected.ok()) << expected.error().message;
+    std::fill(table.bytes.begin(), table.bytes.end(), std::byte{});  // nobody reads it any more
+    for (int threads : {1, 2}) {
+      const std::vector<Tensor> outputs = run(*program, inputs, {}, threads);
+      EXPECT_EQ(outputs[1].bytes, expected->at(1).bytes);
+      EXPECT_LE(largest_difference(outputs[0], expected->at(0)), tolerance(dtype));
+    }
+    std::vector<Tensor> bad{integers({1}, [](std::int64_t) { return 70; })};
+    std::vector<TensorView> views{view(bad[0])};
+    Tensor y = *Tensor::make(dtype, {1, 70}), rows = *Tensor::make(dtype, {1, 33});
+    std::vector<TensorView> outputs{view(y), view(rows)};
+    EXPECT_FALSE(program->run({views, {}, outputs, nullptr, Phase::decode, 1}).ok());
+  }
 }
 
 TEST(Program, AnIndexOutsideTheTableIsAnErrorAndTheCacheIsUnchanged) {

@@ -185,32 +185,40 @@ void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::Dat
   }
 }
 
+void unpack_row(const void* packed, std::int64_t row, std::int64_t k, graph::DataType dtype,
+                graph::DataType source, void* to) {
+  const std::int64_t panel = row / kPanelColumns, column = row % kPanelColumns;
+  const std::uint32_t* from = static_cast<const std::uint32_t*>(packed) +
+                              panel * panel_units(k, dtype) * kPanelColumns + column;
+  auto* words = static_cast<std::uint32_t*>(to);
+  auto* halves = static_cast<std::uint16_t*>(to);
+  for (std::int64_t i = 0; i < k; ++i) {
+    if (dtype == graph::DataType::f32) {
+      words[i] = from[i * kPanelColumns];
+      continue;
+    }
+    const std::uint32_t pair = from[i / 2 * kPanelColumns];
+    const auto bits = static_cast<std::uint16_t>(i % 2 == 0 ? pair : pair >> 16);
+    if (source == dtype) {
+      halves[i] = bits;
+    } else {
+      words[i] = widen(dtype, bits);
+    }
+  }
+}
+
 void unpack_block(const void* packed, std::span<const WeightBlock> blocks, std::size_t index,
                   std::int64_t k, graph::DataType dtype, graph::DataType source, bool gated,
                   void* to) {
   std::int64_t before = 0;
   for (std::size_t i = 0; i < index; ++i) before += blocks[i].rows;
-  const std::int64_t units = panel_units(k, dtype);
-  const auto* base = static_cast<const std::uint32_t*>(packed);
   for (std::int64_t row = 0; row < blocks[index].rows; ++row) {
     constexpr std::int64_t half = kPanelColumns / 2;
-    const std::int64_t panel = gated ? row / half : (before + row) / kPanelColumns;
-    const std::int64_t column = gated ? row % half + half * static_cast<std::int64_t>(index)
-                                      : (before + row) % kPanelColumns;
-    const std::uint32_t* from = base + panel * units * kPanelColumns + column;
-    for (std::int64_t i = 0; i < k; ++i) {
-      if (dtype == graph::DataType::f32) {
-        static_cast<std::uint32_t*>(to)[row * k + i] = from[i * kPanelColumns];
-        continue;
-      }
-      const std::uint32_t pair = from[i / 2 * kPanelColumns];
-      const auto bits = static_cast<std::uint16_t>(i % 2 == 0 ? pair : pair >> 16);
-      if (source == dtype) {
-        static_cast<std::uint16_t*>(to)[row * k + i] = bits;
-      } else {
-        static_cast<std::uint32_t*>(to)[row * k + i] = widen(dtype, bits);
-      }
-    }
+    const std::int64_t place =
+        gated ? row / half * kPanelColumns + row % half + half * static_cast<std::int64_t>(index)
+              : before + row;
+    auto* row_to = static_cast<std::byte*>(to) + row * k * graph::size_in_bytes(source);
+    unpack_row(packed, place, k, dtype, source, row_to);
   }
 }
 

@@ -37,6 +37,11 @@ void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::Dat
                  graph::DataType dtype, bool gated, std::int64_t panel_begin,
                  std::int64_t panel_end, void* packed);
 
+// The k values of the packed row `row` (of all blocks; gated: as they are interleaved), as
+// `source`.
+void unpack_row(const void* packed, std::int64_t row, std::int64_t k, graph::DataType dtype,
+                graph::DataType source, void* to);
+
 // The inverse: writes the values of blocks[index], as `source` and row-major without padding
 // between rows. The addresses in `blocks` are not looked at.
 void unpack_block(const void* packed, std::span<const WeightBlock> blocks, std::size_t index,

@@ -85,7 +85,7 @@ class Decoder(InstalledForward):
         self._growing: list[Any] | None = None  # rotary tables; see rotary.py
         self.calls = self.tokens = 0  # of the program
         decoders.add(self)
-        self._padding_counts: bool | None = None  # see _counts_padding
+        self._counted: str | None = None  # see _own_positions
         self.fallbacks: collections.Counter[str] = collections.Counter()
 
     # --- calls
@@ -225,8 +225,12 @@ class Decoder(InstalledForward):
         past = int(cache.layers[0].get_seq_length())
         first_keys = _first_keys(mask, batch, past + tokens)
         positions = arguments.get("position_ids")
-        if positions is None and any(first_keys) and not self._counts_padding():
-            raise NotRunnableError("position_ids are not given for padded sequences")
+        if positions is None and any(first_keys):
+            assert mask is not None
+            counted = self._own_positions()
+            if not counted:
+                raise NotRunnableError("position_ids are not given for padded sequences")
+            positions = _counted_positions(counted, mask, tokens)
         if past == 0 and mask is None and not _is_run(positions):
             # Without a cache, transformers takes positions that start anew for packed sequences.
             raise NotRunnableError("position_ids are not consecutive")
@@ -238,30 +242,31 @@ class Decoder(InstalledForward):
             logits_to_keep,
         )
 
-    def _counts_padding(self) -> bool:
-        """Whether the model's own positions, where it is given none, ignore the mask.
+    def _own_positions(self) -> str:
+        """What the model counts where it is given padding and no positions: "tokens" (most do),
+        "kept" ones, as its mask says (some with learned positions), or "" if it is neither.
 
-        Most count all tokens, padding too; some (learned positions) count from the mask. It is
-        tried with four tokens of which two are padding: against the model with stated positions, or
-        where a caller cannot state any, against the program.
+        It is tried with four tokens of which two are padding: against the model with stated
+        positions, or where a caller cannot state any, against the program.
         """
-        if self._padding_counts is None:
+        if self._counted is None:
             given = {
                 "input_ids": torch.arange(1, 5)[None],
                 "attention_mask": torch.tensor([[0, 0, 1, 1]]),
             }
             with torch.no_grad():
-                implicit = self.original(**given).logits[:, -1]
-                if "position_ids" in self.__signature__.parameters:
-                    positions = torch.arange(4)[None]
-                    stated = self.original(**given, position_ids=positions).logits[:, -1]
-                else:
-                    self._padding_counts = True  # for this call
-                    stated = self._run(given).logits[:, -1]
-            tolerance = 1e-3 if implicit.dtype == torch.float32 else 3e-2
-            difference = (implicit.float() - stated.float()).norm()
-            self._padding_counts = bool(difference <= tolerance * implicit.float().norm())
-        return self._padding_counts
+                implicit = self.original(**given).logits[:, -1].float()
+                for self._counted in ("tokens", "kept"):
+                    positions = _counted_positions(self._counted, given["attention_mask"], 4)
+                    if "position_ids" in self.__signature__.parameters:
+                        stated = self.original(**given, position_ids=positions).logits[:, -1]
+                    else:
+                        stated = self._run(given).logits[:, -1]
+                    tolerance = 1e-3 if stated.dtype == torch.float32 else 3e-2
+                    if (implicit - stated.float()).norm() <= tolerance * implicit.norm():
+                        return self._counted
+            self._counted = ""
+        return self._counted
 
     def _cache(self, given: Any, batch: int) -> Any:
         """The caller's cache with our layers in it, or a new one."""
@@ -376,6 +381,12 @@ def _positions(given: Any, batch: int, tokens: int, past: int) -> torch.Tensor:
     if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[1] != tokens:
         raise NotRunnableError("position_ids is not [batch, tokens]")
     return given.to(torch.int64).expand(batch, tokens).contiguous()
+
+
+def _counted_positions(counted: str, mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Of the last `tokens` keys of the mask [b, keys]: all are counted, or those that it keeps."""
+    ones = torch.ones_like(mask) if counted == "tokens" else mask
+    return (ones.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
 
 
 def _is_run(positions: Any) -> bool:
