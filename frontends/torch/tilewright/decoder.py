@@ -308,6 +308,7 @@ class Decoder(InstalledForward):
             tensors.update({name: packed.get(id(t), t) for name, t in tensors.items()})
             executable = Executable(captured.lowered, tensors, self._store, self.frees)
         except (UnsupportedError, core.CoreError) as error:
+            self.refresh()  # what was packed until then serves nobody
             self.unsupported = str(error).splitlines()[0]
             raise NotCapturedError(self.unsupported) from None
         finally:
