@@ -211,6 +211,28 @@ def test_optimized_weights_are_packed_and_generate() -> None:
     assert decoder is not None and not decoder.fallbacks
 
 
+@torch.no_grad()
+def test_a_program_that_fails_leaves_ordinary_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    from tilewright import core, decoder
+
+    make = decoder.Executable
+    counters.clear()
+
+    def fail(*arguments: Any) -> None:
+        make(*arguments)
+        raise core.CoreError("planted")
+
+    monkeypatch.setattr(decoder, "Executable", fail)
+    model, reference, _ = optimized()
+    assert packed_count(model) == 0
+    explanation = tilewright.explain(model)
+    assert explanation.by_parts == "planted" and explanation.own_flops_share == 1.0
+    assert not counters["graph_break"]  # Dynamo cannot look at packed parameters
+    assert torch.equal(model.lm_head.weight, reference.lm_head.weight)
+
+
 @pytest.mark.parametrize("how", ["load_state_dict", "data", "replace", "merge", "half"])
 @torch.no_grad()
 def test_changed_weights_are_honoured(how: str) -> None:
