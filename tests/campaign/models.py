@@ -349,6 +349,12 @@ def recorded(file: Path) -> dict[str, Any]:
     return found
 
 
+def calls_in_pytorch(row: dict[str, Any]) -> int:
+    """Of single ops within our programs, of whole graphs, and of whole forwards."""
+    within = sum(phase["fallback_calls"] for phase in row["phases"].values())
+    return int(within + sum(row.get("calls_in_pytorch", {}).values()))
+
+
 def summary(file: Path) -> str:
     """A Markdown table of the recorded rows, one per architecture that could be built."""
     lines = [
@@ -360,12 +366,7 @@ def summary(file: Path) -> str:
         if any("skipped" in row for row in rows):
             continue
         verdict = "" if all(row.get("right", True) for row in rows) else "**WRONG** "
-        calls = [
-            str(sum(phase["fallback_calls"] for phase in row["phases"].values()))
-            if row.get("phases")
-            else "-"
-            for row in rows
-        ]
+        calls = [str(calls_in_pytorch(row)) if row.get("phases") else "-" for row in rows]
         ratio = rows[0].get("error_ratio", rows[1].get("error_ratio"))
         lines.append(
             f"| {name} | {phase_shares(rows[0])} | {phase_shares(rows[1])} | {', '.join(calls)} "

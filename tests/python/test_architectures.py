@@ -41,6 +41,7 @@ WHOLE = {
     "dots1": "experts behind a sigmoid, chosen in groups, and a shared one",
     "gemma4_text": "rotary embedding before heads come first",
     "biogpt": "makes a mask of ones itself",
+    "bart": "a decoder without its encoder, whose mask is made and not used",
     "bloom": "ALiBi, attention spelled out with batch and heads merged",
 }
 

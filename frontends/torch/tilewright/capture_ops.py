@@ -21,6 +21,7 @@ from torch import nn
 
 from tilewright.graph_text import UnsupportedError
 
+OTHER_MASK = -1
 ATTENTION = "tilewright"  # the name in transformers' registries of attention and experts
 # Arguments of attention functions that change nothing here. The mask says what the window is.
 _HARMLESS = frozenset(
@@ -50,8 +51,8 @@ def ops() -> Any:
         "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, "
         "float softcap) -> Tensor"
     )
-    # Of causal attention; window 0: a query sees all keys before it. `padding` is what the model
-    # made for a mask that it was not given.
+    # Of causal attention; window 0: a query sees all keys before it; OTHER_MASK: another mask.
+    # `padding` is what the model made for a mask that it was not given.
     library.define("mask(Tensor like, Tensor? padding, int window) -> Tensor")
     library.define(
         "expert_linear(Tensor x, Tensor weights, Tensor indices, Tensor? bias, bool transposed) "
@@ -134,7 +135,10 @@ def mask(
     """transformers' mask function: a marker with the structure. Padding is the cache's affair."""
     window = 0
     if mask_function is not None:
-        window = window_of(mask_function, local_size)
+        try:
+            window = window_of(mask_function, local_size)
+        except UnsupportedError:
+            window = OTHER_MASK  # of no consequence if nothing uses it: decoders without an encoder
     like = torch.empty(batch_size, 1, q_length, kv_length, dtype=dtype)
     return ops().mask(like, attention_mask, window)
 

@@ -30,6 +30,7 @@ from tilewright.graph_text import Type, UnsupportedError, Value
 from tilewright.lower import Call, Lowered, Lowerer, result_types
 from tilewright.unify import SAMPLES, unify
 
+_OTHER_MASK = "a mask that is neither causal nor a window"
 _NAMESPACE = "tilewright_capture"
 _RESULTS = ("logits", "past_key_values")
 
@@ -178,6 +179,8 @@ class ModelLowerer(Lowerer):
         (leaf,) = pytree.tree_leaves(result.args[0])
         self.builder.outputs.append(self.environment[leaf])
         self.builder.remove_dead_nodes()
+        if any(node.op == "other_mask" for node in self.builder.nodes):
+            raise UnsupportedError(_OTHER_MASK)
         self._sort_sources()
         used = {id(v) for node in self.builder.nodes for v in node.operands}
         self.caches = {i: v for i, v in self.caches.items() if id(v) in used}
@@ -234,6 +237,8 @@ class ModelLowerer(Lowerer):
             made = self._literals.value(cast(Node, node.args[1]))
             if made is None or not bool(made.all()):
                 raise UnsupportedError("a mask that depends on the input")
+        if window == capture_ops.OTHER_MASK:
+            return self.builder.append("other_mask", [], like.type, node.name)
         mask = self.builder.append(
             "causal_mask",
             [],
@@ -261,7 +266,11 @@ class ModelLowerer(Lowerer):
         if cache is None or self._caches_of.get(id(v)) is not cache or k is v:
             raise UnsupportedError("attention over keys that are not the cache's")
         if mask is not None and id(mask) not in self._windows:
-            raise UnsupportedError("attention with a mask of the model's own")
+            made = self.builder.producer(mask)
+            other = made is not None and made.op == "other_mask"
+            raise UnsupportedError(
+                _OTHER_MASK if other else "attention with a mask of the model's own"
+            )
         call = Call(self.builder, "attention", node.name, [q.type])
         operands = [q, cache]
         if sinks is not None:
