@@ -85,6 +85,7 @@ Result<Program> Lowering::run() {
     begin = end;
   }
   if (Status finished = finish_outputs(); !finished) return finished.error();
+  if (!lookups_.empty()) return Error{"the linear layer of a tied table was not lowered"};
   for (const std::string& name : read_in_place_) {
     if (WeightStore::is_token(constants_.at(name).data)) {
       return Error{fmt::format("the memory of constant \"{}\" is needed", name)};

@@ -37,7 +37,10 @@ void Lowering::copy(const Layout& from, DataType from_type, const Layout& to, Da
 
 bool Lowering::is_tied(const graph::Node& embedding) const {
   const std::vector<std::string> table = constant_sources(embedding.operands[0]);
-  if (table.size() != 1 || !type(embedding.operands[0]).shape[1].is_constant()) return false;
+  const graph::Type& whole = type(embedding.operands[0]);
+  if (table.size() != 1 || !whole.shape[1].is_constant() || whole.dtype == DataType::f64) {
+    return false;
+  }
   const auto first = static_cast<std::size_t>(graph_.value(embedding.results[0]).producer);
   const auto later = std::span(graph_.nodes).subspan(first + 1);
   return std::ranges::any_of(later, [&](const graph::Node& node) {
@@ -58,13 +61,6 @@ Status Lowering::lower_packed_embedding(const graph::Node& node) {
   PackedEmbeddingTask task;
   task.columns = type(table).shape[1].constant();
   task.table_rows = type(table).shape[0].constant();
-  const WeightBlock block{constants_.at(name).data, task.table_rows,
-                          task.columns * graph::size_in_bytes(dtype)};
-  Result<std::shared_ptr<const PackedWeight>> packed =
-      weights_->pack({block}, task.columns, dtype, false, options_.exact_weights);
-  if (!packed) return packed.error();
-  packed_.insert(name);
-  task.weight = *packed;
   task.dtype = dtype;
   const Layout positions = contiguous(layout(indices), DataType::i64);
   const Layout y = destination(result);
@@ -74,7 +70,18 @@ Status Lowering::lower_packed_embedding(const graph::Node& node) {
   task.indices = operand(positions, DataType::i64);
   task.y = operand(y, dtype);
   add_task(std::move(task), {positions.buffer}, {y.buffer}, Dim(0), "embedding in a packed weight");
+  lookups_.push_back(
+      {constants_.at(name).data, state_->steps.size() - 1, state_->steps.back().tasks.size() - 1});
   return {};
+}
+
+void Lowering::serve_lookups(const void* table, const std::shared_ptr<const PackedWeight>& weight) {
+  std::erase_if(lookups_, [&](const Lookup& lookup) {
+    if (lookup.table != table) return false;
+    Task& task = state_->steps[lookup.step].tasks[lookup.task];
+    std::get<PackedEmbeddingTask>(task).weight = weight;
+    return true;
+  });
 }
 
 Status Lowering::lower_embedding(const graph::Node& node) {

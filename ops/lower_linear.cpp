@@ -112,6 +112,7 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
     }
   }
   task.weight = *packed;
+  if (!transposed && blocks.size() == 1) serve_lookups(blocks[0].data, task.weight);
   task.spec.weight = task.weight->dtype;
   task.rows = dim(x->rows);
   task.x = x->operand;

@@ -64,6 +64,8 @@ class Lowering {
   // Whether the table is also the weight of a later linear layer, whose packed values can be looked
   // up. Of an earlier one the memory may be gone by now.
   bool is_tied(const graph::Node& embedding) const;
+  // Gives the weight to the embeddings that wait for this table.
+  void serve_lookups(const void* table, const std::shared_ptr<const PackedWeight>& weight);
   Status lower_cat(const graph::Node& node);
   Status lower_contiguous(const graph::Node& node);
   Status lower_arange(const graph::Node& node);
@@ -128,6 +130,13 @@ class Lowering {
   std::map<const void*, int> constant_buffers_;
   std::set<std::string> packed_, read_in_place_;  // sources of constants
   std::map<const void*, int> readers_;            // nodes that read the memory of a source
+  // Tasks of embeddings in packed weights, until a linear layer has packed their table. Packed with
+  // the embedding already, it would be in memory twice while all other weights are packed.
+  struct Lookup {
+    const void* table;
+    std::size_t step, task;
+  };
+  std::vector<Lookup> lookups_;
   struct Forward {
     graph::NodeId consumer;  // a cat or a kv_append
     int operand;
