@@ -303,6 +303,19 @@ def test_any_module() -> None:
 
 
 @torch.no_grad()
+def test_a_model_whose_cache_cannot_be_made() -> None:
+    model, reference = tiny_llama(2), tiny_llama(2)
+    reference.load_state_dict(model.state_dict())
+    model.config.layer_types = ["of a kind of its own"] * 2
+    optimized = tilewright.llm.optimize(model, inplace=True)
+    ids = prompt()
+    for _ in range(2):
+        got = optimized(ids, use_cache=False).logits
+        torch.testing.assert_close(got, reference(ids, use_cache=False).logits)
+    assert "of a kind of its own" in next(iter(decoder_of(optimized).fallbacks))
+
+
+@torch.no_grad()
 def test_models_that_cannot_be_captured_say_why() -> None:
     from transformers import MambaConfig
 

@@ -245,7 +245,11 @@ def other_cache_layer(config: Any) -> str:
     """The kind of a layer whose cache holds something else than keys and values; "" if none."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    for layer in DynamicCache(config=config).layers:
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception as error:  # it makes its caches itself, or none
+        return f"layers that transformers does not know ({type(error).__name__}: {error})"
+    for layer in layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return type(layer).__name__
     return ""
