@@ -17,6 +17,7 @@ pytest.importorskip("tilewright._core")
 
 import tilewright
 from tilewright.decoder import decoder_of
+from tilewright.graph_text import UnsupportedError
 from tilewright.installed import installed_in
 
 TOLERANCE = {
@@ -300,6 +301,28 @@ def test_any_module() -> None:
     torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
     assert tilewright.explain(optimized).to_dict()["own_flops_share"] == 1.0
     assert installed_in(tilewright.llm.restore(optimized)) is None
+
+
+@torch.no_grad()
+def test_a_model_that_dynamo_cannot_take_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilewright import decoder
+
+    def refuse(*_: Any) -> None:
+        raise UnsupportedError("planted")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch._dynamo.exc.Unsupported("planted, too")
+
+    monkeypatch.setattr(decoder, "capture_model", refuse)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    reference = tiny_llama(2)
+    optimized = tilewright.llm.optimize(reference)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(
+        optimized.generate(prompt(), **settings), reference.generate(prompt(), **settings)
+    )
+    ((reason, count),) = decoder_of(optimized).fallbacks.items()
+    assert reason == "planted; by parts: planted, too" and count == 4
 
 
 @torch.no_grad()

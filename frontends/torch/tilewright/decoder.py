@@ -81,6 +81,7 @@ class Decoder(InstalledForward):
         self.frees = False  # packed parameters may be: the model is the caller's to change
         self._state: ModuleState | None = None  # of the model that the programs are of
         self.unsupported = ""  # why no program can be made of this model
+        self.no_parts = ""  # why Dynamo cannot take it either
         self.by_parts: Callable[..., Any] | None = None  # then, its compiled forward
         self._growing: list[Any] | None = None  # rotary tables; see rotary.py
         self.calls = self.tokens = 0  # of the program
@@ -108,6 +109,8 @@ class Decoder(InstalledForward):
         if capture_ops.other_cache_layer(self.model.config):
             # States over time are loops over tokens, which Dynamo would unroll for every length.
             return self._fall_back(reason, args, kwargs)
+        if self.no_parts:
+            return self._fall_back(self.no_parts, args, kwargs)
         from tilewright import backend
 
         if self.by_parts is None:
@@ -119,8 +122,17 @@ class Decoder(InstalledForward):
             if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13
                 limit = {"recompile_limit": _PARTS_LIMIT}
             self.by_parts = torch.compile(self.original, backend=backend.backend, **limit)
+        length = _length_of(kwargs.get("past_key_values"))
         before = backend.calls()
-        result = self.by_parts(*args, **kwargs)
+        try:
+            result = self.by_parts(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if length != _length_of(kwargs.get("past_key_values")):
+                raise  # a part of the step has run
+            problem = f"{reason}; by parts: {str(error).splitlines()[0]}"
+            result = self._fall_back(problem, args, kwargs)
+            self.no_parts = problem  # the model's own forward took the call
+            return result
         if backend.calls() == before:
             self.fallbacks[f"torch.compile made no graph of this call; {reason}"] += 1
         return result
@@ -340,6 +352,7 @@ class Decoder(InstalledForward):
         self._state = None
         self.unsupported = ""
         self.by_parts = None
+        self.no_parts = ""
         self._growing = None
 
     def programs(self) -> list[Executable]:
@@ -382,6 +395,10 @@ def _positions(given: Any, batch: int, tokens: int, past: int) -> torch.Tensor:
     if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[1] != tokens:
         raise NotRunnableError("position_ids is not [batch, tokens]")
     return given.to(torch.int64).expand(batch, tokens).contiguous()
+
+
+def _length_of(cache: Any) -> int:
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def _counted_positions(counted: str, mask: torch.Tensor, tokens: int) -> torch.Tensor:
