@@ -48,7 +48,11 @@ _KNOWN = frozenset(
 )
 
 
-_PARTS_LIMIT = 32  # compilations of a model that is no single program
+# Of a model that is no single program: compilations, and graph breaks in one call. With more of
+# them (modules that compute in objects of their own, at each layer) calling the parts costs more
+# than they save.
+_PARTS_LIMIT = 32
+_PARTS_BREAKS = 4
 
 
 class NotRunnableError(Exception):
@@ -123,7 +127,7 @@ class Decoder(InstalledForward):
                 limit = {"recompile_limit": _PARTS_LIMIT}
             self.by_parts = torch.compile(self.original, backend=backend.backend, **limit)
         length = _length_of(kwargs.get("past_key_values"))
-        before = backend.calls()
+        before, breaks = backend.calls(), _graph_breaks()
         try:
             result = self.by_parts(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -133,7 +137,11 @@ class Decoder(InstalledForward):
             result = self._fall_back(problem, args, kwargs)
             self.no_parts = problem  # the model's own forward took the call
             return result
-        if backend.calls() == before:
+        breaks = _graph_breaks() - breaks
+        if breaks > _PARTS_BREAKS:
+            self.no_parts = f"{reason}; by parts: {breaks} graph breaks"
+            self.by_parts = None
+        elif backend.calls() == before:
             self.fallbacks[f"torch.compile made no graph of this call; {reason}"] += 1
         return result
 
@@ -395,6 +403,11 @@ def _positions(given: Any, batch: int, tokens: int, past: int) -> torch.Tensor:
     if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[1] != tokens:
         raise NotRunnableError("position_ids is not [batch, tokens]")
     return given.to(torch.int64).expand(batch, tokens).contiguous()
+
+
+def _graph_breaks() -> int:
+    """Of this process so far."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 def _length_of(cache: Any) -> int:

@@ -145,6 +145,8 @@ def executables_of(model: nn.Module, explanation: Explanation) -> list[Executabl
         explanation.fallbacks.update(decoder.fallbacks)
         if decoder.by_parts is not None:
             explanation.by_parts = decoder.unsupported
+        if decoder.no_parts:
+            explanation.fallbacks.setdefault(decoder.no_parts, 0)
     backends = sys.modules.get("tilewright.backend")
     if backends is not None:
         parameters = {id(parameter) for parameter in model.parameters()}
