@@ -38,7 +38,8 @@ void Lowering::copy(const Layout& from, DataType from_type, const Layout& to, Da
 bool Lowering::is_tied(const graph::Node& embedding) const {
   const std::vector<std::string> table = constant_sources(embedding.operands[0]);
   const graph::Type& whole = type(embedding.operands[0]);
-  if (table.size() != 1 || !whole.shape[1].is_constant() || whole.dtype == DataType::f64) {
+  if (table.size() != 1 || !whole.shape[1].is_constant() || whole.dtype == DataType::f64 ||
+      type(embedding.operands[1]).dtype != DataType::i64 || !disabled_reason(embedding).empty()) {
     return false;
   }
   const auto first = static_cast<std::size_t>(graph_.value(embedding.results[0]).producer);
@@ -51,9 +52,8 @@ bool Lowering::is_tied(const graph::Node& embedding) const {
   });
 }
 
-// A tied head is in memory once: rows are looked up in its packed columns. That reads a line per
-// value (of 16 bits: per two), some 10 us a token, where a table of its own would be as large as
-// the head again.
+// A tied head is in memory once: rows are looked up in its packed columns. That reads a cache line
+// per value (of 16 bits: per two), where a table of its own would be as large as the head again.
 Status Lowering::lower_packed_embedding(const graph::Node& node) {
   const ValueId table = node.operands[0], indices = node.operands[1], result = node.results[0];
   const std::string name = constant_sources(table).front();
@@ -85,9 +85,7 @@ void Lowering::serve_lookups(const void* table, const std::shared_ptr<const Pack
 }
 
 Status Lowering::lower_embedding(const graph::Node& node) {
-  if (type(node.operands[1]).dtype == DataType::i64 && is_tied(node)) {
-    return lower_packed_embedding(node);
-  }
+  if (is_tied(node)) return lower_packed_embedding(node);
   const ValueId table = node.operands[0], indices = node.operands[1], result = node.results[0];
   const Shape& shape = type(table).shape;
   if (!shape[1].is_constant()) return Error{"its rows have a symbolic length"};

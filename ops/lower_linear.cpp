@@ -146,7 +146,8 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   if (!transposed && packed_callback_) {
     for (ValueId weight : weights) {
       for (const std::string& name : constant_sources(weight)) {
-        if (readers_[constants_.at(name).data] == 1) packed_callback_(name);
+        const bool last = readers_[constants_.at(name).data] == 1 && !read_in_place_.contains(name);
+        if (last) packed_callback_(name);
       }
     }
   }

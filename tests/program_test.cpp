@@ -426,11 +426,35 @@ TEST(Program, ATiedHeadIsAlsoTheTable) {
       EXPECT_EQ(outputs[1].bytes, expected->at(1).bytes);
       EXPECT_LE(largest_difference(outputs[0], expected->at(0)), tolerance(dtype));
     }
+    // One that is looked up in place keeps its memory.
+    packed.clear();
+    CompileOptions options;
+    options.disabled = {"embedding"};
+    auto in_place = ops::compile(model.optimized, model.views, Target::host(), options,
+                                 model.kernels, std::make_shared<WeightStore>(), record);
+    ASSERT_TRUE(in_place.ok()) << in_place.error().message;
+    EXPECT_EQ(packed, std::vector<std::string>{});
     std::vector<Tensor> bad{integers({1}, [](std::int64_t) { return 70; })};
     std::vector<TensorView> views{view(bad[0])};
     Tensor y = *Tensor::make(dtype, {1, 70}), rows = *Tensor::make(dtype, {1, 33});
     std::vector<TensorView> outputs{view(y), view(rows)};
     EXPECT_FALSE(program->run({views, {}, outputs, nullptr, Phase::decode, 1}).ok());
+  }
+}
+
+TEST(Program, TheLargestOfTooFewIsAnError) {
+  Model model({"graph f(%x: f32[2, n]) -> (f32[2, 3]) {\n"
+               "  %y = top_values(%x) {count = 3}\n  return %y\n}\n",
+               {}},
+              graph::DataType::f32);
+  Program program = model.compile();
+  EXPECT_EQ(fallbacks(program), "");
+  for (std::int64_t columns : {2, 3}) {
+    Tensor x = *Tensor::make(graph::DataType::f32, {2, columns});
+    Tensor y = *Tensor::make(graph::DataType::f32, {2, 3});
+    std::vector<TensorView> inputs{view(x)}, outputs{view(y)};
+    const Status done = program.run({inputs, {}, outputs, nullptr, Phase::decode, 1});
+    EXPECT_EQ(done.ok(), columns == 3);
   }
 }
 

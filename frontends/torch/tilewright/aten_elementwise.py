@@ -16,24 +16,9 @@ from tilewright.graph_text import Type, UnsupportedError, Value
 if TYPE_CHECKING:
     from tilewright.lower import Call
 
-_UNARY = {
-    "neg": "neg",
-    "abs": "abs",
-    "reciprocal": "reciprocal",
-    "sqrt": "sqrt",
-    "rsqrt": "rsqrt",
-    "exp": "exp",
-    "expm1": "expm1",
-    "log": "log",
-    "log1p": "log1p",
-    "sin": "sin",
-    "cos": "cos",
-    "tanh": "tanh",
-    "erf": "erf",
-    "sigmoid": "sigmoid",
-    "silu": "silu",
-    "relu": "relu",
-}
+_UNARY = """
+    neg abs reciprocal sqrt rsqrt exp expm1 log log1p sin cos tanh erf sigmoid silu relu
+"""
 
 
 def _unary(op: str) -> Lowering:
@@ -44,8 +29,8 @@ def _unary(op: str) -> Lowering:
     return lower
 
 
-for _name, _op in _UNARY.items():
-    lowers(f"{_name}.default")(_unary(_op))
+for _name in _UNARY.split():
+    lowers(f"{_name}.default")(_unary(_name))
 
 
 @lowers("gelu.default")

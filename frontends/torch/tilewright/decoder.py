@@ -85,8 +85,8 @@ class Decoder(InstalledForward):
         self.frees = False  # packed parameters may be: the model is the caller's to change
         self._state: ModuleState | None = None  # of the model that the programs are of
         self.unsupported = ""  # why no program can be made of this model
-        self.no_parts = ""  # why Dynamo cannot take it either
         self.by_parts: Callable[..., Any] | None = None  # then, its compiled forward
+        self.no_parts = ""  # why there is no use in that either
         self._growing: list[Any] | None = None  # rotary tables; see rotary.py
         self.calls = self.tokens = 0  # of the program
         decoders.add(self)
