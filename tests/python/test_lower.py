@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,8 +144,8 @@ CASES = {
     "softplus in 16 bits": (torch.nn.functional.softplus, (BF,)),
     "topk": (lambda x: (*x.topk(3), x.softmax(-1).topk(1).indices), (X,)),
     "topk of NaN": (
-        lambda x: (x.topk(3).indices, x.topk(1).values),
-        (torch.tensor([[math.inf, math.nan, 2.0, 1.0], [3.0, 1.0, 2.0, math.nan]]),),
+        lambda x: x.log().topk(3).indices,
+        (torch.tensor([[3.0, -1.0, 2.0, 1.0], [3.0, 1.0, 2.0, -1.0]]),),
     ),
     "largest integers": (lambda n: (n.max() + 1, n.topk(2).values, (n + 2**60).max()), (N,)),
     "cumsum": (lambda x: ((x > 0).cumsum(-1), (x > 0).long().cumsum(2)), (X,)),
