@@ -327,6 +327,14 @@ void Assembler::vpbroadcastd(Vec d, Gpr a) {
   require(Isa::avx512, {d});
   generator_->vpbroadcastd(vector(d), reg32(a));
 }
+void Assembler::vbroadcasti128(Vec d, const Memory& a) {
+  require(Isa::avx2, {d});
+  generator_->vbroadcasti128(Xbyak::Ymm(d.id), generator_->address(a));
+}
+void Assembler::vbroadcasti32x4(Vec d, const Memory& a) {
+  require(Isa::avx512, {d});
+  generator_->vbroadcasti32x4(vector(d), generator_->address(a));
+}
 void Assembler::vcvtsi2ss(Vec d, Vec upper, Gpr a) {
   require(Isa::avx2, {d, upper});
   generator_->vcvtsi2ss(vector(d), vector(upper), reg64(a));

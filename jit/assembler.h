@@ -145,12 +145,14 @@ class Assembler {
   void vmovss(const Memory& d, Vec a);
   void vmovd(Vec d, Gpr a);  // the low 32 bits
   void vmovd(const Memory& d, Vec a);
-  void vpbroadcastd(Vec d, Gpr a);          // avx512
-  void vcvtsi2ss(Vec d, Vec upper, Gpr a);  // from 64 bits
-  void vcvtps2ph(const Memory& d, Vec a);   // round to nearest even
-  void vpextrb(const Memory& d, Vec a);     // element 0
-  void vpextrw(const Memory& d, Vec a);     // element 0
-  void vextracti128(Vec d, Vec a);          // the upper half
+  void vpbroadcastd(Vec d, Gpr a);  // avx512
+  void vbroadcasti128(Vec d, const Memory& a);
+  void vbroadcasti32x4(Vec d, const Memory& a);  // avx512
+  void vcvtsi2ss(Vec d, Vec upper, Gpr a);       // from 64 bits
+  void vcvtps2ph(const Memory& d, Vec a);        // round to nearest even
+  void vpextrb(const Memory& d, Vec a);          // element 0
+  void vpextrw(const Memory& d, Vec a);          // element 0
+  void vextracti128(Vec d, Vec a);               // the upper half
   void vmaskmovps(Vec d, Vec mask, const Memory& a);
   void vmaskmovps(const Memory& d, Vec mask, Vec a);
   void vblendvps(Vec d, Vec a, Vec b, Vec mask);  // mask ? b : a

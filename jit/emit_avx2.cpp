@@ -85,6 +85,8 @@ void vswap(Site& s) {
   }
 }
 
+void vbroadcast16(Site& s) { s.as.vbroadcasti128(s.vd(), s.memory); }
+
 // Lane i is set when count > i, in 32 bits: the count is clamped first.
 void mtail(Site& s) {
   clamp_to_scratch(s);

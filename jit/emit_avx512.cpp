@@ -75,6 +75,8 @@ void vswap(Site& s) {
   }
 }
 
+void vbroadcast16(Site& s) { s.as.vbroadcasti32x4(s.vd(), s.memory); }
+
 // All 16 bits, with those from the count on zeroed.
 void mtail(Site& s) {
   clamp_to_scratch(s);

@@ -173,6 +173,9 @@ TILEWRIGHT_BINARY(vandn, vandnps)
 TILEWRIGHT_BINARY(viadd, vpaddd)
 TILEWRIGHT_BINARY(visub, vpsubd)
 TILEWRIGHT_BINARY(vimul, vpmulld)
+TILEWRIGHT_BINARY(vlookup_bytes, vpshufb)
+TILEWRIGHT_BINARY(vinterleave_low, vpunpcklbw)
+TILEWRIGHT_BINARY(vinterleave_high, vpunpckhbw)
 #undef TILEWRIGHT_BINARY
 
 #define TILEWRIGHT_UNARY(op, mnemonic) \

@@ -63,7 +63,11 @@ Lowering::Lowering(const graph::Graph& graph, const std::map<std::string, Tensor
       state_(std::make_unique<Program::State>()),
       layouts_(graph.values.size()),
       output_taken_(graph.outputs.size(), false),
-      packed_callback_(packed) {}
+      packed_callback_(packed) {
+  std::int64_t values = 0;
+  for (const auto& [name, constant] : constants_) values += element_count(constant);
+  weight_forms_ = {options.exact_weights, values >= options.twelve_bits_from};
+}
 
 Result<Program> Lowering::run() {
   state_->graph = graph_;

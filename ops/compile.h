@@ -9,6 +9,7 @@
 // Tested by program_test, filetests/run.
 #pragma once
 
+#include <limits>
 #include <map>
 #include <memory>
 #include <set>
@@ -24,9 +25,13 @@
 namespace tilewright::ops {
 
 struct CompileOptions {
+  static constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
   std::set<std::string>
       disabled;  // names of ops that must not run in our kernels ("linear", "norm" ...)
-  bool exact_weights = true;     // fp32 weights whose values fit 16 bits are stored in 16 bits
+  bool exact_weights = true;  // fp32 weights whose values fit 16 bits are stored in 16 bits
+  // bf16 weights are stored in 12 bits (ops/gemm/twelve_bits.h) if the graph's constants have at
+  // least so many values. Fewer stay in the caches, where unpacking costs more than it saves.
+  std::int64_t twelve_bits_from = std::int64_t{32} << 20;
   bool fallback_onednn = false;  // try oneDNN before the front end's fallback
 };
 

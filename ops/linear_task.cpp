@@ -39,6 +39,8 @@ class LinearRun {
     packed_ = scratch + chunk_rows(task, rows) * kPartialSumsBytesPerRow;
     arguments_[LinearArgs::partial_sums] = argument(scratch);
     arguments_[LinearArgs::weight] = argument(task.weight->data.get());
+    arguments_[LinearArgs::unpacked] =
+        argument(scratch + scratch_bytes(task, rows) - unpacked_bytes());
     arguments_[LinearArgs::y_row_stride] = y_stride_;
     if (task.spec.epilogue.bias) arguments_[LinearArgs::bias] = argument(task.bias.address(frame));
     if (task.spec.epilogue.residual) {
@@ -139,6 +141,8 @@ class ExpertRun {
     char* sums = y_ + task.variants[0].rows * padded_bytes(task.spec.n, task.spec.output);
     arguments_[LinearArgs::partial_sums] = argument(sums);
     arguments_[LinearArgs::weight] = argument(task.weight->data.get());
+    arguments_[LinearArgs::unpacked] =
+        argument(sums) + kPartialSumsBytesPerRow * task.variants[0].rows;
     arguments_[LinearArgs::panel_count] = panels.end - panels.begin;
     arguments_[LinearArgs::block_count] = 1;
   }
@@ -241,12 +245,14 @@ std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {
     const std::int64_t stretches =
         round_up(task.spec.k, partial_sum_length()) / partial_sum_length();
     return chunk_rows(task, rows) *
-           (kPartialSumsBytesPerRow + (packs(task, rows) ? stretches * stretch_bytes() : 0));
+               (kPartialSumsBytesPerRow + (packs(task, rows) ? stretches * stretch_bytes() : 0)) +
+           unpacked_bytes();
   }
   return (rows * 8 + 63) / 64 * 64 +
          task.variants[0].rows *
              (padded_bytes(task.spec.k, task.spec.input) +
-              padded_bytes(task.spec.n, task.spec.output) + kPartialSumsBytesPerRow);
+              padded_bytes(task.spec.n, task.spec.output) + kPartialSumsBytesPerRow) +
+         unpacked_bytes();
 }
 
 }  // namespace tilewright::ops

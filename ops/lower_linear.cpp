@@ -103,7 +103,7 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
     return lower_contraction(node, epilogue, weights, bias, residual);
   }
   Result<std::shared_ptr<const PackedWeight>> packed =
-      weights_->pack(blocks, task.spec.k, task.spec.weight, epilogue.gated, options_.exact_weights);
+      weights_->pack(blocks, task.spec.k, task.spec.weight, epilogue.gated, weight_forms_);
   if (!packed) return packed.error();
   // Only rows can be read back (WeightStore::unpack), so transposed weights keep their memory.
   for (ValueId weight : weights) {
@@ -113,7 +113,8 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   }
   task.weight = *packed;
   if (!transposed && blocks.size() == 1) serve_lookups(blocks[0].data, task.weight);
-  task.spec.weight = task.weight->dtype;
+  task.spec.weight = task.weight->form.dtype;
+  task.spec.twelve_bits = task.weight->form.twelve_bits;
   task.rows = dim(x->rows);
   task.x = x->operand;
   task.x_stride = dim(x->stride);
@@ -187,11 +188,12 @@ Status Lowering::lower_expert_linear(const graph::Node& node) {
                       (transposed ? task.spec.n : task.spec.k) * element, transposed});
   }
   Result<std::shared_ptr<const PackedWeight>> packed =
-      weights_->pack(blocks, task.spec.k, task.spec.weight, false, options_.exact_weights);
+      weights_->pack(blocks, task.spec.k, task.spec.weight, false, weight_forms_);
   if (!packed) return packed.error();
   read_in_place_.insert(sources[0]);  // experts keep their memory too
   task.weight = *packed;
-  task.spec.weight = task.weight->dtype;
+  task.spec.weight = task.weight->form.dtype;
+  task.spec.twelve_bits = task.weight->form.twelve_bits;
 
   const Layout x = unit_columns(layout(input), task.spec.input);
   const Layout indices = contiguous(layout(node.operands[2]), graph::DataType::i64);

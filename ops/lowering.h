@@ -121,6 +121,7 @@ class Lowering {
   const std::map<std::string, TensorView>& constants_;
   const Target& target_;
   const CompileOptions& options_;
+  WeightForms weight_forms_;
   std::shared_ptr<KernelLibrary> kernels_;
   std::shared_ptr<WeightStore> weights_;
   std::unique_ptr<Program::State> state_;

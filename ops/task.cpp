@@ -230,7 +230,7 @@ void run(const PackedEmbeddingTask& task, const Frame& frame, int thread, int th
       frame.problem->store("embedding: an index is out of range");
       return;
     }
-    unpack_row(task.weight->data.get(), indices[i], task.columns, task.weight->dtype, task.dtype,
+    unpack_row(task.weight->data.get(), indices[i], task.columns, task.weight->form, task.dtype,
                task.y.address(frame) + i * row_bytes);
   }
 }

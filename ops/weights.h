@@ -28,7 +28,13 @@ namespace tilewright::ops {
 struct PackedWeight {
   WeightBytes data;
   std::int64_t n = 0, k = 0, bytes = 0;
-  graph::DataType dtype = graph::DataType::f32;
+  PackedForm form;
+};
+
+// Which forms a weight may be stored in, all without loss.
+struct WeightForms {
+  bool exact = true;         // fp32 that fits 16 bits (exact.h)
+  bool twelve_bits = false;  // bf16, where that is at most 84 % of its size (twelve_bits.h)
 };
 
 // Called during compile with the name of a constant that was packed and whose own memory nothing in
@@ -39,11 +45,11 @@ using PackedCallback = std::function<void(const std::string& name)>;
 class WeightStore {
  public:
   // Packs (in parallel) or finds. blocks: row-major pieces of `source` stacked along n; gated: gate
-  // and up. exact: fp32 that fits 16 bits is stored in them (exact.h); the result tells by its
-  // dtype.
+  // and up. The result tells its form. Found in any form that `exact` allows: a weight that one
+  // program has in 12 bits is not packed again for another.
   Result<std::shared_ptr<const PackedWeight>> pack(const std::vector<WeightBlock>& blocks,
                                                    std::int64_t k, graph::DataType source,
-                                                   bool gated, bool exact);
+                                                   bool gated, WeightForms forms);
   // Drops what was packed from this source; programs that use it keep their copy. Values that only
   // the store has stay until the last token for them is forgotten.
   void forget(const void* source);
@@ -69,6 +75,7 @@ class WeightStore {
     std::shared_ptr<const PackedWeight> weight;
   };
   static std::string identify(const Item& item);
+  Result<std::shared_ptr<const PackedWeight>> packed(const Item& item, bool twelve_bits);
 
   mutable std::mutex mutex_;
   WeightMemory memory_;

@@ -15,6 +15,7 @@
 #include "guarded_rows.h"
 #include "kernel_run.h"
 #include "ops/gemm/pack.h"
+#include "ops/gemm/twelve_bits.h"
 #include "ops/scalar_type.h"
 
 namespace tilewright {
@@ -73,15 +74,43 @@ struct Problem {
     fill_rows(*residual, spec.output, m, outputs(), fill, random);
     partial_sums =
         guarded(1, m * ops::kPartialSumsBytesPerRow / 4, DataType::f32, GuardedRows::Flush::end);
-    packed = guarded(1, ops::packed_bytes(spec.n, spec.k, spec.weight) / size_in_bytes(spec.weight),
-                     spec.weight, flush);
+    if (spec.twelve_bits && fill == Fill::normal) scatter_outsiders();
     std::vector<ops::WeightBlock> stacked{{w->row(0), spec.n, w->stride()}};
     if (spec.epilogue.gated) {
       stacked = {{w->row(0), spec.n / 2, w->stride()},
                  {w->row(spec.n / 2), spec.n / 2, w->stride()}};
     }
+    const std::int64_t size = ops::packed_bytes(spec.n, spec.k, spec.weight);
+    std::vector<std::byte> as_values(static_cast<std::size_t>(size));
     ops::pack_panels(stacked, spec.k, spec.weight, spec.weight, spec.epilogue.gated, 0,
-                     ops::panel_count(spec.n), packed->row(0));
+                     ops::panel_count(spec.n), as_values.data());
+    packed =
+        spec.twelve_bits ? in_twelve_bits(as_values, flush) : guarded(1, size, DataType::u8, flush);
+    if (!spec.twelve_bits) std::copy(as_values.begin(), as_values.end(), packed->row(0));
+    unpacked = guarded(1, ops::unpacked_bytes(), DataType::u8, GuardedRows::Flush::end);
+  }
+
+  // Exponents that no table has, all different: their steps must stay in 16 bits.
+  void scatter_outsiders() const {
+    int exponent = -100;
+    for (std::int64_t row = 0; row < spec.n; row += 9) {
+      for (std::int64_t k = row % 5; k < spec.k; k += 17) {
+        ops::write_scalar(spec.weight, w->row(row) + 2 * k, std::ldexp(1.0, exponent));
+        exponent = exponent < -20 ? exponent + 2 : -100;
+      }
+    }
+  }
+
+  Rows in_twelve_bits(const std::vector<std::byte>& as_pairs, GuardedRows::Flush flush) const {
+    const std::int64_t panels = ops::panel_count(spec.n);
+    const auto* pairs = reinterpret_cast<const std::uint16_t*>(as_pairs.data());
+    const std::int64_t panel_values = static_cast<std::int64_t>(as_pairs.size()) / 2 / panels;
+    ops::twelve_bits::Packer packer(panels, spec.k);
+    for (std::int64_t i = 0; i < panels; ++i) packer.inspect(i, pairs + i * panel_values);
+    Rows result = guarded(1, packer.place(), DataType::u8, flush);
+    std::byte* to = result->row(0);
+    for (std::int64_t i = 0; i < panels; ++i) packer.pack(i, pairs + i * panel_values, to);
+    return result;
   }
 
   std::int64_t outputs() const { return spec.epilogue.gated ? spec.n / 2 : spec.n; }
@@ -103,6 +132,7 @@ struct Problem {
     list[LinearArgs::panel_count] = ops::panel_count(spec.n);
     list[LinearArgs::block_count] = blocks;
     list[LinearArgs::partial_sums] = partial_sums->address();
+    list[LinearArgs::unpacked] = unpacked->address();
     return list;
   }
 
@@ -120,7 +150,7 @@ struct Problem {
 
   LinearKernel spec;
   std::int64_t blocks, m;
-  Rows w, x, y, bias, residual, partial_sums, packed;
+  Rows w, x, y, bias, residual, partial_sums, packed, unpacked;
 };
 
 // --- bounds
@@ -225,6 +255,7 @@ constexpr std::array kFloats{DataType::f32, DataType::bf16, DataType::f16};
 struct Case {
   int lanes;
   DataType weight;
+  bool twelve_bits = false;
 };
 
 class Linear : public ::testing::TestWithParam<Case> {
@@ -233,6 +264,7 @@ class Linear : public ::testing::TestWithParam<Case> {
     LinearKernel spec;
     spec.lanes = GetParam().lanes;
     spec.weight = GetParam().weight;
+    spec.twelve_bits = GetParam().twelve_bits;
     spec.rows = rows;
     spec.n = n;
     spec.k = k;
@@ -433,9 +465,12 @@ TEST_P(Linear, InnerLoopsDoNotSpill) {
 INSTANTIATE_TEST_SUITE_P(All, Linear,
                          ::testing::Values(Case{8, DataType::f32}, Case{8, DataType::bf16},
                                            Case{8, DataType::f16}, Case{16, DataType::f32},
-                                           Case{16, DataType::bf16}, Case{16, DataType::f16}),
+                                           Case{16, DataType::bf16}, Case{16, DataType::f16},
+                                           Case{8, DataType::bf16, true},
+                                           Case{16, DataType::bf16, true}),
                          [](const auto& test) {
-                           return std::string(graph::name(test.param.weight)) + "_lanes" +
+                           return std::string(graph::name(test.param.weight)) +
+                                  (test.param.twelve_bits ? "_twelve_bits" : "") + "_lanes" +
                                   std::to_string(test.param.lanes);
                          });
 
@@ -468,6 +503,36 @@ TEST(LinearBits, AreThoseOfEveryLanesAndWeightType) {
       args[LinearArgs::weight] = reinterpret_cast<std::int64_t>(packed.data());
       run_kernel(Engine::interpreter, build(spec), args);
       EXPECT_EQ(problem.results(), wanted) << print(spec) << " from " << graph::name(narrow);
+    }
+  }
+}
+
+// 12 bits are the same weights, in the same order of k.
+TEST(LinearBits, AreThoseOfWeightsInTwelveBits) {
+  for (int lanes : {8, 16}) {
+    for (int rows : {1, 2, 4, ops::max_rows(lanes)}) {
+      for (std::int64_t k : {8, 45, 128, 277, 576}) {
+        LinearKernel spec;
+        spec.lanes = lanes;
+        spec.rows = rows;
+        spec.n = 50;
+        spec.k = k;
+        spec.weight = DataType::bf16;
+        spec.twelve_bits = true;
+        const Problem problem(spec, 2, Fill::normal, 4, GuardedRows::Flush::end);
+        problem.run(Engine::interpreter);
+        const std::vector<double> wanted = problem.results();
+        const ops::WeightBlock block{problem.w->row(0), spec.n, problem.w->stride()};
+        std::vector<char> packed(
+            static_cast<std::size_t>(ops::packed_bytes(spec.n, spec.k, spec.weight)));
+        ops::pack_panels({&block, 1}, spec.k, spec.weight, spec.weight, false, 0,
+                         ops::panel_count(spec.n), packed.data());
+        spec.twelve_bits = false;
+        std::vector<std::int64_t> args = problem.args();
+        args[LinearArgs::weight] = reinterpret_cast<std::int64_t>(packed.data());
+        run_kernel(Engine::interpreter, build(spec), args);
+        EXPECT_EQ(problem.results(), wanted) << print(spec);
+      }
     }
   }
 }

@@ -155,6 +155,8 @@ std::size_t touched_bytes(Op op, const Form& form, int lanes) {
     case Op::vbroadcast:
     case Op::vstore1:
       return element_bytes(form.element);
+    case Op::vbroadcast16:
+      return 16;
     case Op::glea:
     case Op::prefetch:
       return 0;

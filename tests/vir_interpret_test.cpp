@@ -388,6 +388,37 @@ TEST(Interpret, ComparesAndSelect) {
             (Lanes{0, 0, 1, 0, 0, 0, 0, 0}));
 }
 
+// Each run of 16 bytes by itself; SSE's instruction is the judge.
+TEST(Interpret, ByteOps) {
+  const Lanes patterns = interesting_patterns();
+  for (int lanes : {8, 16}) {
+    const auto width = static_cast<std::size_t>(lanes);
+    const Lanes a(patterns.end() - 40, patterns.end() - 40 + lanes);
+    const Lanes b(patterns.end() - 20, patterns.end() - 20 + lanes);
+    const auto check = [&](const Body& body, auto&& instruction) {
+      const Lanes got = compute(lanes, body, a, b);
+      for (std::size_t k = 0; k < width; k += 4) {
+        Lanes expected(4);
+        const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(&a[k]));
+        const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(&b[k]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(expected.data()), instruction(x, y));
+        EXPECT_EQ(Lanes(&got[k], &got[k] + 4), expected) << lanes << " lanes, from " << k;
+      }
+    };
+    check([](Builder& builder, Reg x, Reg y, Reg) { return builder.lookup_bytes(x, y); }, [
+    ](__m128i x, __m128i y) __attribute__((target("ssse3"))) { return _mm_shuffle_epi8(x, y); });
+    check([](Builder& builder, Reg x, Reg y, Reg) { return builder.interleave_low(x, y); },
+          [](__m128i x, __m128i y) { return _mm_unpacklo_epi8(x, y); });
+    check([](Builder& builder, Reg x, Reg y, Reg) { return builder.interleave_high(x, y); },
+          [](__m128i x, __m128i y) { return _mm_unpackhi_epi8(x, y); });
+    check(
+        [](Builder& builder, Reg, Reg, Reg) {
+          return builder.broadcast_16_bytes(builder.at(builder.arg(0), 16));
+        },
+        [&](__m128i, __m128i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(&a[4])); });
+  }
+}
+
 TEST(Interpret, SplatsIotaAndSwap) {
   for (int lanes : {8, 16}) {
     const Lanes iota = compute(lanes, [](Builder& b, Reg, Reg, Reg) { return b.iota(); }, {});

@@ -172,7 +172,8 @@ Result<std::vector<Input>> graph_kernels(const Input& input, const Target& targe
     kernels.push_back({entry.key_text.substr(0, entry.key_text.rfind("\nisa ")), entry.recipe});
   });
   ops::CompileOptions options;
-  options.exact_weights = false;  // zeros would fit 16 bits
+  options.exact_weights = false;  // zeros would fit 16 bits, and 12
+  options.twelve_bits_from = ops::CompileOptions::kNever;
   Result<ops::Program> program = ops::compile(*optimized, constants, target, options, library,
                                               std::make_shared<ops::WeightStore>());
   if (!program) return program.error();

@@ -208,6 +208,10 @@ Reg Builder::broadcast(Element element, Address address) {
   return with_address(Op::vbroadcast, Kind::vec, element, address);
 }
 
+Reg Builder::broadcast_16_bytes(Address address) {
+  return with_address(Op::vbroadcast16, Kind::vec, Element::none, address);
+}
+
 void Builder::store(Element element, Address address, Reg value) {
   to_memory(Op::vstore, element, address, value);
 }
@@ -263,6 +267,14 @@ Reg Builder::vshift_right_signed(Reg a, int bits) {
 }
 
 Reg Builder::swap(Reg a, int distance) { return with_immediate(Op::vswap, Kind::vec, a, distance); }
+
+// --- bytes
+
+Reg Builder::lookup_bytes(Reg table, Reg index) {
+  return binary(Op::vlookup_bytes, Kind::vec, table, index);
+}
+Reg Builder::interleave_low(Reg a, Reg b) { return binary(Op::vinterleave_low, Kind::vec, a, b); }
+Reg Builder::interleave_high(Reg a, Reg b) { return binary(Op::vinterleave_high, Kind::vec, a, b); }
 
 // --- masks
 

@@ -89,6 +89,7 @@ class Builder {
   Reg load_masked(Element element, Address address, Reg mask);
   Reg load_one(Element element, Address address);
   Reg broadcast(Element element, Address address);
+  Reg broadcast_16_bytes(Address address);
   void store(Element element, Address address, Reg value);
   void store_masked(Element element, Address address, Reg value, Reg mask);
   void store_one(Element element, Address address, Reg value);
@@ -122,6 +123,11 @@ class Builder {
   Reg vshift_right(Reg a, int bits);  // logical
   Reg vshift_right_signed(Reg a, int bits);
   Reg swap(Reg a, int distance);
+
+  // Bytes, in every run of 16 alike.
+  Reg lookup_bytes(Reg table, Reg index);
+  Reg interleave_low(Reg a, Reg b);
+  Reg interleave_high(Reg a, Reg b);
 
   Reg tail_mask(Reg count);
   Reg less(Reg a, Reg b);

@@ -161,6 +161,25 @@ Bits dot_bf16(Bits accumulator, Bits a, Bits b) {
   return as_bits(sum);
 }
 
+// The 16-byte runs of a vector, as in memory.
+constexpr std::size_t kRunBytes = 16;
+using Run = std::array<std::uint8_t, kRunBytes>;
+
+Run look_up(const Run& table, const Run& index) {
+  Run result{};
+  for (std::size_t i = 0; i < kRunBytes; ++i) {
+    if (index[i] < 0x80) result[i] = table[index[i] % kRunBytes];
+  }
+  return result;
+}
+
+template <std::size_t kFirst>
+Run interleave(const Run& a, const Run& b) {
+  Run result;
+  for (std::size_t i = 0; i < kRunBytes; ++i) result[i] = (i % 2 == 0 ? a : b)[kFirst + i / 2];
+  return result;
+}
+
 // For each loop, if, else: the index of its endloop, else or endif, endif; for each endloop: of its
 // loop.
 std::vector<std::size_t> find_partners(const std::vector<Instruction>& code) {
@@ -281,6 +300,18 @@ class Machine {
     const Bits value = read_lane(i.element, memory(i.address));
     set_lanes(i.dst, [&](std::size_t) { return value; });
   }
+  void broadcast_run(const Instruction& i) {
+    const std::byte* base = memory(i.address);
+    set_lanes(i.dst, [&](std::size_t k) { return read<Bits>(base + 4 * k % kRunBytes); });
+  }
+  void bytes(const Instruction& i, Run (*compute)(const Run&, const Run&)) {
+    using Runs = std::array<Run, sizeof(Vector) / kRunBytes>;
+    const auto a = std::bit_cast<Runs>(v(i.src[0])), b = std::bit_cast<Runs>(v(i.src[1]));
+    Runs result;
+    for (std::size_t run = 0; run < result.size(); ++run) result[run] = compute(a[run], b[run]);
+    const auto lanes = std::bit_cast<Vector>(result);
+    set_lanes(i.dst, [&](std::size_t k) { return lanes[k]; });
+  }
   void store(const Instruction& i, Mask mask) {
     std::byte* base = memory(i.address);
     const auto size = static_cast<std::size_t>(element_bytes(i.element));
@@ -399,6 +430,11 @@ std::size_t Machine::step(std::size_t at) {
       set_lanes(i.dst, [&](std::size_t k) { return a[k ^ static_cast<std::size_t>(i.immediate)]; });
       break;
     }
+
+    case Op::vbroadcast16: broadcast_run(i); break;
+    case Op::vlookup_bytes: bytes(i, look_up); break;
+    case Op::vinterleave_low: bytes(i, interleave<0>); break;
+    case Op::vinterleave_high: bytes(i, interleave<8>); break;
 
     case Op::mtail: m(i.dst) = tail(g(s0)); break;
     case Op::mcmp_lt: compare_floats(i, [](float a, float b) { return a < b; }); break;

@@ -8,10 +8,10 @@
 // Every output is a sum of partial sums, each one chain of fused multiply-adds over
 // partial_sum_length() of k in order, whatever the rows of a block, the lanes and the weight's
 // type. So y has the same bits for every way to cut M into blocks and into threads, with AVX2 and
-// AVX-512, and for a weight stored exactly in 16 bits. One chain over all of k would be simpler,
-// but its error grows with the chain's length: twice that of a blocked library at k = 576. The
-// price is that the GEMV has only as many chains as a panel has vectors; it is bound by memory, not
-// by them.
+// AVX-512, and for a weight stored exactly in 16 bits or 12. One chain over all of k would be
+// simpler, but its error grows with the chain's length: twice that of a blocked library at k = 576.
+// The price is that the GEMV has only as many chains as a panel has vectors; it is bound by memory,
+// not by them.
 //
 // Tested by linear_test (against a double-precision reference) and the differential test.
 #pragma once
@@ -40,6 +40,7 @@ struct LinearKernel {
   int rows = 1;               // rows of a block: 1..max_rows(lanes)
   std::int64_t n = 0, k = 0;  // of the packed weight (both gate and up counted when gated)
   graph::DataType weight = graph::DataType::f32;  // f32, bf16, f16: as stored; arithmetic is fp32
+  bool twelve_bits = false;                       // the weight is bf16 stored as twelve_bits.h says
   graph::DataType input = graph::DataType::f32;   // f32, bf16, f16
   graph::DataType output = graph::DataType::f32;  // f32, bf16, f16 (also bias and residual)
   Epilogue epilogue;
@@ -70,12 +71,14 @@ struct LinearArgs {
     panel_count,
     block_count,
     partial_sums,  // kPartialSumsBytesPerRow for each row, aligned to 64, of this thread alone
+    unpacked,  // unpacked_bytes(), aligned to 64, of this thread alone; only for weights in 12 bits
     count
   };
 };
 
 inline constexpr int kPartialSumsBytesPerRow = 32 * 4;  // a panel's columns
 std::int64_t partial_sum_length();
+std::int64_t unpacked_bytes();  // a panel's stretch of k in 16 bits
 
 int max_rows(int lanes);       // 6 with AVX2 (6 x 16), 12 with AVX-512 (12 x 32)
 std::int64_t panel_columns();  // 32: the packed layout depends neither on lanes nor on the type

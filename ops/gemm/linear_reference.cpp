@@ -2,11 +2,14 @@
 // computes in double, one output after another.
 //
 // Tested by linear_test (against unpacked weights).
+#include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <vector>
 
 #include "ops/gemm/linear_kernel.h"
 #include "ops/gemm/pack.h"
+#include "ops/gemm/twelve_bits.h"
 #include "ops/scalar_type.h"
 
 namespace tilewright::ops {
@@ -59,6 +62,24 @@ class Reference {
     return read_scalar(type, pointer(slot) + offset + index * size_in_bytes(type));
   }
 
+  // The k weights of a column.
+  std::vector<double> weights(std::int64_t panel, std::int64_t column) const {
+    std::vector<double> values(static_cast<std::size_t>(spec_.k));
+    if (spec_.twelve_bits) {
+      std::vector<std::uint16_t> bits(values.size());
+      twelve_bits::unpack_column(reinterpret_cast<const std::byte*>(pointer(LinearArgs::weight)),
+                                 panel, column, spec_.k, bits.data());
+      std::transform(bits.begin(), bits.end(), values.begin(), [](const std::uint16_t& value) {
+        return read_scalar(graph::DataType::bf16, &value);
+      });
+      return values;
+    }
+    for (std::size_t k = 0; k < values.size(); ++k) {
+      values[k] = weight(panel, column, static_cast<std::int64_t>(k));
+    }
+    return values;
+  }
+
   double weight(std::int64_t panel, std::int64_t column, std::int64_t k) const {
     const std::int64_t panel_bytes = packed_bytes(panel_columns(), spec_.k, spec_.weight);
     const std::int64_t index = spec_.weight == graph::DataType::f32
@@ -72,12 +93,13 @@ class Reference {
                    std::int64_t stacked_column) const {
     const std::int64_t begin = row / spec_.rows * args_[LinearArgs::x_block_stride] +
                                row % spec_.rows * args_[LinearArgs::x_row_stride];
+    const std::vector<double> w = weights(panel, panel_column);
     double sum = 0;
     for (std::int64_t k = 0; k < spec_.k; ++k) {
       const std::int64_t stretch = k / partial_sum_length();
       sum += element(LinearArgs::x, begin + stretch * args_[LinearArgs::x_stretch_stride],
                      k % partial_sum_length(), spec_.input) *
-             weight(panel, panel_column, k);
+             w[static_cast<std::size_t>(k)];
     }
     if (spec_.epilogue.bias) sum += element(LinearArgs::bias, 0, stacked_column, spec_.output);
     return sum;

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "ops/gemm/exact.h"
+#include "ops/gemm/twelve_bits.h"
 
 namespace tilewright::ops {
 namespace {
@@ -118,7 +119,7 @@ void transpose_tail(const PanelRows& rows, std::int64_t byte_offset, std::int64_
   std::memcpy(out, transposed.data(), static_cast<std::size_t>(units * kPanelColumns * kUnitBytes));
 }
 
-void pack_panel(PanelRows rows, std::int64_t row_bytes, std::int64_t units, float* out) {
+void transpose_panel(PanelRows rows, std::int64_t row_bytes, std::int64_t units, float* out) {
   // Columns of padding read zeros; they are rare, so a whole row of them costs nothing that
   // matters.
   const std::size_t padding_bytes = std::find(rows.begin(), rows.end(), nullptr) == rows.end()
@@ -154,62 +155,74 @@ std::int64_t packed_bytes(std::int64_t n, std::int64_t k, graph::DataType dtype)
   return round_up(n, kPanelColumns) * panel_units(k, dtype) * kUnitBytes;
 }
 
-void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::DataType source,
-                 graph::DataType dtype, bool gated, std::int64_t panel_begin,
-                 std::int64_t panel_end, void* packed) {
+void pack_panel(std::span<const WeightBlock> blocks, std::int64_t k, graph::DataType source,
+                graph::DataType dtype, bool gated, std::int64_t panel, void* packed) {
   // Transposed blocks that are several fill whole panels: stacked experts.
   assert(!blocks[0].transposed || blocks.size() == 1 || blocks[0].rows % kPanelColumns == 0);
   assert(!gated || (blocks.size() == 2 && blocks[0].rows == blocks[1].rows));
-  const std::int64_t units = panel_units(k, dtype);
-  const std::int64_t row_bytes = k * graph::size_in_bytes(dtype);
-  // The rows of one panel in the packed type: 64 KiB at k = 1024, so they stay in cache.
+  // The rows of the panel in the packed type: 64 KiB at k = 1024, so they stay in cache.
   std::vector<std::uint16_t> narrowed;
-  if (source != dtype) narrowed.resize(static_cast<std::size_t>(kPanelColumns * k));
+  std::unique_ptr<std::byte[]> gathered;
+  PanelRows rows;
+  if (blocks[0].transposed) {
+    const std::int64_t row = panel * kPanelColumns;
+    const WeightBlock& whole = blocks[static_cast<std::size_t>(row / blocks[0].rows)];
+    const std::int64_t first = row % blocks[0].rows;
+    gathered = gathered_rows(whole, first, k, graph::size_in_bytes(source));
+    const WeightBlock block{gathered.get(), std::min(kPanelColumns, whole.rows - first),
+                            k * graph::size_in_bytes(source)};
+    rows = panel_rows(std::span(&block, 1), false, 0);
+  } else {
+    rows = panel_rows(blocks, gated, panel);
+  }
+  if (source != dtype) {
+    narrowed.resize(static_cast<std::size_t>(kPanelColumns * k));
+    narrow_rows(rows, k, dtype, narrowed.data());
+  }
+  transpose_panel(rows, k * graph::size_in_bytes(dtype), panel_units(k, dtype),
+                  static_cast<float*>(packed));
+}
+
+void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::DataType source,
+                 graph::DataType dtype, bool gated, std::int64_t panel_begin,
+                 std::int64_t panel_end, void* packed) {
+  const std::int64_t panel_bytes = packed_bytes(kPanelColumns, k, dtype);
   for (std::int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    std::unique_ptr<std::byte[]> gathered;
-    PanelRows rows;
-    if (blocks[0].transposed) {
-      const std::int64_t row = panel * kPanelColumns;
-      const WeightBlock& whole = blocks[static_cast<std::size_t>(row / blocks[0].rows)];
-      const std::int64_t first = row % blocks[0].rows;
-      gathered = gathered_rows(whole, first, k, graph::size_in_bytes(source));
-      const WeightBlock block{gathered.get(), std::min(kPanelColumns, whole.rows - first),
-                              k * graph::size_in_bytes(source)};
-      rows = panel_rows(std::span(&block, 1), false, 0);
-    } else {
-      rows = panel_rows(blocks, gated, panel);
-    }
-    if (source != dtype) narrow_rows(rows, k, dtype, narrowed.data());
-    float* out = static_cast<float*>(packed) + panel * units * kPanelColumns;
-    pack_panel(rows, row_bytes, units, out);
+    pack_panel(blocks, k, source, dtype, gated, panel,
+               static_cast<std::byte*>(packed) + panel * panel_bytes);
   }
 }
 
-void unpack_row(const void* packed, std::int64_t row, std::int64_t k, graph::DataType dtype,
+void unpack_row(const void* packed, std::int64_t row, std::int64_t k, PackedForm form,
                 graph::DataType source, void* to) {
   const std::int64_t panel = row / kPanelColumns, column = row % kPanelColumns;
   const std::uint32_t* from = static_cast<const std::uint32_t*>(packed) +
-                              panel * panel_units(k, dtype) * kPanelColumns + column;
+                              panel * panel_units(k, form.dtype) * kPanelColumns + column;
   auto* words = static_cast<std::uint32_t*>(to);
+  if (form.dtype == graph::DataType::f32) {
+    for (std::int64_t i = 0; i < k; ++i) words[i] = from[i * kPanelColumns];
+    return;
+  }
+  std::vector<std::uint16_t> widened;
   auto* halves = static_cast<std::uint16_t*>(to);
-  for (std::int64_t i = 0; i < k; ++i) {
-    if (dtype == graph::DataType::f32) {
-      words[i] = from[i * kPanelColumns];
-      continue;
-    }
-    const std::uint32_t pair = from[i / 2 * kPanelColumns];
-    const auto bits = static_cast<std::uint16_t>(i % 2 == 0 ? pair : pair >> 16);
-    if (source == dtype) {
-      halves[i] = bits;
-    } else {
-      words[i] = widen(dtype, bits);
+  if (source != form.dtype) {
+    widened.resize(static_cast<std::size_t>(k));
+    halves = widened.data();
+  }
+  if (form.twelve_bits) {
+    twelve_bits::unpack_column(static_cast<const std::byte*>(packed), panel, column, k, halves);
+  } else {
+    for (std::int64_t i = 0; i < k; ++i) {
+      const std::uint32_t pair = from[i / 2 * kPanelColumns];
+      halves[i] = static_cast<std::uint16_t>(i % 2 == 0 ? pair : pair >> 16);
     }
   }
+  std::transform(widened.begin(), widened.end(), words,
+                 [&](std::uint16_t bits) { return widen(form.dtype, bits); });
 }
 
 void unpack_block(const void* packed, std::span<const WeightBlock> blocks, std::size_t index,
-                  std::int64_t k, graph::DataType dtype, graph::DataType source, bool gated,
-                  void* to) {
+                  std::int64_t k, PackedForm form, graph::DataType source, bool gated, void* to) {
   std::int64_t before = 0;
   for (std::size_t i = 0; i < index; ++i) before += blocks[i].rows;
   for (std::int64_t row = 0; row < blocks[index].rows; ++row) {
@@ -218,7 +231,7 @@ void unpack_block(const void* packed, std::span<const WeightBlock> blocks, std::
         gated ? row / half * kPanelColumns + row % half + half * static_cast<std::int64_t>(index)
               : before + row;
     auto* row_to = static_cast<std::byte*>(to) + row * k * graph::size_in_bytes(source);
-    unpack_row(packed, place, k, dtype, source, row_to);
+    unpack_row(packed, place, k, form, source, row_to);
   }
 }
 

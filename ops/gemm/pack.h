@@ -5,7 +5,8 @@
 //   bf16, f16  [n/32][ceil(k/2)][2][16][2]         AMX / vdpbf16ps order: pairs of k interleaved, 2
 //   x 16 columns;
 //                                                  k rounded up to a multiple of 32 with zeros
-//   gated      a panel holds 16 gate columns, then their 16 up columns
+//   12 bits    bf16 of which one bit in four is saved, where weights come from memory:
+//   twelve_bits.h gated      a panel holds 16 gate columns, then their 16 up columns
 //
 // Tested by pack_test.
 #pragma once
@@ -27,6 +28,13 @@ struct WeightBlock {
   bool transposed = false;
 };
 
+// How a packed weight is stored.
+struct PackedForm {
+  graph::DataType dtype = graph::DataType::f32;
+  bool twelve_bits = false;  // of bf16
+};
+
+// Not of 12 bits, whose size depends on the values.
 std::int64_t packed_bytes(std::int64_t n, std::int64_t k, graph::DataType dtype);
 
 // Packs panels [panel_begin, panel_end) of the stacked blocks (gated: exactly two blocks of equal
@@ -37,15 +45,18 @@ void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::Dat
                  graph::DataType dtype, bool gated, std::int64_t panel_begin,
                  std::int64_t panel_end, void* packed);
 
+// One of them, to memory of its own.
+void pack_panel(std::span<const WeightBlock> blocks, std::int64_t k, graph::DataType source,
+                graph::DataType dtype, bool gated, std::int64_t panel, void* packed);
+
 // The k values of the packed row `row` (of all blocks; gated: as they are interleaved), as
 // `source`.
-void unpack_row(const void* packed, std::int64_t row, std::int64_t k, graph::DataType dtype,
+void unpack_row(const void* packed, std::int64_t row, std::int64_t k, PackedForm form,
                 graph::DataType source, void* to);
 
 // The inverse: writes the values of blocks[index], as `source` and row-major without padding
 // between rows. The addresses in `blocks` are not looked at.
 void unpack_block(const void* packed, std::span<const WeightBlock> blocks, std::size_t index,
-                  std::int64_t k, graph::DataType dtype, graph::DataType source, bool gated,
-                  void* to);
+                  std::int64_t k, PackedForm form, graph::DataType source, bool gated, void* to);
 
 }  // namespace tilewright::ops

@@ -338,6 +338,26 @@ def _broadcast16(machine: Machine, i: Instruction) -> None:
     machine.put_lanes(i, [value << 16 | value] * 16)
 
 
+@step("VBROADCASTI32X4")
+def _vbroadcasti32x4(machine: Machine, i: Instruction) -> None:
+    machine.put_lanes(i, machine.load(i, 4, 4)[:4] * 4)
+
+
+def bytewise(name: str, compute: Callable[[bytes, bytes], list[int]]) -> None:
+    """An instruction that handles each 128 bits of its sources alone, as bytes."""
+
+    @step(name)
+    def _execute(machine: Machine, i: Instruction) -> None:
+        a, b = (b"".join(n.to_bytes(4, "little") for n in machine.lanes(i, k)) for k in (1, 2))
+        result = b"".join(bytes(compute(a[n : n + 16], b[n : n + 16])) for n in range(0, 64, 16))
+        machine.put_lanes(i, [int.from_bytes(result[n : n + 4], "little") for n in range(0, 64, 4)])
+
+
+bytewise("VPSHUFB", lambda a, b: [0 if n & 0x80 else a[n & 15] for n in b])
+bytewise("VPUNPCKLBW", lambda a, b: [n for pair in zip(a[:8], b[:8], strict=True) for n in pair])
+bytewise("VPUNPCKHBW", lambda a, b: [n for pair in zip(a[8:], b[8:], strict=True) for n in pair])
+
+
 @step("VPMOVZXWD")
 def _vpmovzxwd(machine: Machine, i: Instruction) -> None:
     machine.put_lanes(i, machine.load(i, 2, vector_lanes(i)))

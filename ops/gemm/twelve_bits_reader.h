@@ -1,0 +1,46 @@
+// Emits what a kernel does to read panels of weights in 12 bits (twelve_bits.h): it follows the
+// steps of a panel and gives their weights as vectors of pairs of k, as they lie in the 16-bit
+// layout.
+//
+// Tested by linear_test.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+
+#include "jit/vir/builder.h"
+
+namespace tilewright::ops {
+
+class TwelveBitsReader {
+ public:
+  using Reg = jit::vir::Reg;
+
+  explicit TwelveBitsReader(jit::vir::Builder& builder) : b_(builder) {}
+
+  // At the first stretch of k of a panel, which has 128 of them.
+  void begin_panel(Reg packed, Reg panel, std::int64_t k);
+  // Around each_step, which a stretch has once or more.
+  void begin_stretch();
+  void end_stretch();
+
+  // The steps of the stretch's first `count` of k, as often as wanted: body(whether the step is in
+  // 16 bits, its k) is emitted for both forms, in a loop and for a rest of fewer than 8.
+  void each_step(std::int64_t count, const std::function<void(bool plain, int length)>& body);
+  // In such a body: asks for what follows `distance` bytes behind the step.
+  void prefetch(std::int64_t distance, int level);
+  // In such a body: the weights of k 4 * half and 4 * half + 1, and of the two behind them, of the
+  // panel's vector of columns. A lane is a pair: the even k in its low 16 bits.
+  std::array<Reg, 2> pairs(bool plain, int half, int vector);
+
+ private:
+  void step(bool plain, int length, const std::function<void(bool, int)>& body);
+
+  jit::vir::Builder& b_;
+  Reg record_, stretch_;  // addresses of the stretch's record and steps
+  Reg step_;              // address
+  Reg table_, low_nibbles_;
+};
+
+}  // namespace tilewright::ops
