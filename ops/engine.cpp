@@ -45,7 +45,9 @@ Result<Program> Engine::compile(const std::string& text,
   CompileOptions options;
   options.disabled.insert(settings.disable.names.begin(), settings.disable.names.end());
   options.exact_weights = settings.weights != WeightMode::plain;
-  if (settings.weights != WeightMode::automatic) options.twelve_bits_from = CompileOptions::kNever;
+  if (settings.weights == WeightMode::compact) options.twelve_bits_from = 0;
+  if (settings.weights == WeightMode::exact) options.twelve_bits_from = CompileOptions::kNever;
+  if (settings.weights == WeightMode::plain) options.twelve_bits_from = CompileOptions::kNever;
   options.fallback_onednn = settings.fallback == Fallback::onednn;
   return ops::compile(*graph, constants, target_, options, kernels_, std::move(weights), packed);
 }

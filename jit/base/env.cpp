@@ -158,11 +158,14 @@ std::vector<Variable> make_table() {
        }},
       {"PASS_LIMIT", "-1", "-1 (none) or a count", "Stop the pipeline after so many passes.",
        [](Text v, E& e) { return read_integer(v, -1, 1 << 20, e.pass_limit); }},
-      {"WEIGHTS", "auto", "auto, exact, plain",
-       "Weight storage: chosen by value, always lossless 16-bit where possible, or as given.",
+      {"WEIGHTS", "auto", "auto, compact, exact, plain",
+       "Storage of weights, lossless: 16 bits where they hold the values, and 12 bits in large "
+       "models "
+       "(auto) or always (compact); 16 bits only (exact); as given (plain).",
        [](Text v, E& e) {
          return read_choice<WeightMode>(v,
                                         {{"auto", WeightMode::automatic},
+                                         {"compact", WeightMode::compact},
                                          {"exact", WeightMode::exact},
                                          {"plain", WeightMode::plain}},
                                         e.weights);

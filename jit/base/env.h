@@ -21,7 +21,7 @@ namespace tilewright {
 enum class CacheMode : std::uint8_t { read_write, read_only, off };
 enum class JitProfile : std::uint8_t { none, perf, vtune, gdb };
 enum class Fallback : std::uint8_t { aten, onednn };
-enum class WeightMode : std::uint8_t { automatic, exact, plain };
+enum class WeightMode : std::uint8_t { automatic, compact, exact, plain };
 enum class Fp32Mode : std::uint8_t { automatic, fma, amx };
 
 // "0": nothing, "1": everything, else a comma-separated list of names.
