@@ -60,22 +60,21 @@ class LinearRun {
 
  private:
   void run_chunk(std::int64_t first, std::int64_t rows, bool pack) {
-    const int block = task_.variants[0].rows;
-    if (pack) pack_blocks(first, rows / block * block);
+    if (pack) pack_rows(first, rows);
     // Rows that need several kernels take the panels one by one: each is still in cache for the
     // next kernel, where a second pass over all of them would read the weights from memory again.
-    const bool one_kernel =
-        rows % block == 0 || std::any_of(task_.variants.begin(), task_.variants.end(),
-                                         [&](const auto& variant) { return variant.rows == rows; });
+    const bool one_kernel = rows % task_.variants[0].rows == 0 ||
+                            std::any_of(task_.variants.begin(), task_.variants.end(),
+                                        [&](const auto& variant) { return variant.rows == rows; });
     const std::int64_t panels_at_once = one_kernel ? panels_.end - panels_.begin : 1;
     arguments_[LinearArgs::panel_count] = panels_at_once;
     for (std::int64_t panel = panels_.begin; panel < panels_.end; panel += panels_at_once) {
       arguments_[LinearArgs::panel_begin] = panel;
       for_row_blocks(
-          task_, rows, pack,
+          task_, rows,
           [&](const LinearTask::Variant& variant, std::int64_t begin, std::int64_t blocks) {
-            if (&variant == &task_.packed) {
-              point_to_packed(blocks);
+            if (pack) {
+              point_to_packed(begin, variant.rows, rows);
             } else {
               point_to_rows(first + begin, variant.rows);
             }
@@ -92,18 +91,17 @@ class LinearRun {
     arguments_[LinearArgs::x] = argument(x_ + first * x_stride_);
     arguments_[LinearArgs::x_row_stride] = x_stride_;
     arguments_[LinearArgs::x_block_stride] = block * x_stride_;
-    arguments_[LinearArgs::x_stretch_stride] = partial_sum_length() * task_.x.element_bytes;
+    arguments_[LinearArgs::x_stretch_stride] = stretch_bytes();
   }
 
-  void point_to_packed(std::int64_t blocks) {
-    const std::int64_t block = task_.packed.rows * stretch_bytes();
-    arguments_[LinearArgs::x] = argument(packed_);
+  void point_to_packed(std::int64_t begin, int block, std::int64_t rows) {
+    arguments_[LinearArgs::x] = argument(packed_ + begin * stretch_bytes());
     arguments_[LinearArgs::x_row_stride] = stretch_bytes();
-    arguments_[LinearArgs::x_block_stride] = block;
-    arguments_[LinearArgs::x_stretch_stride] = blocks * block;
+    arguments_[LinearArgs::x_block_stride] = block * stretch_bytes();
+    arguments_[LinearArgs::x_stretch_stride] = rows * stretch_bytes();
   }
 
-  void pack_blocks(std::int64_t first, std::int64_t rows) const {
+  void pack_rows(std::int64_t first, std::int64_t rows) const {
     std::int64_t arguments[CopyArgs::count];
     arguments[CopyArgs::rows] = rows;
     arguments[CopyArgs::x_row_stride] = x_stride_;
@@ -137,7 +135,7 @@ class ExpertRun {
     rows_ = reinterpret_cast<std::int64_t*>(frame.scratch[static_cast<std::size_t>(thread)]);
     const std::int64_t rows = frame.dim(task.rows);
     x_ = reinterpret_cast<char*>(rows_) + (rows * 8 + 63) / 64 * 64;
-    y_ = x_ + task.variants[0].rows * padded_bytes(task.spec.k, task.spec.input);
+    y_ = x_ + task.variants[0].rows * padded_bytes(task.spec.k, graph::DataType::f32);
     char* sums = y_ + task.variants[0].rows * padded_bytes(task.spec.n, task.spec.output);
     arguments_[LinearArgs::partial_sums] = argument(sums);
     arguments_[LinearArgs::weight] = argument(task.weight->data.get());
@@ -161,7 +159,7 @@ class ExpertRun {
       arguments_[LinearArgs::bias] = argument(task_.bias.address(frame_));
     }
     for_row_blocks(
-        task_, count, false,
+        task_, count,
         [&](const LinearTask::Variant& variant, std::int64_t first, std::int64_t blocks) {
           for (std::int64_t block = 0; block < blocks; ++block) {
             multiply(variant, rows_ + first + block * variant.rows);
@@ -171,18 +169,22 @@ class ExpertRun {
 
  private:
   void multiply(const LinearTask::Variant& variant, const std::int64_t* rows) {
-    const std::int64_t x_bytes = task_.spec.k * task_.x.element_bytes;
-    const std::int64_t x_pitch = padded_bytes(task_.spec.k, task_.spec.input);
+    const std::int64_t x_pitch = padded_bytes(task_.spec.k, graph::DataType::f32);
     const std::int64_t x_stride = frame_.dim(task_.x_stride) * task_.x.element_bytes;
+    std::int64_t copy[CopyArgs::count];
+    copy[CopyArgs::rows] = 1;
+    copy[CopyArgs::columns] = task_.spec.k;
+    copy[CopyArgs::x_row_stride] = copy[CopyArgs::y_row_stride] = 0;
     for (int i = 0; i < variant.rows; ++i) {
-      std::memcpy(x_ + i * x_pitch, task_.x.address(frame_) + rows[i] / choice_.choices * x_stride,
-                  static_cast<std::size_t>(x_bytes));
+      copy[CopyArgs::x] = argument(task_.x.address(frame_) + rows[i] / choice_.choices * x_stride);
+      copy[CopyArgs::y] = argument(x_ + i * x_pitch);
+      task_.copy->function(copy);
     }
     const std::int64_t pitch = padded_bytes(task_.spec.n, task_.spec.output);
     arguments_[LinearArgs::x] = argument(x_);
     arguments_[LinearArgs::x_row_stride] = x_pitch;
     arguments_[LinearArgs::x_block_stride] = variant.rows * x_pitch;
-    arguments_[LinearArgs::x_stretch_stride] = partial_sum_length() * task_.x.element_bytes;
+    arguments_[LinearArgs::x_stretch_stride] = stretch_bytes();
     // The kernel puts a panel where it lies in the stack of all experts.
     arguments_[LinearArgs::y] =
         argument(y_) - first_panel_ * panel_columns() * task_.y.element_bytes;
@@ -231,13 +233,14 @@ void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
 
 std::int64_t chunk_rows(const LinearTask& task, std::int64_t rows) {
   const std::int64_t chunks = (rows + task.most_rows - 1) / task.most_rows;
-  if (chunks == 0) return task.packed.rows;
-  return round_up((rows + chunks - 1) / chunks, task.packed.rows);
+  if (chunks == 0) return task.many.rows;
+  return round_up((rows + chunks - 1) / chunks, task.many.rows);
 }
 
 // A copy costs about as much as half a panel, and must be paid back by the others.
 bool packs(const LinearTask& task, std::int64_t rows) {
-  return rows >= 4 * task.packed.rows && panel_count(task.spec.n) >= 8;
+  if (task.x_type != graph::DataType::f32) return true;
+  return rows >= kManyBlocks * task.many.rows && panel_count(task.spec.n) >= 8;
 }
 
 std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {
@@ -250,7 +253,7 @@ std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {
   }
   return (rows * 8 + 63) / 64 * 64 +
          task.variants[0].rows *
-             (padded_bytes(task.spec.k, task.spec.input) +
+             (padded_bytes(task.spec.k, graph::DataType::f32) +
               padded_bytes(task.spec.n, task.spec.output) + kPartialSumsBytesPerRow) +
          unpacked_bytes();
 }

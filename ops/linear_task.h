@@ -5,7 +5,7 @@
 // order in which the kernel reads it: all rows' first stretch, all rows' second ... (Goto and van
 // de Geijn, "Anatomy of High-Performance Matrix Multiplication", section 4). In place, rows whose
 // stride is a multiple of a page share few sets of L1, and 16-bit values are widened for every
-// panel anew. The bits of y do not depend on any of this.
+// panel anew: they are packed even if they are few. The bits of y do not depend on any of this.
 //
 // Tested by program_test and task_test.
 #pragma once
@@ -20,6 +20,9 @@ namespace tilewright::ops {
 // One thread's share.
 void run(const LinearTask& task, const Frame& frame, int thread, int threads);
 
+// Only the largest blocks can be so many: the others are smaller than half of the one before.
+inline constexpr std::int64_t kManyBlocks = 4;
+
 // Rows of a chunk when `rows` are cut evenly, and whether the x of chunks is packed.
 std::int64_t chunk_rows(const LinearTask& task, std::int64_t rows);
 bool packs(const LinearTask& task, std::int64_t rows);
@@ -27,14 +30,12 @@ bool packs(const LinearTask& task, std::int64_t rows);
 // Calls part(variant, first row, blocks of variant.rows rows) for pieces that cover `rows` rows of
 // a chunk.
 template <class Task, class Part>
-void for_row_blocks(Task& task, std::int64_t rows, bool packed, Part&& part) {
+void for_row_blocks(Task& task, std::int64_t rows, Part&& part) {
   std::int64_t first = 0;
   for (auto& variant : task.variants) {
     const std::int64_t blocks = (rows - first) / variant.rows;
-    if (blocks > 0) {
-      const bool whole = packed && variant.rows == task.packed.rows;
-      part(whole ? task.packed : variant, first, blocks);
-    }
+    if (blocks > 0)
+      part(blocks >= kManyBlocks && !task.experts ? task.many : variant, first, blocks);
     first += blocks * variant.rows;
   }
 }
@@ -50,8 +51,7 @@ void for_needed_variants(Task& task, std::int64_t rows, Visit&& visit) {
   }
   const std::int64_t chunk = chunk_rows(task, rows);
   for (std::int64_t part : {std::min(chunk, rows), rows % chunk}) {
-    for_row_blocks(task, part, packs(task, rows),
-                   [&](auto& variant, std::int64_t, std::int64_t) { visit(variant); });
+    for_row_blocks(task, part, [&](auto& variant, std::int64_t, std::int64_t) { visit(variant); });
   }
 }
 
@@ -59,7 +59,7 @@ void for_needed_variants(Task& task, std::int64_t rows, Visit&& visit) {
 template <class Visit>
 void for_all_variants(LinearTask& task, Visit&& visit) {
   for (LinearTask::Variant& variant : task.variants) visit(variant);
-  if (!task.experts) visit(task.packed);
+  if (!task.experts) visit(task.many);
 }
 
 // Bytes of scratch that a thread needs: partial sums, packed x, the gathered rows of one expert.

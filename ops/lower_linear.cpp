@@ -23,19 +23,21 @@ std::int64_t most_rows(const LinearKernel& spec) {
   return std::clamp<std::int64_t>(packed_x_bytes / (4 * spec.k), 48, 384);
 }
 
+}  // namespace
+
 // Blocks of rows that kernels exist for, largest first. Fewer kernels than one per remainder
 // (emission time), and any number of rows is covered: 5 = 4 + 1.
-void add_variants(LinearTask& task) {
+void Lowering::add_kernels(LinearTask& task) {
   const int most = max_rows(task.spec.lanes);
   for (int rows : {12, 8, 6, 4, 2, 1}) {
     const bool useful = rows <= 4 || rows == most || (rows == 8 && task.spec.lanes == 16);
-    if (useful && rows <= most) task.variants.push_back({rows, task.spec.input});
+    if (useful && rows <= most) task.variants.push_back({rows});
   }
-  task.packed = {most, graph::DataType::f32};
+  task.many = {most};
   task.most_rows = most_rows(task.spec);
+  const CopyKernel copy{task.spec.lanes, task.x_type, graph::DataType::f32};
+  task.copy = kernels_->request(print(copy), [copy] { return build(copy); });
 }
-
-}  // namespace
 
 Status Lowering::lower_linear(const graph::Node& node) {
   Epilogue epilogue;
@@ -63,7 +65,7 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   LinearTask task;
   task.spec.lanes = target_.lanes();
   task.spec.epilogue = epilogue;
-  task.spec.input = type(input).dtype;
+  task.x_type = type(input).dtype;
   task.spec.output = type(result).dtype;
   task.spec.weight = type(weights[0]).dtype;
 
@@ -96,9 +98,9 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   }
   if (Status possible = supported(task.spec); !possible) return possible;
 
-  const std::optional<Matrix> x = matrix(layout(input), task.spec.input);
+  const std::optional<Matrix> x = matrix(layout(input), task.x_type);
   if (!x) {
-    const Layout copied = contiguous(layout(input), task.spec.input);
+    const Layout copied = contiguous(layout(input), task.x_type);
     set_layout(input, copied);
     return lower_contraction(node, epilogue, weights, bias, residual);
   }
@@ -137,9 +139,7 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   const std::optional<Matrix> y = matrix(layout(result), task.spec.output);
   task.y = y->operand;
   task.y_stride = dim(y->stride);
-  add_variants(task);
-  const CopyKernel copy{task.spec.lanes, task.spec.input, graph::DataType::f32};
-  task.copy = kernels_->request(print(copy), [copy] { return build(copy); });
+  add_kernels(task);
   const std::string specification = print(task.spec);
   const std::int64_t bytes = task.weight->bytes;
   add_task(std::move(task), reads, {y->buffer}, work_of(graph_, node), specification);
@@ -170,7 +170,7 @@ Status Lowering::lower_expert_linear(const graph::Node& node) {
 
   LinearTask task;
   task.spec.lanes = target_.lanes();
-  task.spec.input = type(input).dtype;
+  task.x_type = type(input).dtype;
   task.spec.output = type(result).dtype;
   task.spec.weight = type(weight).dtype;
   task.spec.n = shape[transposed ? 2 : 1].constant();
@@ -195,12 +195,12 @@ Status Lowering::lower_expert_linear(const graph::Node& node) {
   task.spec.weight = task.weight->form.dtype;
   task.spec.twelve_bits = task.weight->form.twelve_bits;
 
-  const Layout x = unit_columns(layout(input), task.spec.input);
+  const Layout x = unit_columns(layout(input), task.x_type);
   const Layout indices = contiguous(layout(node.operands[2]), graph::DataType::i64);
   std::vector<int> reads{x.buffer, indices.buffer};
   task.experts =
       ExpertChoice{shape[0].constant(), choices.constant(), operand(indices, graph::DataType::i64)};
-  task.x = operand(x, task.spec.input);
+  task.x = operand(x, task.x_type);
   task.x_stride = dim(x.strides[0]);
   if (task.spec.epilogue.bias) {
     const ValueId bias = node.operands[3];
@@ -214,7 +214,7 @@ Status Lowering::lower_expert_linear(const graph::Node& node) {
   task.rows = dim(y.shape[0]);
   task.y = operand(y, task.spec.output);
   task.y_stride = dim(y.strides[0]);
-  add_variants(task);
+  add_kernels(task);
   const std::string specification = print(task.spec);
   const std::int64_t bytes = task.weight->bytes;
   add_task(std::move(task), reads, {y.buffer}, work_of(graph_, node), "experts: " + specification);

@@ -48,6 +48,7 @@ class Lowering {
   // --- lower_linear.cpp
   Status lower_linear(const graph::Node& node);
   Status lower_gated_mlp(const graph::Node& node);
+  void add_kernels(LinearTask& task);
   Status lower_expert_linear(const graph::Node& node);
   Status lower_contraction(const graph::Node& node, Epilogue epilogue,
                            const std::vector<graph::ValueId>& weights, graph::ValueId bias,

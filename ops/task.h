@@ -66,12 +66,12 @@ struct LinearTask {
   LinearKernel spec;  // rows is set per variant
   struct Variant {
     int rows;
-    graph::DataType input;
     const Kernel* kernel = nullptr;  // until a run needs it
   };
-  std::vector<Variant> variants;  // for x in place; rows descending, the last has 1
-  Variant packed;                 // for packed x, in as many rows as the first
+  std::vector<Variant> variants;  // rows descending, the last has 1
+  Variant many;                   // blocks of as many rows as the first
   const Kernel* copy = nullptr;   // rows of x to packed x
+  graph::DataType x_type;         // the kernels read f32: another type is always packed
   std::shared_ptr<const PackedWeight> weight;
   std::int64_t most_rows;  // multiplied at once: their x stays in cache
   DimIndex rows;           // of y

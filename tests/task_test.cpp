@@ -15,7 +15,7 @@ namespace tilewright::ops {
 namespace {
 
 // How often the stand-ins were called.
-int tokens, tiles, copies, packed_blocks, blocks_in_place;
+int tokens, tiles, copies, many_blocks, few_blocks;
 
 template <int& count>
 Kernel counting() {
@@ -68,13 +68,14 @@ TEST(AttentionTask, MoreThanSixteenQueriesFillTiles) {
 }
 
 TEST(LinearTask, FourBlocksOfRowsArePacked) {
-  const Kernel copy = counting<copies>(), packed = counting<packed_blocks>(),
-               in_place = counting<blocks_in_place>();
+  const Kernel copy = counting<copies>(), many = counting<many_blocks>(),
+               few = counting<few_blocks>();
   LinearTask task{};
   task.spec.n = 256;
   task.spec.k = 300;
-  task.variants = {{6, graph::DataType::f32, &in_place}, {1, graph::DataType::f32, &in_place}};
-  task.packed = {6, graph::DataType::f32, &packed};
+  task.variants = {{6, &few}, {1, &few}};
+  task.many = {6, &many};
+  task.x_type = graph::DataType::f32;
   task.copy = &copy;
   task.most_rows = 48;
   task.weight = std::make_shared<PackedWeight>();
@@ -82,16 +83,18 @@ TEST(LinearTask, FourBlocksOfRowsArePacked) {
   task.rows = DimIndex{1};
   const auto calls = [&](std::int64_t rows) {
     const Setting setting({0, rows});
-    copies = packed_blocks = blocks_in_place = 0;
+    copies = many_blocks = few_blocks = 0;
     ops::run(task, setting.frame, 0, 1);
-    return std::vector<int>{copies, packed_blocks, blocks_in_place};
+    return std::vector<int>{copies, many_blocks, few_blocks};
   };
   EXPECT_EQ(calls(18), (std::vector{0, 0, 1}));
   EXPECT_EQ(calls(24), (std::vector{3, 1, 0}));  // three stretches of k
   EXPECT_EQ(calls(96), (std::vector{6, 2, 0}));  // two chunks
   EXPECT_EQ(calls(25), (std::vector{3, 8, 8}));  // the last row alone, so panel by panel
   task.spec.n = 224;
-  EXPECT_EQ(calls(24), (std::vector{0, 0, 1})) << "seven panels do not pay for a copy";
+  EXPECT_EQ(calls(24), (std::vector{0, 1, 0})) << "seven panels do not pay for a copy";
+  task.x_type = graph::DataType::bf16;
+  EXPECT_EQ(calls(1), (std::vector{3, 0, 1})) << "16 bits are widened once";
 }
 
 }  // namespace
