@@ -64,10 +64,10 @@ struct Problem {
       : spec(std::move(kernel)), blocks(block_count), m(block_count * spec.rows) {
     Random random(seed);
     w = guarded(spec.n, spec.k, spec.weight, flush);
-    x = guarded(m, spec.k, spec.input, flush);
+    x = guarded(m, spec.k, DataType::f32, flush);
     y = guarded(m, outputs(), spec.output, flush);
     fill_rows(*w, spec.weight, spec.n, spec.k, fill, random);
-    fill_rows(*x, spec.input, m, spec.k, fill, random);
+    fill_rows(*x, DataType::f32, m, spec.k, fill, random);
     bias = guarded(1, spec.n, spec.output, flush);
     residual = guarded(m, outputs(), spec.output, flush);
     fill_rows(*bias, spec.output, 1, spec.n, fill, random);
@@ -121,7 +121,7 @@ struct Problem {
     list[LinearArgs::x_row_stride] = x->stride();
     list[LinearArgs::x_block_stride] = spec.rows * x->stride();
     list[LinearArgs::x_stretch_stride] =
-        ops::partial_sum_length() * graph::size_in_bytes(spec.input);
+        ops::partial_sum_length() * graph::size_in_bytes(DataType::f32);
     list[LinearArgs::weight] = packed->address();
     list[LinearArgs::y] = y->address();
     list[LinearArgs::y_row_stride] = y->stride();
@@ -169,7 +169,7 @@ Bounded product(const Problem& p, std::int64_t row, std::int64_t column) {
   double sum = 0, magnitude = 0;
   for (std::int64_t k = 0; k < p.spec.k; ++k) {
     const double term =
-        value_at(*p.x, p.spec.input, row, k) * value_at(*p.w, p.spec.weight, column, k);
+        value_at(*p.x, DataType::f32, row, k) * value_at(*p.w, p.spec.weight, column, k);
     sum += term;
     magnitude += std::abs(term);
   }
@@ -294,8 +294,7 @@ TEST_P(Linear, MatchesTheBoundsForEveryShape) {
         LinearKernel spec = kernel(rows, n, k);
         spec.epilogue = all[turn % all.size()];
         if (spec.epilogue.gated) spec.n *= 2;
-        spec.input = kFloats[turn % 3];
-        spec.output = kFloats[turn / 3 % 3];
+        spec.output = kFloats[turn % 3];
         check(spec, static_cast<std::int64_t>(turn % 3), static_cast<unsigned>(turn));
         if (HasFatalFailure()) return;
         turn += 1 + (turn % 7 == 0 ? 1 : 0);  // out of step with the loops
@@ -306,16 +305,13 @@ TEST_P(Linear, MatchesTheBoundsForEveryShape) {
 
 TEST_P(Linear, MatchesTheBoundsForEveryEpilogueAndType) {
   for (const ops::Epilogue& each : epilogues()) {
-    for (DataType input : kFloats) {
-      for (DataType output : kFloats) {
-        for (int rows : {1, 3, ops::max_rows(GetParam().lanes)}) {
-          LinearKernel spec = kernel(rows, each.gated ? 42 : 45, 19);
-          spec.epilogue = each;
-          spec.input = input;
-          spec.output = output;
-          check(spec, 2, 7);
-          if (HasFatalFailure()) return;
-        }
+    for (DataType output : kFloats) {
+      for (int rows : {1, 3, ops::max_rows(GetParam().lanes)}) {
+        LinearKernel spec = kernel(rows, each.gated ? 42 : 45, 19);
+        spec.epilogue = each;
+        spec.output = output;
+        check(spec, 2, 7);
+        if (HasFatalFailure()) return;
       }
     }
   }
@@ -383,15 +379,15 @@ TEST_P(Linear, PackedXGivesTheSameBits) {
       problem.run(Engine::interpreter);
       const std::vector<double> wanted = problem.results();
 
-      const std::int64_t run = ops::partial_sum_length() * size_in_bytes(spec.input);
+      const std::int64_t run = ops::partial_sum_length() * size_in_bytes(DataType::f32);
       std::vector<char> packed(
           static_cast<std::size_t>((k / ops::partial_sum_length() + 1) * run * problem.m));
       for (std::int64_t row = 0; row < problem.m; ++row) {
         for (std::int64_t i = 0; i < k; ++i) {
           const std::int64_t to = (i / ops::partial_sum_length() * problem.m + row) * run +
-                                  i % ops::partial_sum_length() * size_in_bytes(spec.input);
-          ops::write_scalar(spec.input, packed.data() + to,
-                            value_at(*problem.x, spec.input, row, i));
+                                  i % ops::partial_sum_length() * size_in_bytes(DataType::f32);
+          ops::write_scalar(DataType::f32, packed.data() + to,
+                            value_at(*problem.x, DataType::f32, row, i));
         }
       }
       std::vector<std::int64_t> args = problem.args();
@@ -429,7 +425,7 @@ TEST_P(Linear, NaNAndInfinityReachTheirOutputsOnly) {
     const LinearKernel spec = kernel(rows, 64, 33);
     const Problem problem(spec, 1, Fill::integers, 2, GuardedRows::Flush::end);
     const double nan = std::numeric_limits<double>::quiet_NaN();
-    ops::write_scalar(spec.input, problem.x->row(0) + 32 * size_in_bytes(spec.input), nan);
+    ops::write_scalar(DataType::f32, problem.x->row(0) + 32 * size_in_bytes(DataType::f32), nan);
     for (Engine engine : engines(spec.lanes)) {
       problem.run(engine);
       for (std::int64_t column = 0; column < spec.n; ++column) {
@@ -445,17 +441,14 @@ TEST_P(Linear, NaNAndInfinityReachTheirOutputsOnly) {
 TEST_P(Linear, InnerLoopsDoNotSpill) {
   for (int rows = 1; rows <= ops::max_rows(GetParam().lanes); ++rows) {
     for (const ops::Epilogue& each : epilogues()) {
-      for (DataType input : kFloats) {
-        for (DataType output : kFloats) {
-          for (std::int64_t n : {576, 610}) {
-            LinearKernel spec = kernel(rows, n, 576);
-            spec.epilogue = each;
-            spec.input = input;
-            spec.output = output;
-            const auto code = jit::emit(build(spec), target_with_lanes(spec.lanes));
-            ASSERT_TRUE(code.ok()) << print(spec) << ": " << code.error().message;
-            EXPECT_EQ(code->spills, 0) << print(spec);
-          }
+      for (DataType output : kFloats) {
+        for (std::int64_t n : {576, 610}) {
+          LinearKernel spec = kernel(rows, n, 576);
+          spec.epilogue = each;
+          spec.output = output;
+          const auto code = jit::emit(build(spec), target_with_lanes(spec.lanes));
+          ASSERT_TRUE(code.ok()) << print(spec) << ": " << code.error().message;
+          EXPECT_EQ(code->spills, 0) << print(spec);
         }
       }
     }
@@ -566,7 +559,7 @@ TEST(LinearError, IsThatOfShortChains) {
       double exact = 0;
       float chain = 0;
       for (std::int64_t k = 0; k < spec.k; ++k) {
-        const double x = value_at(*problem.x, spec.input, row, k);
+        const double x = value_at(*problem.x, DataType::f32, row, k);
         const double w = value_at(*problem.w, spec.weight, column, k);
         exact += x * w;
         chain = static_cast<float>(chain + x * w);
@@ -583,10 +576,10 @@ TEST(LinearPrint, TellsEveryFieldApart) {
   LinearKernel spec;
   spec.n = 960;
   spec.k = 576;
-  EXPECT_EQ(print(spec), "linear lanes=8 rows=1 n=960 k=576 weight=f32 input=f32 output=f32");
+  EXPECT_EQ(print(spec), "linear lanes=8 rows=1 n=960 k=576 weight=f32 output=f32");
   spec.epilogue = epilogue(true, "silu", true, true);
   EXPECT_EQ(print(spec),
-            "linear lanes=8 rows=1 n=960 k=576 weight=f32 input=f32 output=f32 bias "
+            "linear lanes=8 rows=1 n=960 k=576 weight=f32 output=f32 bias "
             "activation=silu gated residual");
 }
 

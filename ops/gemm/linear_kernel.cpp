@@ -42,6 +42,7 @@ using jit::vir::Reg;
 constexpr int kPanelColumns = 32;
 constexpr int kStepBytes = kPanelColumns * 4;  // of a panel, for one k (f32) or two (16-bit types)
 constexpr int kLineBytes = 64;
+constexpr int kInputBytes = 4;
 constexpr int kHalfLength = twelve_bits::kStepLength / 2;
 
 // Rows that one address register reaches with an index of one stride, scaled by 1 or 2.
@@ -90,7 +91,6 @@ class LinearBuilder {
   std::int64_t panel_output_bytes() const {
     return panel_outputs() * graph::size_in_bytes(spec_.output);
   }
-  int input_bytes() const { return graph::size_in_bytes(spec_.input); }
   int pointer_count() const { return (rows_ + kRowsPerPointer - 1) / kRowsPerPointer; }
 
   // The panel's vectors that a part computes. Gated: the gates' in the first half of the list, the
@@ -216,7 +216,7 @@ class LinearBuilder {
   }
 
   void advance_x(std::int64_t count) {
-    for (Reg pointer : x_) b_.add_to(pointer, count * input_bytes());
+    for (Reg pointer : x_) b_.add_to(pointer, count * kInputBytes);
   }
 
   std::int64_t stretch_bytes() const { return kPartialSumLength / step_length() * kStepBytes; }
@@ -372,10 +372,10 @@ class LinearBuilder {
   Reg broadcast(int row, int k) {
     Reg pointer = x_[static_cast<std::size_t>(row / kRowsPerPointer)];
     const int strides = row % kRowsPerPointer;
-    const std::int64_t offset = k * input_bytes();
+    const std::int64_t offset = k * kInputBytes;
     const Address address =
         strides == 0 ? b_.at(pointer, offset) : b_.at(pointer, x_stride_, strides, offset);
-    return b_.broadcast(load_element(spec_.input), address);
+    return b_.broadcast(Element::f32, address);
   }
 
   // --- the epilogue
@@ -443,9 +443,9 @@ std::int64_t unpacked_bytes() { return kPartialSumLength / 2 * kStepBytes; }
 std::int64_t panel_count(std::int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
 
 std::string print(const LinearKernel& spec) {
-  std::string text = fmt::format("linear lanes={} rows={} n={} k={} weight={} input={} output={}",
-                                 spec.lanes, spec.rows, spec.n, spec.k, graph::name(spec.weight),
-                                 graph::name(spec.input), graph::name(spec.output));
+  std::string text =
+      fmt::format("linear lanes={} rows={} n={} k={} weight={} output={}", spec.lanes, spec.rows,
+                  spec.n, spec.k, graph::name(spec.weight), graph::name(spec.output));
   const Epilogue& epilogue = spec.epilogue;
   if (epilogue.bias) text += " bias";
   if (!epilogue.activation.empty()) text += " activation=" + epilogue.activation;
@@ -462,7 +462,7 @@ Status supported(const LinearKernel& spec) {
     return Error{fmt::format("a block of {} rows", spec.rows)};
   }
   if (spec.n < 1 || spec.k < 1) return Error{"an empty weight"};
-  for (DataType type : {spec.weight, spec.input, spec.output}) {
+  for (DataType type : {spec.weight, spec.output}) {
     if (!one_of(type)) return Error{fmt::format("linear in {}", graph::name(type))};
   }
   if (spec.twelve_bits && spec.weight != DataType::bf16) return Error{"12 bits of another type"};

@@ -1,5 +1,5 @@
-// The linear kernel: y[rows, n] = epilogue(x[rows, k] @ w[n, k].T), for a few rows at a time (1 is
-// the GEMV).
+// The linear kernel: y[rows, n] = epilogue(x[rows, k] @ w[n, k].T) of fp32 x, for a few rows at a
+// time (1 is the GEMV).
 //
 // One VIR builder for every weight type, number of lanes and epilogue; the block of `rows`
 // accumulators is baked in, everything else about M is a run-time argument. Weights are packed once
@@ -41,7 +41,6 @@ struct LinearKernel {
   std::int64_t n = 0, k = 0;  // of the packed weight (both gate and up counted when gated)
   graph::DataType weight = graph::DataType::f32;  // f32, bf16, f16: as stored; arithmetic is fp32
   bool twelve_bits = false;                       // the weight is bf16 stored as twelve_bits.h says
-  graph::DataType input = graph::DataType::f32;   // f32, bf16, f16
   graph::DataType output = graph::DataType::f32;  // f32, bf16, f16 (also bias and residual)
   Epilogue epilogue;
   bool many_blocks = false;  // in a call: when to ask for weights; the bits are the same
@@ -49,7 +48,7 @@ struct LinearKernel {
 
 // Argument slots. Strides in bytes. A panel is panel_columns() columns of the packed weight.
 // x[block b, row r of it, k] is at x + b * x_block_stride + r * x_row_stride
-// + k / partial_sum_length() * x_stretch_stride + k % partial_sum_length() * size: rows in place
+// + k / partial_sum_length() * x_stretch_stride + k % partial_sum_length() * 4: rows in place
 // have x_block_stride = rows * x_row_stride and stretches that follow each other; packed x
 // (linear_task.h) has its pieces in the order in which the kernel reads them.
 // The kernel computes, for each panel in [panel_begin, panel_begin + panel_count) and each of
