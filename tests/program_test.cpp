@@ -254,6 +254,51 @@ TEST(Program, ARowOfManyHasTheBitsOfTheRowAlone) {
   }
 }
 
+// Weights in 16 bits or 12, of a model saved in bf16: prompts, steps and rows of every block.
+TEST(Program, TwelveBitsChangeNoBit) {
+  using graph::DataType;
+  for (const DataType dtype : {DataType::bf16, DataType::f32}) {
+    LlamaShape shape = shape_for(dtype);
+    Model model(llama_graph(shape, true, std::string(graph::name(dtype))), dtype);
+    for (auto& [name, tensor] : model.constants) {
+      for (std::int64_t i = 0; i < tensor.count(); ++i) {
+        tensor.set(i, rounded_to(DataType::bf16, tensor.get(i)));
+      }
+    }
+    std::vector<Tensor> wanted;
+    for (const std::int64_t from : {CompileOptions::kNever, std::int64_t{0}}) {
+      model.weights = std::make_shared<WeightStore>();
+      CompileOptions options;
+      options.twelve_bits_from = from;
+      Program program = model.compile(options);
+      int linears = 0, in_twelve_bits = 0;
+      for (const RegionReport& region : program.regions()) {
+        linears += region.weight_bytes > 0;
+        in_twelve_bits += region.kernel.find("twelve_bits") != std::string::npos;
+      }
+      EXPECT_EQ(in_twelve_bits, from == 0 ? linears : 0);
+      std::vector<KvCache> caches;
+      for (int i = 0; i < shape.layers; ++i) {
+        caches.emplace_back(1, shape.kv_heads, shape.head_dim, dtype);
+      }
+      std::vector<KvCache*> pointers;
+      for (KvCache& cache : caches) pointers.push_back(&cache);
+      std::vector<Tensor> results;
+      std::int64_t past = 0;
+      for (const std::int64_t tokens : {70, 1, 2, 3, 4, 6, 11, 24}) {
+        const Step step{1, tokens, past};
+        std::vector<Tensor> inputs{step.ids(), step.positions()};
+        results.push_back(run(program, inputs, pointers, 2)[0]);
+        past += tokens;
+      }
+      if (wanted.empty()) wanted = results;
+      for (std::size_t i = 0; i < results.size(); ++i) {
+        EXPECT_EQ(results[i].bytes, wanted[i].bytes) << graph::name(dtype) << ", call " << i;
+      }
+    }
+  }
+}
+
 // What masks and positions are made of: 64-bit arithmetic has no vector form, and PyTorch is not
 // called for it.
 TEST(Program, IntegersAreComputedByTheRuntime) {
@@ -411,8 +456,10 @@ TEST(Program, ATiedHeadIsAlsoTheTable) {
     }
     std::vector<std::string> packed;
     const PackedCallback record = [&](const std::string& source) { packed.push_back(source); };
-    auto program = ops::compile(model.optimized, model.views, Target::host(), {}, model.kernels,
-                                model.weights, record);
+    CompileOptions compact;
+    compact.twelve_bits_from = 0;
+    auto program = ops::compile(model.optimized, model.views, Target::host(), compact,
+                                model.kernels, model.weights, record);
     ASSERT_TRUE(program.ok()) << program.error().message;
     EXPECT_EQ(packed, std::vector<std::string>{"w"});
     EXPECT_EQ(fallbacks(*program), "");
