@@ -306,3 +306,47 @@ def test_a_copy_is_not_freed() -> None:
     with torch.no_grad():
         copied(prompt())
     assert packed_count(copied) == 0 and packed_count(model) == 0
+
+
+STORED = """
+import hashlib, tilewright, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.manual_seed(0)
+large = {large}
+size = 1024 if large else 64
+vocabulary = 16384 if large else 128
+config = LlamaConfig(hidden_size=size, intermediate_size=2 * size, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, vocab_size=vocabulary,
+                     tie_word_embeddings=False, pad_token_id=None)
+model = LlamaForCausalLM(config).bfloat16().to(getattr(torch, {dtype!r})).eval()
+before = hashlib.sha256(b"".join(p.detach().view(-1).view(torch.uint8).numpy().tobytes()
+                                 for p in model.parameters())).hexdigest()
+model = tilewright.llm.optimize(model, inplace=True)
+ids = torch.arange(20).view(1, -1)
+with torch.no_grad():
+    logits = model(ids).logits
+    tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
+regions = tilewright.explain(model).to_dict()["regions"]
+weights = [region["kernel"] for region in regions if region["weight_bytes"]]
+after = hashlib.sha256(b"".join(p.detach().view(-1).view(torch.uint8).numpy().tobytes()
+                                for p in model.parameters())).hexdigest()
+assert before == after
+digest = hashlib.sha256(logits.view(torch.uint8).numpy().tobytes()).hexdigest()
+print(sum("twelve_bits" in kernel for kernel in weights), len(weights), digest, tokens.tolist())
+"""
+
+
+@pytest.mark.parametrize(("dtype", "large"), [("bfloat16", False), ("float32", True)])
+def test_twelve_bits_change_nothing_but_the_storage(
+    run_python: Any, dtype: str, large: bool
+) -> None:
+    """Of large models by default, of any with `compact`; explain() tells; no bit differs."""
+    code = STORED.format(dtype=dtype, large=large)
+    results = {}
+    for mode in ("auto", "compact", "exact"):
+        done = run_python(code, {"TILEWRIGHT_WEIGHTS": mode})
+        compact, weights, *results[mode] = done.stdout.strip().split(" ", 3)
+        stored = mode == "compact" or (mode == "auto" and large)
+        assert int(compact) == (int(weights) if stored else 0), mode
+    assert results["auto"] == results["compact"] == results["exact"]
