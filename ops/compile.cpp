@@ -72,6 +72,7 @@ Lowering::Lowering(const graph::Graph& graph, const std::map<std::string, Tensor
 Result<Program> Lowering::run() {
   state_->graph = graph_;
   state_->kernels = kernels_;
+  state_->profile = options_.profile;
   if (Status bound = bind_constants(); !bound) return bound.error();
   count_readers();
   bind_parameters();

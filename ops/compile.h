@@ -33,6 +33,7 @@ struct CompileOptions {
   // least so many values. Fewer stay in the caches, where unpacking costs more than it saves.
   std::int64_t twelve_bits_from = std::int64_t{32} << 20;
   bool fallback_onednn = false;  // try oneDNN before the front end's fallback
+  bool profile = false;          // measure each step (RegionTime)
 };
 
 // constants: every `const` source named by the graph; the memory must stay valid and unchanged

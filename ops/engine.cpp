@@ -48,6 +48,7 @@ Result<Program> Engine::compile(const std::string& text,
   if (settings.weights == WeightMode::compact) options.twelve_bits_from = 0;
   if (settings.weights == WeightMode::exact) options.twelve_bits_from = CompileOptions::kNever;
   if (settings.weights == WeightMode::plain) options.twelve_bits_from = CompileOptions::kNever;
+  options.profile = settings.profile;
   options.fallback_onednn = settings.fallback == Fallback::onednn;
   return ops::compile(*graph, constants, target_, options, kernels_, std::move(weights), packed);
 }

@@ -19,7 +19,6 @@ namespace tilewright::ops {
 namespace {
 
 using State = Program::State;
-using Clock = std::chrono::steady_clock;
 
 double seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
 
@@ -230,15 +229,59 @@ Status run_host(const HostTask& task, const Frame& frame, const HostFunction* ho
   return (*host)(call);
 }
 
-void run_steps(const State& state, std::size_t begin, std::size_t end, const Frame& frame,
-               int threads) {
+void run_steps(State& state, std::size_t begin, std::size_t end, const Frame& frame, int threads) {
   Barrier barrier;
   run_team(threads, [&](int thread, int team) {
     for (std::size_t i = begin; i < end; ++i) {
       for (const Task& task : state.steps[i].tasks) run_task(task, frame, thread, team);
       barrier.wait(team);
+      if (state.profile && thread == 0) state.marks[i + 1] = Clock::now();
     }
   });
+}
+
+// Weights, keys and values that a step reads from memory. Experts: unknown before they are chosen.
+double bytes_read(const Step& step, const Frame& frame) {
+  double bytes = 0;
+  for (const Task& task : step.tasks) {
+    if (const auto* linear = std::get_if<LinearTask>(&task)) {
+      if (!linear->experts) bytes += static_cast<double>(linear->weight->bytes);
+    } else if (const auto* attention = std::get_if<AttentionTask>(&task)) {
+      const std::int64_t last = frame.dim(attention->queries) - 1;
+      std::int64_t keys = 0;
+      for (std::int64_t b = 0; b < frame.dim(attention->batch); ++b) {
+        keys += keys_of(*attention, frame, b, last).count;
+      }
+      bytes += 2.0 * static_cast<double>(keys * frame.dim(attention->kv_heads)) *
+               attention->spec.head_dim * graph::size_in_bytes(attention->spec.cache);
+    }
+  }
+  return bytes;
+}
+
+// After a profiled run that began at `begin`.
+void add_times(State& state, const Frame& frame, Phase phase, Clock::time_point begin) {
+  const auto now = Clock::now();
+  PhaseCounters& counters = state.counters[static_cast<std::size_t>(phase)];
+  constexpr auto pause = std::chrono::seconds(1);
+  if (begin - state.last_end < pause) {
+    counters.between_seconds += seconds(begin - state.last_end);
+  }
+  counters.around_seconds +=
+      seconds(state.marks.front() - begin) + seconds(now - state.marks.back());
+  for (std::size_t i = 0; i < state.steps.size(); ++i) {
+    const Step& step = state.steps[i];
+    const double time = seconds(state.marks[i + 1] - state.marks[i]);
+    if (step.region < 0) {
+      counters.around_seconds += time;
+      continue;
+    }
+    RegionTime& total =
+        state.regions[static_cast<std::size_t>(step.region)].time[static_cast<std::size_t>(phase)];
+    total.seconds += time;
+    total.bytes += bytes_read(step, frame);
+  }
+  state.last_end = now;
 }
 
 void count_steps(const State& state, PhaseCounters& counters) {
@@ -316,6 +359,7 @@ Result<std::vector<std::vector<std::int64_t>>> Program::output_shapes(
 
 Status Program::run(const RunArguments& arguments) {
   State& state = *state_;
+  const auto begin = Clock::now();
   Result<std::vector<std::int64_t>> symbols = bind_symbols(state, arguments.inputs);
   if (!symbols) return symbols.error();
   state.symbol_values = *symbols;
@@ -358,6 +402,7 @@ Status Program::run(const RunArguments& arguments) {
   frame.scratch = scratch;
 
   PhaseCounters& counters = state.counters[static_cast<std::size_t>(arguments.phase)];
+  if (state.profile) state.marks.assign(state.steps.size() + 1, Clock::now());
   std::size_t next = 0;
   while (next < state.steps.size()) {
     if (arguments.observer != nullptr) (*arguments.observer)(next, frame);
@@ -369,6 +414,7 @@ Status Program::run(const RunArguments& arguments) {
       counters.fallback_calls += 1;
       counters.fallback_seconds += seconds(Clock::now() - start);
       next += 1;
+      if (state.profile) state.marks[next] = Clock::now();
       continue;
     }
     std::size_t end = next + 1;
@@ -399,6 +445,7 @@ Status Program::run(const RunArguments& arguments) {
   }
   counters.runs += 1;
   count_steps(state, counters);
+  if (state.profile) add_times(state, frame, arguments.phase, begin);
   return {};
 }
 

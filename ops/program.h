@@ -10,6 +10,7 @@
 // weights are shared. Tested by program_test.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -60,6 +61,16 @@ struct PhaseCounters {
                     0;  // steps between the first and the last attention, and how many intervals
   double own_flops = 0, fallback_flops = 0;
   double own_seconds = 0, fallback_seconds = 0;
+  // Only with TILEWRIGHT_VERBOSE=profile. Between the end of the program's last run and the
+  // beginning of this, if that was less than a second: the caller's time; and in runs before and
+  // after the steps.
+  double between_seconds = 0, around_seconds = 0;
+};
+
+// A region's share of all runs of a phase, only with TILEWRIGHT_VERBOSE=profile: until its last
+// thread is done, and the bytes of weights, keys and values that it read.
+struct RegionTime {
+  double seconds = 0, bytes = 0;
 };
 
 // One row of explain().
@@ -71,6 +82,7 @@ struct RegionReport {
   std::string isa;     // "avx2", "avx512", ...
   double flops = 0;    // of the last run
   std::uint64_t weight_bytes = 0;
+  std::array<RegionTime, 2> time = {};  // by Phase
 };
 
 class Program {

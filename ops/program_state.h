@@ -3,6 +3,7 @@
 // Tested by program_test.
 #pragma once
 
+#include <chrono>
 #include <map>
 #include <memory>
 #include <optional>
@@ -15,6 +16,8 @@
 #include "ops/task.h"
 
 namespace tilewright::ops {
+
+using Clock = std::chrono::steady_clock;
 
 struct Buffer {
   enum class Kind : std::uint8_t { input, constant, arena, output };
@@ -88,6 +91,9 @@ struct Program::State {
   std::vector<std::unique_ptr<char, void (*)(void*)>> scratch;
   std::int64_t scratch_capacity = 0;
   PhaseCounters counters[2];
+  bool profile = false;
+  std::vector<Clock::time_point> marks;  // of a profiled run: before its first step, after each
+  Clock::time_point last_end{};
 };
 
 // The names of what a constant joins (one, mostly).

@@ -5,6 +5,8 @@
 
 #include <vector>
 
+#include "ops/read_bandwidth.h"
+
 namespace tilewright::ops {
 namespace {
 
@@ -47,6 +49,13 @@ TEST(Threads, NestedTeamsRunOnTheCaller) {
   });
   EXPECT_GE(inner.load(), 1);
   EXPECT_EQ(wide.load(), 0);
+}
+
+// Between what the slowest memory and the fastest cache could do.
+TEST(ReadBandwidth, IsPlausible) {
+  const double bandwidth = read_bandwidth(2);
+  EXPECT_GT(bandwidth, 1e8);
+  EXPECT_LT(bandwidth, 1e13);
 }
 
 }  // namespace

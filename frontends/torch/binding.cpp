@@ -40,6 +40,7 @@
 #include "ops/kv_cache.h"
 #include "ops/onednn_fallback.h"
 #include "ops/program.h"
+#include "ops/read_bandwidth.h"
 #include "ops/region_check.h"
 #include "ops/weights.h"
 
@@ -250,6 +251,8 @@ nb::dict counters(const ops::PhaseCounters& phase) {
   result["fallback_flops"] = phase.fallback_flops;
   result["own_seconds"] = phase.own_seconds;
   result["fallback_seconds"] = phase.fallback_seconds;
+  result["between_seconds"] = phase.between_seconds;
+  result["around_seconds"] = phase.around_seconds;
   return result;
 }
 
@@ -264,6 +267,12 @@ nb::dict report(const Program& program) {
     row["isa"] = region.isa;
     row["flops"] = region.flops;
     row["weight_bytes"] = region.weight_bytes;
+    const auto time = [&](ops::Phase phase) {
+      const ops::RegionTime& spent = region.time[static_cast<std::size_t>(phase)];
+      return nb::make_tuple(spent.seconds, spent.bytes);
+    };
+    row["prefill"] = time(ops::Phase::prefill);
+    row["decode"] = time(ops::Phase::decode);
     regions.append(row);
   }
   nb::dict result;
@@ -397,6 +406,7 @@ nb::dict settings() {
   result["strict"] = set.strict;
   result["num_threads"] = set.num_threads;
   result["verbose"] = set.verbose;
+  result["profile"] = set.profile;
   result["onednn"] = set.fallback == Fallback::onednn;
   result["problems"] = set.problems;
   return result;
@@ -512,5 +522,9 @@ NB_MODULE(_core, module) {
   module.def("settings", &settings, "What the environment variables say.");
   module.def("log_problems", &log_environment_problems);
   module.def("forward_log", &forward_log, "sink"_a.none());
+  module.def("read_bandwidth", [](int threads) {
+    nb::gil_scoped_release unlocked;
+    return ops::read_bandwidth(threads);
+  });
   module.def("load_onednn", [](const std::string& path) { check(ops::load_onednn(path)); });
 }

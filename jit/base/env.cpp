@@ -128,8 +128,12 @@ std::vector<Variable> make_table() {
        [](Text v, E& e) { return read_text(v, e.cache_pack); }},
       {"NUM_THREADS", "0", "0 to 4096", "Threads of a program; 0 follows torch.",
        [](Text v, E& e) { return read_integer(v, 0, 4096, e.num_threads); }},
-      {"VERBOSE", "0", "0, 1, 2", "Messages on stderr: warnings, information, debugging.",
-       [](Text v, E& e) { return read_integer(v, 0, 2, e.verbose); }},
+      {"VERBOSE", "0", "0, 1, 2, profile",
+       "Messages on stderr: warnings, information, debugging; or at exit, where the time went.",
+       [](Text v, E& e) {
+         e.profile = v == "profile";
+         return e.profile || read_integer(v, 0, 2, e.verbose);
+       }},
       {"DUMP", "0", "0, 1 or a comma-separated list of graph, passes, program, vir, code",
        "Write these forms of everything that is compiled to DUMP_DIR.",
        [](Text v, E& e) {

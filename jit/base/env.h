@@ -42,6 +42,7 @@ struct Environment {
   std::string cache_pack;  // empty: none
   int num_threads = 0;     // 0: as torch
   int verbose = 0;
+  bool profile = false;  // VERBOSE=profile
   Selection dump;
   std::string dump_dir;
   JitProfile jit_profile = JitProfile::none;

@@ -20,7 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tilewright import _core, core, host, operators
+from tilewright import _core, core, host, operators, profile
 from tilewright.graph_text import DTYPE_NAMES, DTYPES, Type
 from tilewright.lower import Lowered
 from tilewright.packed import PackedParameter, address, release
@@ -240,6 +240,7 @@ class Executable:
         _remember(self.store, given.values())
         self.weights = Weights(constants)
         compute = weakref.WeakMethod(self._host)
+        profile.watch(self.program)
         self.program.set_host(lambda *call: compute()(*call))  # type: ignore[misc]
         operators.register(self.program.handle, self)
 
