@@ -32,8 +32,7 @@ def test_rows_add_up_to_the_time(run_python: Any) -> None:
     runs, each = re.match(r"(\d+) runs, ([\d.]+) ms each", decode).groups()  # type: ignore[union-attr]
     assert int(runs) == 51
     found = [
-        re.match(r" +([\d.]+) +[\d.]+%.*? ([a-z][^:]*): ", line)
-        for line in decode.splitlines()[2:]
+        re.match(r" +([\d.]+) +[\d.]+%.*? ([a-z][^:]*): ", line) for line in decode.splitlines()[2:]
     ]
     rows = {row[2]: float(row[1]) for row in found if row}
     assert len(rows) >= 8 and {"the caller", "runs"} <= set(rows)

@@ -74,6 +74,16 @@ class Step:
     logits_to_keep: int
 
 
+@dataclass
+class Prepared:
+    """A step with what runs it; the next one differs in its tokens and positions only."""
+
+    step: Step
+    captured: CapturedModel
+    executable: Executable
+    blocks: list[Any]  # of the cache's layers
+
+
 class Decoder(InstalledForward):
     """See the module's description."""
 
@@ -167,17 +177,9 @@ class Decoder(InstalledForward):
             raise NotCapturedError(self.unsupported)
 
     def _run(self, arguments: dict[str, Any]) -> Any:
-        input_ids, logits_to_keep = self._checked(arguments)
-        # Before the caller's cache gets our layers, which are of no use without a program.
-        captured, executable = self._program(input_ids.shape[1], logits_to_keep)
-        step = self._prepare(arguments, input_ids, logits_to_keep)
-        if self._growing is None:
-            self._growing = rotary.growing_tables(self.model)
-        if self._growing:
-            length = int(step.position_ids.max()) + 1
-            if any(rotary.would_change(module, length) for module in self._growing):
-                raise NotRunnableError("its rotary table changes with the length")
-        logits = self._execute(step, captured, executable)
+        prepared = self._prepared(arguments)
+        step, captured = prepared.step, prepared.captured
+        logits = self._execute(prepared)
         use_cache = arguments.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self.model.config, "use_cache", True)
@@ -187,17 +189,55 @@ class Decoder(InstalledForward):
             return output.to_tuple()
         return output
 
-    def _execute(self, step: Step, captured: CapturedModel, executable: Executable) -> torch.Tensor:
-        batch, tokens = step.input_ids.shape
+    def prepared(self, arguments: dict[str, Any]) -> Prepared:
+        """The call with these arguments, checked as any call. Raises NotRunnableError."""
+        with self._lock:
+            self._check_state()
+            return self._prepared(arguments)
+
+    def execute(self, prepared: Prepared) -> torch.Tensor:
+        """Its logits [batch, tokens, vocabulary]. Raises NotRunnableError, the cache unchanged.
+
+        REQUIRES: the model is what it was, and nobody else has changed the cache since.
+        """
+        with self._lock:
+            return self._execute(prepared)
+
+    def go_on(self, prepared: Prepared, input_ids: torch.Tensor) -> torch.Tensor:
+        """After `execute`, and as that, with the next token [batch, 1] of each sequence."""
+        with self._lock:
+            step = prepared.step
+            step.position_ids = step.position_ids[:, -1:] + 1
+            step.input_ids = input_ids.contiguous()
+            self._check_rotary(step)
+            return self._execute(prepared)
+
+    def _prepared(self, arguments: dict[str, Any]) -> Prepared:
+        input_ids, logits_to_keep = self._checked(arguments)
+        # Before the caller's cache gets our layers, which are of no use without a program.
+        captured, executable = self._program(input_ids.shape[1], logits_to_keep)
+        step = self._prepare(arguments, input_ids, logits_to_keep)
+        self._check_rotary(step)
         layers = [step.cache.layers[shape.layer] for shape in captured.caches]
         for layer, shape in zip(layers, captured.caches, strict=True):
-            layer.prepare(batch, shape.kv_heads, shape.head_dim, shape.dtype)
+            layer.prepare(len(input_ids), shape.kv_heads, shape.head_dim, shape.dtype)
             layer.set_first_keys(step.first_keys)
+        return Prepared(step, captured, executable, [layer.blocks for layer in layers])
+
+    def _check_rotary(self, step: Step) -> None:
+        if self._growing is None:
+            self._growing = rotary.growing_tables(self.model)
+        if self._growing:
+            length = int(step.position_ids.max()) + 1
+            if any(rotary.would_change(module, length) for module in self._growing):
+                raise NotRunnableError("its rotary table changes with the length")
+
+    def _execute(self, prepared: Prepared) -> torch.Tensor:
+        step = prepared.step
+        batch, tokens = step.input_ids.shape
         try:
-            (logits,) = executable.run(
-                [step.input_ids, step.position_ids],
-                {"b": batch, "s": tokens},
-                [layer.blocks for layer in layers],
+            (logits,) = prepared.executable.run(
+                [step.input_ids, step.position_ids], {"b": batch, "s": tokens}, prepared.blocks
             )
         except core.CoreError as error:
             # The caches are as they were: the core commits tokens after success only.

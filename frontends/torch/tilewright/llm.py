@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -71,10 +72,12 @@ def optimize(
     installed: InstalledForward
     target = called_model(model)
     if _is_causal_language_model(target):
+        from tilewright import generation
         from tilewright.decoder import Decoder
 
         installed = Decoder(target)
         installed.frees = inplace
+        generation.install(installed)
     else:
         installed = CompiledForward(target)
     installed.parameter_types = before
@@ -92,6 +95,8 @@ def restore(model: nn.Module) -> nn.Module:
     if installed is None:
         return model
     installed.uninstall()
+    if (generation := sys.modules.get("tilewright.generation")) is not None:
+        generation.uninstall(original)
     unpack_all(original)
     types = installed.parameter_types
     for name, parameter in original.named_parameters():

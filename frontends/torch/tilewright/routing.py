@@ -41,7 +41,8 @@ def install() -> None:
 
     def __getattr__(self: Any, name: str) -> Any:  # noqa: N807
         value = original(self, name)
-        if name in _ROUTED and callable(value) and is_ours(self):
+        optimised = installed_in(self._modules.get("_orig_mod")) is not None
+        if name in _ROUTED and callable(value) and is_ours(self) and not optimised:
             return routed(self, value)
         return value
 
