@@ -1,5 +1,4 @@
-"""`generate` of an optimised model: our loop gives transformers' tokens, runs where it may, and only
-there."""
+"""`generate` of an optimised model: our loop gives transformers' tokens, where it may run."""
 
 from __future__ import annotations
 
@@ -113,7 +112,6 @@ class Tokenizer:
 
 
 def test_streaming(models: Any, prepared: list[int], capsys: pytest.CaptureFixture[str]) -> None:
-    model, optimized = models
     streams = []
     for each in models:
         kept = Kept()
