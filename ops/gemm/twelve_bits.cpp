@@ -68,7 +68,7 @@ Bytes load_bytes(const std::uint16_t* first, const std::uint16_t* second) {
 }
 
 // A table, each of its bytes in all 16 places: one comparison finds it among 16 high bytes. A
-// scalar look-up in 256 bytes took three times as long.
+// scalar look-up in 256 bytes took two to three times as long.
 class Table {
  public:
   explicit Table(const std::byte* record) {
