@@ -30,7 +30,7 @@ struct CompileOptions {
       disabled;  // names of ops that must not run in our kernels ("linear", "norm" ...)
   bool exact_weights = true;  // fp32 weights whose values fit 16 bits are stored in 16 bits
   // bf16 weights are stored in 12 bits (ops/gemm/twelve_bits.h) if the graph's constants have at
-  // least so many values. Fewer stay in the caches, where unpacking costs more than it saves.
+  // least so many values. Fewer may stay in the caches, where nothing waits for their bytes.
   std::int64_t twelve_bits_from = std::int64_t{32} << 20;
   bool fallback_onednn = false;  // try oneDNN before the front end's fallback
   bool profile = false;          // measure each step (RegionTime)

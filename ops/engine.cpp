@@ -44,10 +44,13 @@ Result<Program> Engine::compile(const std::string& text,
   const Environment& settings = environment();
   CompileOptions options;
   options.disabled.insert(settings.disable.names.begin(), settings.disable.names.end());
-  options.exact_weights = settings.weights != WeightMode::plain;
-  if (settings.weights == WeightMode::compact) options.twelve_bits_from = 0;
-  if (settings.weights == WeightMode::exact) options.twelve_bits_from = CompileOptions::kNever;
-  if (settings.weights == WeightMode::plain) options.twelve_bits_from = CompileOptions::kNever;
+  const WeightMode weights_mode = settings.weights;
+  options.exact_weights = weights_mode != WeightMode::plain;
+  if (weights_mode == WeightMode::compact) {
+    options.twelve_bits_from = 0;
+  } else if (weights_mode != WeightMode::automatic) {
+    options.twelve_bits_from = CompileOptions::kNever;
+  }
   options.profile = settings.profile;
   options.fallback_onednn = settings.fallback == Fallback::onednn;
   return ops::compile(*graph, constants, target_, options, kernels_, std::move(weights), packed);

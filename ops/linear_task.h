@@ -20,7 +20,7 @@ namespace tilewright::ops {
 // One thread's share.
 void run(const LinearTask& task, const Frame& frame, int thread, int threads);
 
-// Only the largest blocks can be so many: the others are smaller than half of the one before.
+// Only the largest blocks can be so many: what they leave holds at most one of each smaller one.
 inline constexpr std::int64_t kManyBlocks = 4;
 
 // Rows of a chunk when `rows` are cut evenly, and whether the x of chunks is packed.

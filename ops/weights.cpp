@@ -14,8 +14,8 @@
 namespace tilewright::ops {
 namespace {
 
-// Of a weight in 16 bits: where a third of the steps stay in 16 bits, 12 save a sixth, and the
-// branches cost what that saves.
+// Of a weight in 16 bits: a third of the steps may stay in them. Chosen, not measured: real weights
+// are at 0.753, and what lies beyond would save little and branch at every step.
 constexpr double kMostOfPlain = 0.84;
 
 }  // namespace

@@ -52,8 +52,8 @@ constexpr int kRowsPerPointer = 3;
 // registers; with more rows the x come one at a time.
 constexpr int kFewRows = 3;
 
-// Up to so many rows a weight in 12 bits is unpacked for each of them anew. Rows beyond 4 come in
-// blocks for which the unpacking to memory pays.
+// A block of up to so many rows unpacks weights of 12 bits in registers. Larger blocks need those
+// for their sums, and multiply enough for the way through memory to pay.
 constexpr int kMostRowsInRegisters = 4;
 
 // Of k, in one chain of additions: a multiple of all unrolled steps. Shorter chains round less, and

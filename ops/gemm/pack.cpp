@@ -196,11 +196,14 @@ void pack_panels(std::span<const WeightBlock> blocks, std::int64_t k, graph::Dat
 void unpack_row(const void* packed, std::int64_t row, std::int64_t k, PackedForm form,
                 graph::DataType source, void* to) {
   const std::int64_t panel = row / kPanelColumns, column = row % kPanelColumns;
-  const std::uint32_t* from = static_cast<const std::uint32_t*>(packed) +
-                              panel * panel_units(k, form.dtype) * kPanelColumns + column;
+  // Not of 12 bits, where panels have no common size.
+  const auto unit = [&](std::int64_t i) {
+    return static_cast<const std::uint32_t*>(
+        packed)[(panel * panel_units(k, form.dtype) + i) * kPanelColumns + column];
+  };
   auto* words = static_cast<std::uint32_t*>(to);
   if (form.dtype == graph::DataType::f32) {
-    for (std::int64_t i = 0; i < k; ++i) words[i] = from[i * kPanelColumns];
+    for (std::int64_t i = 0; i < k; ++i) words[i] = unit(i);
     return;
   }
   std::vector<std::uint16_t> widened;
@@ -213,7 +216,7 @@ void unpack_row(const void* packed, std::int64_t row, std::int64_t k, PackedForm
     twelve_bits::unpack_column(static_cast<const std::byte*>(packed), panel, column, k, halves);
   } else {
     for (std::int64_t i = 0; i < k; ++i) {
-      const std::uint32_t pair = from[i / 2 * kPanelColumns];
+      const std::uint32_t pair = unit(i / 2);
       halves[i] = static_cast<std::uint16_t>(i % 2 == 0 ? pair : pair >> 16);
     }
   }

@@ -178,7 +178,7 @@ def test_a_step_that_fails_goes_on_in_pytorch(
 ) -> None:
     model, optimized = models
     wanted = generated(model, **padded(2))
-    execute = Decoder._execute
+    execute = Decoder.execute
     steps = []
 
     def failing(self: Decoder, *args: Any) -> Any:
@@ -187,7 +187,7 @@ def test_a_step_that_fails_goes_on_in_pytorch(
             raise NotRunnableError("planted")
         return execute(self, *args)
 
-    monkeypatch.setattr(Decoder, "_execute", failing)
+    monkeypatch.setattr(Decoder, "execute", failing)
     prepared.clear()
     assert torch.equal(generated(optimized, **padded(2)), wanted)
     decoder = decoder_of(optimized)

@@ -179,7 +179,7 @@ class Decoder(InstalledForward):
     def _run(self, arguments: dict[str, Any]) -> Any:
         prepared = self._prepared(arguments)
         step, captured = prepared.step, prepared.captured
-        logits = self._execute(prepared)
+        logits = self.execute(prepared)
         use_cache = arguments.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self.model.config, "use_cache", True)
@@ -201,7 +201,20 @@ class Decoder(InstalledForward):
         REQUIRES: the model is what it was, and nobody else has changed the cache since.
         """
         with self._lock:
-            return self._execute(prepared)
+            step = prepared.step
+            batch, tokens = step.input_ids.shape
+            try:
+                (logits,) = prepared.executable.run(
+                    [step.input_ids, step.position_ids], {"b": batch, "s": tokens}, prepared.blocks
+                )
+            except core.CoreError as error:
+                # The caches are as they were: the core commits tokens after success only.
+                raise NotRunnableError(f"the program failed: {error}") from None
+            self.calls += 1
+            self.tokens += batch * tokens
+            if step.logits_to_keep > 1:
+                logits = logits[:, -step.logits_to_keep :]
+            return logits
 
     def go_on(self, prepared: Prepared, input_ids: torch.Tensor) -> torch.Tensor:
         """After `execute`, and as that, with the next token [batch, 1] of each sequence."""
@@ -210,7 +223,7 @@ class Decoder(InstalledForward):
             step.position_ids = step.position_ids[:, -1:] + 1
             step.input_ids = input_ids.contiguous()
             self._check_rotary(step)
-            return self._execute(prepared)
+            return self.execute(prepared)
 
     def _prepared(self, arguments: dict[str, Any]) -> Prepared:
         input_ids, logits_to_keep = self._checked(arguments)
@@ -231,22 +244,6 @@ class Decoder(InstalledForward):
             length = int(step.position_ids.max()) + 1
             if any(rotary.would_change(module, length) for module in self._growing):
                 raise NotRunnableError("its rotary table changes with the length")
-
-    def _execute(self, prepared: Prepared) -> torch.Tensor:
-        step = prepared.step
-        batch, tokens = step.input_ids.shape
-        try:
-            (logits,) = prepared.executable.run(
-                [step.input_ids, step.position_ids], {"b": batch, "s": tokens}, prepared.blocks
-            )
-        except core.CoreError as error:
-            # The caches are as they were: the core commits tokens after success only.
-            raise NotRunnableError(f"the program failed: {error}") from None
-        self.calls += 1
-        self.tokens += batch * tokens
-        if step.logits_to_keep > 1:
-            logits = logits[:, -step.logits_to_keep :]
-        return logits
 
     # --- arguments
 

@@ -276,7 +276,9 @@ def _is_plain(model: Any, given: dict[str, Any]) -> bool:
 def _is_known(streamer: Any, *lists: Any) -> bool:
     """Whether all that runs between steps is transformers' code, which changes no model."""
     each = [one for several in lists for one in several]
-    return all(type(one).__module__.startswith("transformers.") for one in (streamer, *each) if one)
+    if streamer is not None:
+        each.append(streamer)
+    return all(type(one).__module__.startswith("transformers.") for one in each)
 
 
 def _only_logits_leave(model: Any) -> bool:
