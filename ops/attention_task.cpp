@@ -8,7 +8,9 @@
 #include <bit>
 #include <limits>
 
+#include "ops/attention/merge_kernel.h"
 #include "ops/attention/prefill_kernel.h"
+#include "ops/threads.h"
 
 namespace tilewright::ops {
 namespace {
@@ -91,41 +93,110 @@ class QueryRows {
   const Frame& frame_;
 };
 
-// One token at a time.
-void run_tokens(const AttentionTask& task, const Frame& frame, int thread, int threads) {
-  const std::int64_t kv_heads = frame.dim(task.kv_heads);
-  const std::int64_t queries = frame.dim(task.queries);
-  const std::int64_t items = frame.dim(task.batch) * kv_heads * queries;
-  const QueryRows rows(task, frame);
-  std::int64_t arguments[AttentionArgs::count] = {};
-  arguments[AttentionArgs::q_head_stride] = frame.dim(task.q_strides.head) * task.q.element_bytes;
-  arguments[AttentionArgs::output_head_stride] =
-      frame.dim(task.output_strides.head) * task.output.element_bytes;
-  arguments[AttentionArgs::scale] = std::bit_cast<std::int32_t>(task.scale);
-  arguments[AttentionArgs::softcap] = std::bit_cast<std::int32_t>(task.softcap);
-  arguments[AttentionArgs::scratch] = argument(frame.scratch[static_cast<std::size_t>(thread)]);
-  // Round robin: under a causal mask later queries cost more, and neighbours share keys in cache.
-  for (std::int64_t item = thread; item < items; item += threads) {
-    const std::int64_t query = item % queries;
-    const std::int64_t head = item / queries % kv_heads;
-    const std::int64_t batch = item / queries / kv_heads;
-    const std::int64_t first_head = head * task.spec.group;
-    const KeyRange keys = keys_of(task, frame, batch, query);
-    const KeysAndValues cached(task, frame, batch, head);
-    cached.give<AttentionArgs>(arguments);
-    arguments[AttentionArgs::q] = argument(rows.q(batch, first_head, query));
-    arguments[AttentionArgs::output] = argument(rows.output(batch, first_head, query));
-    arguments[AttentionArgs::mask] = argument(rows.mask(batch, first_head, query));
-    arguments[AttentionArgs::first_key] = keys.first;
-    arguments[AttentionArgs::key_count] = keys.count;
-    if (task.spec.slopes) {
-      arguments[AttentionArgs::slopes] = argument(task.slopes.address(frame) + 4 * first_head);
+std::int64_t parts_of(std::int64_t keys) { return (keys + kPartKeys - 1) / kPartKeys; }
+
+// The most keys that a token sees.
+std::int64_t most_keys(const AttentionTask& task, const Frame& frame) {
+  std::int64_t most = 0;
+  for (std::int64_t batch = 0; batch < frame.dim(task.batch); ++batch) {
+    for (std::int64_t query = 0; query < frame.dim(task.queries); ++query) {
+      most = std::max(most, keys_of(task, frame, batch, query).count);
     }
-    if (task.spec.sinks) {
-      arguments[AttentionArgs::sinks] = argument(task.sinks.address(frame) + 4 * first_head);
-    }
-    task.kernel->function(arguments);
   }
+  return most;
+}
+
+// Tokens one at a time, in parts. A part of all queries of a sequence's head is one item, since the
+// queries read almost the same keys.
+class Parts {
+ public:
+  Parts(const AttentionTask& task, const Frame& frame, char* scratch)
+      : task_(task),
+        frame_(frame),
+        rows_(task, frame),
+        kv_heads_(frame.dim(task.kv_heads)),
+        queries_(frame.dim(task.queries)),
+        parts_(std::max<std::int64_t>(parts_of(most_keys(task, frame)), 1)),
+        part_bytes_(task.spec.group * PartLayout(task.spec).bytes) {
+    part_args_[AttentionArgs::q_head_stride] =
+        frame.dim(task.q_strides.head) * task.q.element_bytes;
+    part_args_[AttentionArgs::scale] = std::bit_cast<std::int32_t>(task.scale);
+    part_args_[AttentionArgs::softcap] = std::bit_cast<std::int32_t>(task.softcap);
+    part_args_[AttentionArgs::scratch] = argument(scratch);
+    merge_args_[MergeArgs::part_stride] = part_bytes_;
+    merge_args_[MergeArgs::output_head_stride] =
+        frame.dim(task.output_strides.head) * task.output.element_bytes;
+  }
+
+  // [sequence][head][part]. The parts of a head are neighbours: one thread's are in its cache when
+  // they are merged.
+  std::int64_t items() const { return frame_.dim(task_.batch) * kv_heads_ * parts_; }
+  std::int64_t bytes() const { return items() * queries_ * part_bytes_; }
+
+  void run(std::int64_t item) {
+    const std::int64_t head = item / parts_ % kv_heads_, batch = item / parts_ / kv_heads_;
+    compute(batch, head, item % parts_);
+    std::atomic<std::int32_t>& done =
+        frame_.parts_done[static_cast<std::size_t>(batch * kv_heads_ + head)];
+    // What others wrote before they counted is seen by the last who counts.
+    if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < parts_) return;
+    done.store(0, std::memory_order_relaxed);
+    merge(batch, head);
+  }
+
+ private:
+  char* part(std::int64_t batch, std::int64_t head, std::int64_t query, std::int64_t index) const {
+    const std::int64_t token = (batch * kv_heads_ + head) * queries_ + query;
+    return frame_.parts + (token * parts_ + index) * part_bytes_;
+  }
+
+  // A number per query head of the group.
+  std::int64_t numbers(const Operand& operand, std::int64_t head) const {
+    return argument(operand.address(frame_) + 4 * head * task_.spec.group);
+  }
+
+  void compute(std::int64_t batch, std::int64_t head, std::int64_t index) {
+    const std::int64_t first_head = head * task_.spec.group;
+    const KeysAndValues cached(task_, frame_, batch, head);
+    cached.give<AttentionArgs>(part_args_);
+    if (task_.spec.slopes) part_args_[AttentionArgs::slopes] = numbers(task_.slopes, head);
+    for (std::int64_t query = 0; query < queries_; ++query) {
+      const KeyRange keys = keys_of(task_, frame_, batch, query);
+      const std::int64_t before = index * kPartKeys;
+      if (keys.count <= before) continue;
+      part_args_[AttentionArgs::q] = argument(rows_.q(batch, first_head, query));
+      part_args_[AttentionArgs::part] = argument(part(batch, head, query, index));
+      part_args_[AttentionArgs::mask] = argument(rows_.mask(batch, first_head, query));
+      part_args_[AttentionArgs::origin] = keys.first;
+      part_args_[AttentionArgs::first_key] = keys.first + before;
+      part_args_[AttentionArgs::key_count] = std::min(kPartKeys, keys.count - before);
+      task_.kernel->function(part_args_);
+    }
+  }
+
+  void merge(std::int64_t batch, std::int64_t head) {
+    if (task_.spec.sinks) merge_args_[MergeArgs::sinks] = numbers(task_.sinks, head);
+    for (std::int64_t query = 0; query < queries_; ++query) {
+      merge_args_[MergeArgs::parts] = argument(part(batch, head, query, 0));
+      merge_args_[MergeArgs::part_count] = parts_of(keys_of(task_, frame_, batch, query).count);
+      merge_args_[MergeArgs::output] =
+          argument(rows_.output(batch, head * task_.spec.group, query));
+      task_.merge->function(merge_args_);
+    }
+  }
+
+  const AttentionTask& task_;
+  const Frame& frame_;
+  const QueryRows rows_;
+  const std::int64_t kv_heads_, queries_, parts_, part_bytes_;
+  std::int64_t part_args_[AttentionArgs::count] = {};
+  std::int64_t merge_args_[MergeArgs::count] = {};
+};
+
+void run_parts(const AttentionTask& task, const Frame& frame, int thread, int threads) {
+  Parts parts(task, frame, frame.scratch[static_cast<std::size_t>(thread)]);
+  const WorkRange range = share(parts.items(), thread, threads);
+  for (std::int64_t item = range.begin; item < range.end; ++item) parts.run(item);
 }
 
 // Rows of one sequence and key/value head: the group's heads of the first token, of the second ...
@@ -205,7 +276,7 @@ void run_tiles(const AttentionTask& task, const Frame& frame, int thread, int th
 
 void run(const AttentionTask& task, const Frame& frame, int thread, int threads) {
   if (fills_tiles(task, frame)) return run_tiles(task, frame, thread, threads);
-  run_tokens(task, frame, thread, threads);
+  run_parts(task, frame, thread, threads);
 }
 
 KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence,
@@ -223,15 +294,18 @@ KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t seq
   return {std::min(first, end), std::max<std::int64_t>(end - first, 0)};
 }
 
-std::int64_t scratch_bytes(const AttentionTask& task, const Frame& frame) {
+AttentionScratch scratch_of(const AttentionTask& task, const Frame& frame) {
   const std::int64_t queries = frame.dim(task.queries);
+  if (!fills_tiles(task, frame)) {
+    const std::int64_t counters = frame.dim(task.batch) * frame.dim(task.kv_heads);
+    return {scratch_bytes(task.spec), Parts(task, frame, nullptr).bytes(), counters};
+  }
   std::int64_t keys = 0;
-  for (std::int64_t b = 0; b < frame.dim(task.batch) && queries > 0; ++b) {
+  for (std::int64_t b = 0; b < frame.dim(task.batch); ++b) {
     const KeyRange last = keys_of(task, frame, b, queries - 1);
     keys = std::max(keys, last.first + last.count);
   }
-  if (!fills_tiles(task, frame)) return scratch_bytes(task.spec, keys);
-  return row_bytes(task.spec) + prefill_scratch_bytes(task.spec, keys);
+  return {row_bytes(task.spec) + prefill_scratch_bytes(task.spec, keys), 0, 0};
 }
 
 }  // namespace tilewright::ops

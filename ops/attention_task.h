@@ -2,7 +2,9 @@
 // them.
 //
 // A few queries (a step of decode, or of speculation) go one token at a time, so that one of them
-// and sixteen of them get the same bits; more of them fill tiles of rows.
+// and sixteen of them get the same bits; more of them fill tiles of rows. A token's keys are cut
+// into parts (attention_kernel.h), which are shared out among threads: 3 heads on 2 threads were
+// done as 2 and 1. Who finishes the last part of a sequence's head merges all of them.
 //
 // Tested by program_test and task_test.
 #pragma once
@@ -23,7 +25,12 @@ struct KeyRange {
 KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence,
                  std::int64_t query);
 
-// Bytes of scratch that a thread needs.
-std::int64_t scratch_bytes(const AttentionTask& task, const Frame& frame);
+// What a run needs besides its buffers.
+struct AttentionScratch {
+  std::int64_t thread_bytes;  // of scratch, each thread
+  std::int64_t part_bytes;    // of Frame::parts
+  std::int64_t counters;      // in Frame::parts_done
+};
+AttentionScratch scratch_of(const AttentionTask& task, const Frame& frame);
 
 }  // namespace tilewright::ops

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "ops/attention/merge_kernel.h"
 #include "ops/attention/prefill_kernel.h"
 #include "ops/lowering.h"
 #include "ops/rope_kernel.h"
@@ -223,6 +224,7 @@ Status Lowering::lower_attention(const graph::Node& node) {
   const AttentionKernel spec = task.spec;
   const std::string specification = print(spec);
   task.kernel = kernels_->request(specification, [spec] { return build(spec); });
+  task.merge = kernels_->request(print_merge(spec), [spec] { return build_merge(spec); });
   task.prefill = kernels_->request(print_prefill(spec), [spec] { return build_prefill(spec); });
   add_task(std::move(task), reads, {output.buffer}, Dim(0), specification);
   return {};

@@ -172,24 +172,40 @@ Status prepare_arena(State& state, std::span<const std::int64_t> dims) {
 }
 
 Status prepare_scratch(State& state, const Frame& frame, int threads) {
-  std::int64_t needed = 64;
+  AttentionScratch needed{64, 0, 0};
   for (const Step& step : state.steps) {
     for (const Task& task : step.tasks) {
       if (const auto* linear = std::get_if<LinearTask>(&task)) {
-        needed = std::max(needed, scratch_bytes(*linear, frame.dim(linear->rows)));
+        needed.thread_bytes =
+            std::max(needed.thread_bytes, scratch_bytes(*linear, frame.dim(linear->rows)));
       }
       if (const auto* attention = std::get_if<AttentionTask>(&task)) {
-        needed = std::max(needed, scratch_bytes(*attention, frame));
+        const AttentionScratch more = scratch_of(*attention, frame);
+        needed.thread_bytes = std::max(needed.thread_bytes, more.thread_bytes);
+        needed.part_bytes = std::max(needed.part_bytes, more.part_bytes);
+        needed.counters = std::max(needed.counters, more.counters);
       }
     }
   }
-  if (needed > state.scratch_capacity) {
+  if (needed.thread_bytes > state.scratch_capacity) {
     state.scratch.clear();
-    state.scratch_capacity = needed * 2;
+    state.scratch_capacity = needed.thread_bytes * 2;
   }
   while (static_cast<int>(state.scratch.size()) < threads) {
     state.scratch.push_back(allocate(state.scratch_capacity));
     if (!state.scratch.back()) return Error{"out of memory for scratch"};
+  }
+  if (needed.part_bytes > state.parts_capacity) {
+    state.parts_capacity = needed.part_bytes * 2;
+    state.parts = allocate(state.parts_capacity);
+    if (!state.parts) {
+      state.parts_capacity = 0;
+      return Error{"out of memory for parts of attention"};
+    }
+  }
+  if (static_cast<std::size_t>(needed.counters) > state.parts_done.size()) {
+    state.parts_done =
+        std::vector<std::atomic<std::int32_t>>(static_cast<std::size_t>(needed.counters));
   }
   return {};
 }
@@ -400,6 +416,8 @@ Status Program::run(const RunArguments& arguments) {
   std::vector<char*> scratch;
   for (const auto& memory : state.scratch) scratch.push_back(memory.get());
   frame.scratch = scratch;
+  frame.parts = state.parts.get();
+  frame.parts_done = state.parts_done;
 
   PhaseCounters& counters = state.counters[static_cast<std::size_t>(arguments.phase)];
   if (state.profile) state.marks.assign(state.steps.size() + 1, Clock::now());

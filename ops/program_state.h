@@ -90,6 +90,9 @@ struct Program::State {
   std::int64_t arena_capacity = 0;
   std::vector<std::unique_ptr<char, void (*)(void*)>> scratch;
   std::int64_t scratch_capacity = 0;
+  std::unique_ptr<char, void (*)(void*)> parts{nullptr, nullptr};
+  std::int64_t parts_capacity = 0;
+  std::vector<std::atomic<std::int32_t>> parts_done;
   PhaseCounters counters[2];
   bool profile = false;
   std::vector<Clock::time_point> marks;  // of a profiled run: before its first step, after each

@@ -37,6 +37,9 @@ struct Frame {
   std::span<KvCache* const> caches;
   std::span<char* const> scratch;     // one per thread
   std::atomic<const char*>* problem;  // first error found by a task (a static string)
+  char* parts = nullptr;              // scratch that all threads share (attention_task.h)
+  // How many parts of an item are done; all zero between tasks.
+  std::span<std::atomic<std::int32_t>> parts_done = {};
 
   std::int64_t dim(DimIndex index) const { return dims[static_cast<std::size_t>(index)]; }
 };
@@ -140,8 +143,9 @@ struct AppendTask {
 
 struct AttentionTask {
   AttentionKernel spec;
-  const Kernel* kernel;   // one token of a group of heads
-  const Kernel* prefill;  // a tile of them
+  const Kernel* kernel;   // a part of one token of a group of heads
+  const Kernel* merge;    // the token, of its parts
+  const Kernel* prefill;  // a tile of tokens
   float scale, softcap;
   bool causal;
   std::int64_t window = 0;  // keys that a query sees; 0: all

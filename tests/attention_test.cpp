@@ -1,5 +1,6 @@
-// The attention kernel against error bounds from double, over block tables of one block and many,
-// in guarded memory. Keys that take no part are NaN, so that touching one shows.
+// The attention kernel and the one that merges its parts against error bounds from double, over
+// block tables of one block and many, in guarded memory. Keys that take no part are NaN, so that
+// touching one shows.
 #include "ops/attention/attention_kernel.h"
 
 #include <gtest/gtest.h>
@@ -13,6 +14,7 @@
 
 #include "guarded_rows.h"
 #include "kernel_run.h"
+#include "ops/attention/merge_kernel.h"
 #include "ops/scalar_type.h"
 
 namespace tilewright {
@@ -22,6 +24,8 @@ using graph::DataType;
 using ops::AttentionArgs;
 using ops::AttentionKernel;
 using ops::MaskKind;
+using ops::MergeArgs;
+using ops::PartLayout;
 using Random = std::mt19937;
 using Rows = std::unique_ptr<GuardedRows>;
 
@@ -31,6 +35,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 struct Keys {
   std::int64_t first = 0, count = 0;
   std::int64_t block_tokens = 1;
+  std::int64_t part = ops::kPartKeys;  // of a part
 };
 
 // How a mask is drawn.
@@ -54,35 +59,62 @@ class Problem {
     output = guarded(spec.group, spec.head_dim, spec.input, flush);
     draw_cache();
     draw_mask(masking);
-    const std::int64_t bytes = scratch_bytes(spec, keys.first + keys.count);
-    scratch = std::make_unique<GuardedRows>(1, bytes, 0, GuardedRows::Flush::end);
+    scratch = std::make_unique<GuardedRows>(1, scratch_bytes(spec), 0, GuardedRows::Flush::end);
+    parts = std::make_unique<GuardedRows>(std::max<std::int64_t>(part_count(), 1),
+                                          PartLayout(spec).bytes * spec.group, 0,
+                                          GuardedRows::Flush::end);
     scale = 1.0f / std::sqrt(static_cast<float>(spec.head_dim));
     slopes = head_numbers();
     sinks = head_numbers();
   }
 
-  std::vector<std::int64_t> args() {
+  std::int64_t part_count() const { return (keys.count + keys.part - 1) / keys.part; }
+
+  std::vector<std::int64_t> part_args(std::int64_t part) {
     std::vector<std::int64_t> list(AttentionArgs::count);
     list[AttentionArgs::q] = q->address();
     list[AttentionArgs::q_head_stride] = q->stride();
-    list[AttentionArgs::output] = output->address();
-    list[AttentionArgs::output_head_stride] = output->stride();
+    list[AttentionArgs::part] = parts->address() + part * parts->stride();
     list[AttentionArgs::k_blocks] = reinterpret_cast<std::int64_t>(tables_[0].data());
     list[AttentionArgs::v_blocks] = reinterpret_cast<std::int64_t>(tables_[1].data());
     list[AttentionArgs::k_token_stride] = list[AttentionArgs::v_token_stride] = token_stride_;
     list[AttentionArgs::block_tokens] = keys.block_tokens;
-    list[AttentionArgs::first_key] = keys.first;
-    list[AttentionArgs::key_count] = keys.count;
+    list[AttentionArgs::first_key] = keys.first + part * keys.part;
+    list[AttentionArgs::key_count] = std::min(keys.part, keys.count - part * keys.part);
+    list[AttentionArgs::origin] = keys.first;
     list[AttentionArgs::mask] = mask->address();
     list[AttentionArgs::scale] = std::bit_cast<std::int32_t>(scale);
     list[AttentionArgs::softcap] = std::bit_cast<std::int32_t>(softcap);
     list[AttentionArgs::slopes] = slopes->address();
-    list[AttentionArgs::sinks] = sinks->address();
     list[AttentionArgs::scratch] = scratch->address();
     return list;
   }
 
-  void run(Engine engine) { run_kernel(engine, build(spec), args()); }
+  std::vector<std::int64_t> merge_args() {
+    std::vector<std::int64_t> list(MergeArgs::count);
+    list[MergeArgs::parts] = parts->address();
+    list[MergeArgs::part_stride] = parts->stride();
+    list[MergeArgs::part_count] = part_count();
+    list[MergeArgs::output] = output->address();
+    list[MergeArgs::output_head_stride] = output->stride();
+    list[MergeArgs::sinks] = sinks->address();
+    return list;
+  }
+
+  void run(Engine engine) {
+    const jit::vir::Function kernel = build(spec);
+    for (std::int64_t part = 0; part < part_count(); ++part) {
+      run_kernel(engine, kernel, part_args(part));
+    }
+    run_kernel(engine, build_merge(spec), merge_args());
+  }
+
+  void run_reference() {
+    for (std::int64_t part = 0; part < part_count(); ++part) {
+      reference(spec, part_args(part).data());
+    }
+    reference_merge(spec, merge_args().data());
+  }
 
   std::vector<double> results() const {
     std::vector<double> list;
@@ -113,7 +145,7 @@ class Problem {
 
   AttentionKernel spec;
   Keys keys;
-  Rows q, output, mask, scratch, slopes, sinks;
+  Rows q, output, mask, parts, scratch, slopes, sinks;
   float scale;
   float softcap = 1.5f;
 
@@ -319,7 +351,8 @@ TEST_P(Attention, MatchesTheBoundsForEveryShape) {
         }
         constexpr std::array<std::int64_t, 5> blocks{1, 5, 16, 32, 1000};
         constexpr std::array<std::int64_t, 4> firsts{0, 3, 16, 40};
-        check(spec, {firsts[turn / 5 % 4], count, blocks[turn % 5]}, turn);
+        constexpr std::array<std::int64_t, 3> parts{ops::kPartKeys, 20, 5};
+        check(spec, {firsts[turn / 5 % 4], count, blocks[turn % 5], parts[turn / 7 % 3]}, turn);
         if (HasFatalFailure()) return;
         turn += 1 + (turn % 11 == 0 ? 1 : 0);  // out of step with the loops
       }
@@ -349,7 +382,7 @@ TEST_P(Attention, MatchesTheBoundsWithSoftcapSlopesAndSinks) {
       spec.slopes = (which & 2) != 0;
       spec.sinks = (which & 4) != 0;
       spec.mask = mask;
-      for (std::int64_t count : {0, 1, 16, 50}) check(spec, {9, count, 16}, 3);
+      for (std::int64_t count : {0, 1, 16, 50}) check(spec, {9, count, 16, 20}, 3);
     }
   }
 }
@@ -365,6 +398,7 @@ TEST_P(Attention, AllKeysMaskedWritesZeros) {
       for (double value : problem.results()) EXPECT_EQ(value, 0) << name(engine);
     }
     check(spec, {0, 9, 4}, 5, Masking::none);
+    check(spec, {0, 30, 4, 3}, 5);  // some parts have no key, others do
   }
 }
 
@@ -375,7 +409,7 @@ TEST_P(Attention, ReferenceAgrees) {
     spec.softcap = spec.slopes = spec.sinks = mask == MaskKind::additive;
     for (std::int64_t count : {0, 1, 30}) {
       Problem problem(spec, {3, count, 8}, 2, GuardedRows::Flush::end);
-      reference(spec, problem.args().data());
+      problem.run_reference();
       expect_within_bounds(problem, "reference");
     }
   }
@@ -415,9 +449,12 @@ TEST_P(Attention, InnerLoopsDoNotSpill) {
           spec.input = spec.cache = type;
           spec.mask = mask;
           if (!supported(spec).ok()) continue;
-          const auto code = jit::emit(build(spec), target_with_lanes(spec.lanes));
-          ASSERT_TRUE(code.ok()) << print(spec) << ": " << code.error().message;
-          EXPECT_EQ(code->inner_loop_spills, 0) << print(spec) << " spills " << code->spills;
+          for (const auto& kernel : {build(spec), build_merge(spec)}) {
+            const auto code = jit::emit(kernel, target_with_lanes(spec.lanes));
+            ASSERT_TRUE(code.ok()) << print(spec) << ": " << code.error().message;
+            EXPECT_EQ(code->inner_loop_spills, 0)
+                << kernel.name << " of " << print(spec) << " spills " << code->spills;
+          }
         }
       }
     }

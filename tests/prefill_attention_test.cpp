@@ -13,6 +13,7 @@
 
 #include "guarded_rows.h"
 #include "kernel_run.h"
+#include "ops/attention/merge_kernel.h"
 #include "ops/scalar_type.h"
 
 namespace tilewright {
@@ -22,6 +23,7 @@ using graph::DataType;
 using ops::AttentionArgs;
 using ops::AttentionKernel;
 using ops::MaskKind;
+using ops::MergeArgs;
 using ops::PrefillArgs;
 using Rows = std::unique_ptr<GuardedRows>;
 
@@ -105,22 +107,28 @@ class Problem {
     const auto i = static_cast<std::size_t>(index);
     AttentionKernel one = spec;
     one.group = 1;
+    std::vector<char> part(static_cast<std::size_t>(ops::PartLayout(one).bytes));
     std::vector<char> result(static_cast<std::size_t>(spec.head_dim) * 4);
     std::vector<std::int64_t> list(AttentionArgs::count);
     list[AttentionArgs::q] = address(q_rows_[i]);
-    list[AttentionArgs::output] = address(result.data());
+    list[AttentionArgs::part] = address(part.data());
     list[AttentionArgs::k_blocks] = address(tables_[0].data());
     list[AttentionArgs::v_blocks] = address(tables_[1].data());
     list[AttentionArgs::k_token_stride] = list[AttentionArgs::v_token_stride] = token_stride_;
     list[AttentionArgs::block_tokens] = keys.block_tokens;
-    list[AttentionArgs::first_key] = first_keys[i];
+    list[AttentionArgs::first_key] = list[AttentionArgs::origin] = first_keys[i];
     list[AttentionArgs::key_count] = end_keys[i] - first_keys[i];
     list[AttentionArgs::mask] = address(mask_rows_[i]);
     list[AttentionArgs::scale] = std::bit_cast<std::int32_t>(scale);
     list[AttentionArgs::softcap] = std::bit_cast<std::int32_t>(softcap);
     list[AttentionArgs::slopes] = address(&slopes[i]);
-    list[AttentionArgs::sinks] = address(&sinks[i]);
     reference(one, list.data());
+    std::vector<std::int64_t> merge(MergeArgs::count);
+    merge[MergeArgs::parts] = address(part.data());
+    merge[MergeArgs::part_count] = 1;
+    merge[MergeArgs::output] = address(result.data());
+    merge[MergeArgs::sinks] = address(&sinks[i]);
+    reference_merge(one, merge.data());
     std::vector<double> values;
     for (int d = 0; d < spec.head_dim; ++d) {
       values.push_back(ops::read_scalar(spec.input, result.data() + d * size_in_bytes(spec.input)));

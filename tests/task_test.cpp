@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -15,7 +17,7 @@ namespace tilewright::ops {
 namespace {
 
 // How often the stand-ins were called.
-int tokens, tiles, copies, many_blocks, few_blocks;
+int tokens, merged, tiles, copies, many_blocks, few_blocks;
 
 template <int& count>
 Kernel counting() {
@@ -31,12 +33,14 @@ struct Setting {
         memory(1 << 16),
         scratch_memory(1 << 22),
         buffers{memory.data()},
-        scratch{scratch_memory.data(), scratch_memory.data()},
-        frame{dims, buffers, {}, scratch, nullptr} {}
+        scratch(16, scratch_memory.data()),
+        parts_done(16),
+        frame{dims, buffers, {}, scratch, nullptr, memory.data(), parts_done} {}
 
   std::vector<std::int64_t> dims;
   std::vector<char> memory, scratch_memory;
   std::vector<char*> buffers, scratch;
+  std::vector<std::atomic<std::int32_t>> parts_done;
   Frame frame;
 };
 
@@ -47,12 +51,13 @@ Operand operand() {
 }
 
 TEST(AttentionTask, MoreThanSixteenQueriesFillTiles) {
-  const Kernel token = counting<tokens>(), tile = counting<tiles>();
+  const Kernel token = counting<tokens>(), merge = counting<merged>(), tile = counting<tiles>();
   for (const std::int64_t queries : {1, 16, 17, 100}) {
     const Setting setting({0, 1, 2, queries});  // 0, and sizes by index
     AttentionTask task{};
     task.spec.group = 3;
     task.kernel = &token;
+    task.merge = &merge;
     task.prefill = &tile;
     task.causal = true;
     task.batch = DimIndex{1};
@@ -64,6 +69,35 @@ TEST(AttentionTask, MoreThanSixteenQueriesFillTiles) {
     const std::int64_t rows = prefill_rows(task.spec.lanes);
     EXPECT_EQ(tokens, queries > 16 ? 0 : 2 * queries);
     EXPECT_EQ(tiles, queries > 16 ? 2 * ((3 * queries + rows - 1) / rows) : 0);
+  }
+}
+
+// 3 heads of 600 keys are 9 parts, whoever computes them; a token is merged once.
+TEST(AttentionTask, ThreadsShareTheParts) {
+  const Kernel token = counting<tokens>(), merge = counting<merged>();
+  for (const int threads : {1, 2, 4, 16}) {
+    const Setting setting({0, 1, 3, 2, 600});
+    AttentionTask task{};
+    task.kernel = &token;
+    task.merge = &merge;
+    task.batch = DimIndex{1};
+    task.kv_heads = DimIndex{2};
+    task.queries = DimIndex{3};
+    task.keys = task.values_keys = DimIndex{4};
+    task.q = task.k = task.v = task.output = operand();
+    EXPECT_EQ(scratch_of(task, setting.frame).counters, 3);
+    EXPECT_EQ(scratch_of(task, setting.frame).part_bytes, 3 * 2 * 3 * PartLayout(task.spec).bytes);
+    std::vector<int> shares;
+    tokens = merged = 0;
+    for (int thread = threads; thread-- > 0;) {
+      const int before = tokens;
+      ops::run(task, setting.frame, thread, threads);
+      shares.push_back(tokens - before);
+    }
+    EXPECT_EQ(tokens, 9 * 2);
+    EXPECT_EQ(merged, 3 * 2);
+    EXPECT_LE(std::ranges::max(shares), 2 * ((9 + threads - 1) / threads));
+    for (const auto& done : setting.frame.parts_done) EXPECT_EQ(done, 0);
   }
 }
 

@@ -1,11 +1,17 @@
-// The attention kernel: softmax(scale * q @ k.T + mask) @ v for one token of one sequence and one
-// group of query heads that share a key/value head (GQA native), over keys and values found through
-// a block table.
+// The attention kernel: a part of softmax(scale * q @ k.T + mask) @ v, for one token of one
+// sequence and one group of query heads that share a key/value head (GQA native), over a range of
+// its keys, found through a block table. merge_kernel.h makes the token's output of its parts.
 //
 // Plain tensors, our own cache blocks and paged caches are three fillings of the same table: block
 // i holds tokens [i * block_tokens, (i + 1) * block_tokens) as k[token][head_dim],
-// v[token][head_dim] with a byte stride per token. The order of additions depends on the problem
-// only (key index), so results are the same for any thread count.
+// v[token][head_dim] with a byte stride per token. Parts are ranges of kPartKeys keys, counted from
+// the first that the token sees: the order of additions depends on the problem only, so results are
+// the same for any thread count.
+//
+// Within a part, keys come in chunks: scores, softmax and weighted sum of 64 keys before the next
+// 64, rescaled when a larger score appears (Milakov and Gimelshein, Online normalizer calculation
+// for softmax, 2018; Dao, FlashAttention-2, 2023). So while a chunk's scores are computed its
+// values come from memory, and while its values are summed, the next chunk's keys.
 //
 // Tested by attention_test (double-precision reference; block tables of one block and many).
 #pragma once
@@ -33,28 +39,42 @@ struct AttentionKernel {
   graph::DataType cache = graph::DataType::f32;  // k and v: f32, bf16, f16
   MaskKind mask = MaskKind::none;
   bool softcap = false;  // scores become cap * tanh(score / cap), before the mask
-  bool slopes = false;   // ALiBi: slope * (key - first_key) is added to a score, a slope per head
+  bool slopes = false;   // ALiBi: slope * (key - origin) is added to a score, a slope per head
   bool sinks = false;    // a score per head that takes part in the softmax and has no value
 };
 
+// Keys of a part. Few enough to share out a short context of few heads among threads, many enough
+// that merging costs nothing: 1.5 us of work on Zen 3 for a head of 64, against 0.05.
+constexpr std::int64_t kPartKeys = 256;
+
+// What a part holds of one query head: unnormalised output as f32, padded to full vectors of
+// `lanes`, then the largest score (f32; minus infinity if no key may be attended to) that its
+// weights exp(score - largest) are relative to, then their sum (f32). A group's heads follow each
+// other at these bytes.
+struct PartLayout {
+  explicit PartLayout(const AttentionKernel& spec)
+      : most(4 * ((spec.head_dim + spec.lanes - 1) / spec.lanes * spec.lanes)),
+        sum(most + 4),
+        bytes((sum + 4 + 63) / 64 * 64) {}
+  std::int64_t most, sum, bytes;
+};
+
 // Argument slots; strides in bytes.
+//   part: group * PartLayout(spec).bytes, 64-byte aligned
 //   k_blocks, v_blocks: arrays of pointers, one per block, to the first token of this kv head in
 //     that block; entry 0 holds token 0; entries of blocks without keys that take part are not read
 //   block_tokens: at least 1
-//   first_key, key_count: keys [first_key, first_key + key_count) take part (left padding,
-//     causality)
+//   first_key, key_count: keys [first_key, first_key + key_count) make this part
+//   origin: the first key that the token sees, in whatever part (left padding, windows)
 //   mask: pointer to this query token's mask row (element 0 = key 0); heads share it
 //   scale, softcap: the floats' bits
-//   slopes, sinks: pointers to one f32 per head of the group
-//   scratch: at least scratch_bytes(spec, first_key + key_count), 64-byte aligned, private to the
-//     thread
-// key_count == 0 writes zeros (ATen's safe softmax); so does a row whose keys are all masked.
+//   slopes: pointer to one f32 per head of the group
+//   scratch: at least scratch_bytes(spec), 64-byte aligned, private to the thread
 struct AttentionArgs {
   enum Slot {
     q,
     q_head_stride,
-    output,
-    output_head_stride,
+    part,
     k_blocks,
     v_blocks,
     k_token_stride,
@@ -62,17 +82,17 @@ struct AttentionArgs {
     block_tokens,
     first_key,
     key_count,
+    origin,
     mask,
     scale,
     softcap,
     slopes,
-    sinks,
     scratch,
     count
   };
 };
 
-std::int64_t scratch_bytes(const AttentionKernel& spec, std::int64_t keys);
+std::int64_t scratch_bytes(const AttentionKernel& spec);
 std::string print(const AttentionKernel& spec);
 // Error: why there is no kernel for this.
 Status supported(const AttentionKernel& spec);

@@ -1,5 +1,5 @@
-// The scalar reference of the attention kernel: the same argument slots, in double, one key after
-// another.
+// The scalar references of the attention kernel and of the one that merges its parts: the same
+// argument slots, in double, one key and one part after another.
 //
 // Tested by attention_test.
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ops/attention/attention_kernel.h"
+#include "ops/attention/merge_kernel.h"
 #include "ops/scalar_type.h"
 
 namespace tilewright::ops {
@@ -56,7 +57,7 @@ class Reference {
     }
     if (spec_.slopes) {
       sum += head_number(AttentionArgs::slopes, head) *
-             static_cast<double>(key - arg(AttentionArgs::first_key));
+             static_cast<double>(key - arg(AttentionArgs::origin));
     }
     const std::int64_t mask = arg(AttentionArgs::mask);
     if (spec_.mask == MaskKind::additive) sum += reinterpret_cast<const float*>(mask)[key];
@@ -70,30 +71,27 @@ class Reference {
     const std::int64_t first = arg(AttentionArgs::first_key);
     std::vector<double> weights;
     double most = -std::numeric_limits<double>::infinity();
-    if (spec_.sinks) most = head_number(AttentionArgs::sinks, head);
     for (std::int64_t i = 0; i < arg(AttentionArgs::key_count); ++i) {
       weights.push_back(score(head, first + i));
       most = std::max(most, weights.back());
     }
     double sum = 0;
-    if (spec_.sinks && !std::isinf(most)) {
-      sum = std::exp(head_number(AttentionArgs::sinks, head) - most);
-    }
     for (double& weight : weights) {
       weight = std::isinf(most) && most < 0 ? 0 : std::exp(weight - most);
       sum += weight;
     }
-    char* output = reinterpret_cast<char*>(arg(AttentionArgs::output)) +
-                   head * arg(AttentionArgs::output_head_stride);
+    const PartLayout layout(spec_);
+    char* part = reinterpret_cast<char*>(arg(AttentionArgs::part)) + head * layout.bytes;
     for (int d = 0; d < spec_.head_dim; ++d) {
       double value = 0;
       for (std::size_t i = 0; i < weights.size(); ++i) {
         value += weights[i] * cached(AttentionArgs::v_blocks, AttentionArgs::v_token_stride,
                                      first + static_cast<std::int64_t>(i), d);
       }
-      if (sum != 0) value /= sum;
-      write_scalar(spec_.input, output + d * size_in_bytes(spec_.input), value);
+      write_scalar(graph::DataType::f32, part + 4 * d, value);
     }
+    write_scalar(graph::DataType::f32, part + layout.most, most);
+    write_scalar(graph::DataType::f32, part + layout.sum, sum);
   }
 
   const AttentionKernel& spec_;
@@ -104,6 +102,40 @@ class Reference {
 
 void reference(const AttentionKernel& spec, const std::int64_t* args) {
   Reference(spec, args).run();
+}
+
+void reference_merge(const AttentionKernel& spec, const std::int64_t* args) {
+  const PartLayout layout(spec);
+  const std::int64_t count = args[MergeArgs::part_count];
+  for (int head = 0; head < spec.group; ++head) {
+    const auto number = [&](std::int64_t part, std::int64_t offset) {
+      const std::int64_t at = args[MergeArgs::parts] + part * args[MergeArgs::part_stride];
+      return static_cast<double>(
+          *reinterpret_cast<const float*>(at + head * layout.bytes + offset));
+    };
+    double most = -std::numeric_limits<double>::infinity(), sum = 0;
+    if (spec.sinks) most = reinterpret_cast<const float*>(args[MergeArgs::sinks])[head];
+    const double sink = most;
+    for (std::int64_t part = 0; part < count; ++part) {
+      most = std::max(most, number(part, layout.most));
+    }
+    if (most == -std::numeric_limits<double>::infinity()) most = 0;
+    if (spec.sinks) sum = std::exp(sink - most);
+    std::vector<double> values(static_cast<std::size_t>(spec.head_dim));
+    for (std::int64_t part = 0; part < count; ++part) {
+      const double factor = std::exp(number(part, layout.most) - most);
+      sum += factor * number(part, layout.sum);
+      for (int d = 0; d < spec.head_dim; ++d) {
+        values[static_cast<std::size_t>(d)] += factor * number(part, 4 * d);
+      }
+    }
+    char* output = reinterpret_cast<char*>(args[MergeArgs::output]) +
+                   head * args[MergeArgs::output_head_stride];
+    for (int d = 0; d < spec.head_dim; ++d) {
+      const double value = values[static_cast<std::size_t>(d)];
+      write_scalar(spec.input, output + d * size_in_bytes(spec.input), sum == 0 ? 0 : value / sum);
+    }
+  }
 }
 
 }  // namespace tilewright::ops

@@ -50,40 +50,39 @@ Reg KeyBlocks::take(Reg remaining, Reg most) {
   return taken;
 }
 
-void KeyBlocks::walk(int table, int stride, const Body& body) {
-  Reg entry = saved(kFirstBlock);
-  b_.add_to(entry, b_.arg(table));
-  Reg skipped = saved(kFirstToken);
-  Reg remaining = key_count();
-  b_.loop(remaining, [&] {
-    Reg token = b_.load_gpr(Element::i64, b_.at(entry));
-    b_.add_to(token, b_.mul(skipped, b_.arg(stride)));
-    b_.add_to(entry, 8);
-    Reg tokens = take(remaining, b_.sub(b_.arg(slots_.block_tokens), skipped));
-    b_.assign(skipped, b_.constant(0));
-    body(token, tokens);
+KeyBlocks::Place KeyBlocks::first() { return {saved(kFirstBlock), saved(kFirstToken)}; }
+
+Reg KeyBlocks::address(const Table& table, const Place& place) {
+  Reg token = b_.load_gpr(Element::i64, b_.at(b_.arg(table.blocks), place.entry, 1));
+  b_.add_to(token, b_.mul(place.token, b_.arg(table.stride)));
+  return token;
+}
+
+void KeyBlocks::walk(const Place& place, Reg keys, std::span<const Table> tables,
+                     const Body& body) {
+  b_.loop(keys, [&] {
+    std::vector<Reg> addresses;
+    for (const Table& table : tables) addresses.push_back(address(table, place));
+    Reg tokens = take(keys, b_.sub(b_.arg(slots_.block_tokens), place.token));
+    b_.add_to(place.token, tokens);
+    // At its end, on to the next block.
+    Reg stays = b_.min(b_.sub(b_.arg(slots_.block_tokens), place.token), b_.constant(1));
+    b_.assign(place.token, b_.mul(place.token, stays));
+    b_.assign(place.entry, b_.add(b_.sub(place.entry, b_.shift_left(stays, 3)), 8));
+    body(addresses, tokens);
   });
 }
 
-void KeyBlocks::walk_chunks(int table, int stride, const Body& body,
+void KeyBlocks::walk(const Table& table, const Body& body) {
+  walk(first(), key_count(), std::span(&table, 1), body);
+}
+
+void KeyBlocks::walk_chunks(const Table& table, const Body& body,
                             const std::function<void()>& end_chunk) {
-  Reg entry = saved(kFirstBlock);
-  b_.add_to(entry, b_.arg(table));
-  Reg skipped = saved(kFirstToken);
+  const Place place = first();
   Reg remaining = key_count();
   b_.loop(remaining, [&] {
-    Reg chunk = take(remaining, b_.constant(kChunkKeys));
-    b_.loop(chunk, [&] {
-      Reg token = b_.load_gpr(Element::i64, b_.at(entry));
-      b_.add_to(token, b_.mul(skipped, b_.arg(stride)));
-      Reg tokens = take(chunk, b_.sub(b_.arg(slots_.block_tokens), skipped));
-      b_.assign(skipped, b_.add(skipped, tokens));
-      // At its end, on to the next block.
-      Reg stays = b_.min(b_.sub(b_.arg(slots_.block_tokens), skipped), b_.constant(1));
-      b_.assign(skipped, b_.mul(skipped, stays));
-      b_.assign(entry, b_.add(b_.sub(entry, b_.shift_left(stays, 3)), 8));
-      body(token, tokens);
-    });
+    walk(place, take(remaining, b_.constant(kChunkKeys)), std::span(&table, 1), body);
     end_chunk();
   });
 }

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
+#include <vector>
 
 #include "jit/vir/builder.h"
 
@@ -26,32 +28,50 @@ class KeyBlocks {
 
   KeyBlocks(jit::vir::Builder& builder, const Slots& slots) : b_(builder), slots_(slots) {}
 
+  // Argument slots of a table of blocks and of the bytes between their tokens.
+  struct Table {
+    int blocks, stride;
+  };
+
+  // Where a key lies in all tables alike: the offset of its block's entry, and its place there.
+  struct Place {
+    jit::vir::Reg entry, token;
+  };
+
   // To be emitted before the first walk.
   void find_first();
+  Place first();
 
   // At least 0.
   jit::vir::Reg key_count();
 
-  // Walks the blocks of the table in the slot `table`, whose tokens are the bytes in the slot
-  // `stride` apart: body(first token's address, tokens). Both may be changed.
-  using Body = std::function<void(jit::vir::Reg, jit::vir::Reg)>;
-  void walk(int table, int stride, const Body& body);
+  // The address of the token at this place. REQUIRES: the key takes part
+  jit::vir::Reg address(const Table& table, const Place& place);
+
+  // Walks `keys` keys from `place` on, which moves behind them, a run within a block at a time:
+  // body(address of the first token in each table, tokens). All may be changed.
+  using Body = std::function<void(std::span<const jit::vir::Reg>, jit::vir::Reg)>;
+  void walk(const Place& place, jit::vir::Reg keys, std::span<const Table> tables,
+            const Body& body);
+  // All keys, in one table.
+  void walk(const Table& table, const Body& body);
 
   // The same in chunks of kChunkKeys keys counted from first_key, wherever the blocks end;
   // end_chunk() follows each. What sums over keys adds up chunks: one chain of additions over 4096
   // keys had five times the rounding error of PyTorch's blocked product.
-  void walk_chunks(int table, int stride, const Body& body, const std::function<void()>& end_chunk);
+  void walk_chunks(const Table& table, const Body& body, const std::function<void()>& end_chunk);
 
   // loop(count) in chunks of kChunkKeys rounds.
   void loop_chunks(jit::vir::Reg count, const std::function<void()>& body,
                    const std::function<void()>& end_chunk);
 
+  // Takes at most `most` from `remaining`, for the body of a loop over `remaining`, which is one
+  // more than what is left until that loop takes one away itself.
+  jit::vir::Reg take(jit::vir::Reg remaining, jit::vir::Reg most);
+
  private:
   jit::vir::Reg saved(std::int64_t offset);
   void save(std::int64_t offset, jit::vir::Reg value);
-  // Takes at most `most` from `remaining`, for the body of a loop over `remaining`.
-  jit::vir::Reg take(jit::vir::Reg remaining, jit::vir::Reg most);
-
   jit::vir::Builder& b_;
   Slots slots_;
 };

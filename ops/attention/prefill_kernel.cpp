@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "jit/math.h"
@@ -140,7 +141,9 @@ class PrefillBuilder {
 
   void score() {
     Reg weights = scratch(at_.weights);
-    blocks_.walk(PrefillArgs::k_blocks, PrefillArgs::k_token_stride, [&](Reg token, Reg tokens) {
+    const KeyBlocks::Table table{PrefillArgs::k_blocks, PrefillArgs::k_token_stride};
+    blocks_.walk(table, [&](std::span<const Reg> at, Reg tokens) {
+      Reg token = at[0];
       const int most = keys_at_once(spec_.lanes);
       for (int keys : {most, 1}) {
         Reg steps =
@@ -341,7 +344,8 @@ class PrefillBuilder {
   void output_columns(int count, int first, int width) {
     ChunkSums sums(b_, PrefillArgs::scratch, at_.totals, count * width);
     Reg weights = b_.copy(row_weights_);
-    const auto add_keys = [&](Reg token, Reg tokens) {
+    const auto add_keys = [&](std::span<const Reg> at, Reg tokens) {
+      Reg token = at[0];
       for (int keys : {4, 1}) {
         Reg steps = keys == 1 ? b_.bit_and(tokens, 3) : b_.shift_right(tokens, 2);
         b_.loop(steps, [&] {
@@ -363,7 +367,7 @@ class PrefillBuilder {
         });
       }
     };
-    blocks_.walk_chunks(PrefillArgs::v_blocks, PrefillArgs::v_token_stride, add_keys,
+    blocks_.walk_chunks({PrefillArgs::v_blocks, PrefillArgs::v_token_stride}, add_keys,
                         [&] { sums.end_chunk(); });
     for (int row = 0; row < count; ++row) {
       Reg to = b_.load_gpr(Element::i64, b_.at(row_addresses_, 8 * row));
