@@ -4,7 +4,6 @@
 
 #include <dirent.h>
 #include <fcntl.h>
-#include <sys/auxv.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -23,8 +22,6 @@ namespace {
 
 constexpr const char* kSuffix = ".kernel";
 constexpr std::int64_t kHour = 3600, kDay = 24 * kHour;
-
-bool has_foreign_privileges() { return getauxval(AT_SECURE) != 0; }
 
 // Makes a directory and the missing ones above it, private to this user.
 void make_directories(const std::string& path) {
@@ -333,13 +330,7 @@ Mode Store::mode() const { return state_->mode; }
 
 std::string default_directory(std::string_view given) {
   if (has_foreign_privileges()) return {};
-  if (!given.empty()) return std::string(given);
-  // A relative path would depend on the working directory; the XDG specification ignores it too.
-  const char* cache = secure_getenv("XDG_CACHE_HOME");
-  if (cache != nullptr && cache[0] == '/') return std::string(cache) + "/tilewright";
-  const char* home = secure_getenv("HOME");
-  if (home != nullptr && home[0] == '/') return std::string(home) + "/.cache/tilewright";
-  return {};
+  return given.empty() ? user_directory("XDG_CACHE_HOME", "/.cache") : std::string(given);
 }
 
 }  // namespace tilewright::cache

@@ -2,6 +2,7 @@
 #include "cache/trusted_file.h"
 
 #include <fcntl.h>
+#include <sys/auxv.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -10,6 +11,7 @@
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 
@@ -115,6 +117,18 @@ int FileDescriptor::release() {
 std::string system_reason(const char* call) {
   const char* name = strerrorname_np(errno);
   return std::string(call) + ": " + (name != nullptr ? name : "unknown error");
+}
+
+bool has_foreign_privileges() { return getauxval(AT_SECURE) != 0; }
+
+std::string user_directory(const char* variable, const char* below_home) {
+  if (has_foreign_privileges()) return {};
+  // A relative path would depend on the working directory; the XDG specification ignores it too.
+  const char* given = secure_getenv(variable);
+  if (given != nullptr && given[0] == '/') return std::string(given) + "/tilewright";
+  const char* home = secure_getenv("HOME");
+  if (home != nullptr && home[0] == '/') return std::string(home) + below_home + "/tilewright";
+  return {};
 }
 
 Result<FileDescriptor> open_trusted_directory(int parent, const std::string& path, bool* absent) {

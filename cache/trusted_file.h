@@ -59,6 +59,14 @@ Result<TrustedFile> read_trusted_file(int directory, const std::string& name, st
 // already is left alone, and that is success.
 Status publish_file(int directory, const std::string& name, std::span<const std::byte> bytes);
 
+// Whether this process runs with somebody else's privileges (AT_SECURE): its environment is an
+// attacker's, and no file that it names may be read.
+bool has_foreign_privileges();
+
+// Our directory for a kind of the user's files: $VARIABLE/tilewright, else $HOME + below_home +
+// "/tilewright". Empty if there is none, and always with foreign privileges.
+std::string user_directory(const char* variable, const char* below_home);
+
 // What publish_file calls its temporary files where the file system has no nameless ones.
 constexpr const char* kTemporaryPrefix = ".tmp-";
 

@@ -15,11 +15,8 @@
 namespace tilewright::ops {
 namespace {
 
-// More queries than a step of speculation has.
-constexpr std::int64_t kFewQueries = 16;
-
 bool fills_tiles(const AttentionTask& task, const Frame& frame) {
-  return frame.dim(task.queries) > kFewQueries;
+  return frame.dim(task.queries) > task.few_queries;
 }
 
 std::int64_t row_bytes(const AttentionKernel& spec) {

@@ -66,7 +66,8 @@ Lowering::Lowering(const graph::Graph& graph, const std::map<std::string, Tensor
       packed_callback_(packed) {
   std::int64_t values = 0;
   for (const auto& [name, constant] : constants_) values += element_count(constant);
-  weight_forms_ = {options.exact_weights, values >= options.twelve_bits_from};
+  weight_forms_ = {options.exact_weights, values >= options.choices.twelve_bits_from,
+                   options.choices.twelve_bits_percent};
 }
 
 Result<Program> Lowering::run() {

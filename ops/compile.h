@@ -18,6 +18,7 @@
 #include "graph/graph.h"
 #include "jit/base/result.h"
 #include "jit/base/target.h"
+#include "ops/choices.h"
 #include "ops/kernel_library.h"
 #include "ops/program.h"
 #include "ops/weights.h"
@@ -25,13 +26,12 @@
 namespace tilewright::ops {
 
 struct CompileOptions {
+  // Of twelve_bits_from.
   static constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
+  Choices choices;
   std::set<std::string>
       disabled;  // names of ops that must not run in our kernels ("linear", "norm" ...)
-  bool exact_weights = true;  // fp32 weights whose values fit 16 bits are stored in 16 bits
-  // bf16 weights are stored in 12 bits (ops/gemm/twelve_bits.h) if the graph's constants have at
-  // least so many values. Fewer may stay in the caches, where nothing waits for their bytes.
-  std::int64_t twelve_bits_from = std::int64_t{32} << 20;
+  bool exact_weights = true;     // fp32 weights whose values fit 16 bits are stored in 16 bits
   bool fallback_onednn = false;  // try oneDNN before the front end's fallback
   bool profile = false;          // measure each step (RegionTime)
 };

@@ -5,24 +5,38 @@
 
 #include "graph/pipeline.h"
 #include "jit/base/env.h"
+#include "jit/base/log.h"
 #include "ops/compile.h"
+#include "ops/machine_profile.h"
 
 namespace tilewright::ops {
 
-Result<Engine> Engine::open(const std::string& rung) {
+Result<Engine> Engine::open(const std::string& rung, const std::string& choices) {
   const std::string& cap = environment().max_cpu_isa;
   Result<Target> target = !rung.empty() ? Target::for_rung(rung)
                           : cap.empty() ? Result<Target>(Target::host())
                                         : Target::host().capped(cap);
   if (!target) return target.error();
-  return Engine(std::move(target.value()));
+  Decision decision = rung.empty() && choices.empty()
+                          ? decide(*target, environment().machine_profile)
+                          : choices_for(target->cpu, target->isa);
+  if (!decision.problem.empty()) log_warning(decision.problem);
+  if (!choices.empty()) {
+    Result<Choices> given = changed(std::move(decision.choices), choices);
+    if (!given) return given.error();
+    decision = {std::move(given.value()), "given " + choices, ""};
+  }
+  // A rung that was asked for is what the code is for.
+  if (rung.empty()) target = target->capped(decision.choices.highest_isa);
+  return Engine(std::move(target.value()), std::move(decision), choices.empty());
 }
 
-Engine::Engine(Target target) : target_(std::move(target)) {
+Engine::Engine(Target target, Decision decision, bool on_disk)
+    : target_(std::move(target)), decision_(std::move(decision)) {
   const Environment& settings = environment();
-  const cache::Mode mode = settings.cache == CacheMode::off         ? cache::Mode::off
-                           : settings.cache == CacheMode::read_only ? cache::Mode::read_only
-                                                                    : cache::Mode::read_write;
+  const cache::Mode mode = settings.cache == CacheMode::off || !on_disk ? cache::Mode::off
+                           : settings.cache == CacheMode::read_only     ? cache::Mode::read_only
+                                                                        : cache::Mode::read_write;
   store_ = std::make_shared<cache::Store>(cache::Store::open(
       cache::default_directory(settings.cache_dir), mode, settings.cache_max_bytes));
   kernels_ = std::make_shared<KernelLibrary>(target_, store_, settings.cache_check);
@@ -43,13 +57,14 @@ Result<Program> Engine::compile(const std::string& text,
   if (!graph) return graph.error();
   const Environment& settings = environment();
   CompileOptions options;
+  options.choices = decision_.choices;
   options.disabled.insert(settings.disable.names.begin(), settings.disable.names.end());
   const WeightMode weights_mode = settings.weights;
   options.exact_weights = weights_mode != WeightMode::plain;
   if (weights_mode == WeightMode::compact) {
-    options.twelve_bits_from = 0;
+    options.choices.twelve_bits_from = 0;
   } else if (weights_mode != WeightMode::automatic) {
-    options.twelve_bits_from = CompileOptions::kNever;
+    options.choices.twelve_bits_from = CompileOptions::kNever;
   }
   options.profile = settings.profile;
   options.fallback_onednn = settings.fallback == Fallback::onednn;

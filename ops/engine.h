@@ -14,6 +14,7 @@
 #include "graph/graph.h"
 #include "jit/base/result.h"
 #include "jit/base/target.h"
+#include "ops/choices.h"
 #include "ops/kernel_library.h"
 #include "ops/program.h"
 #include "ops/tensor_view.h"
@@ -24,10 +25,13 @@ namespace tilewright::ops {
 class Engine {
  public:
   // An empty rung: this host, capped by TILEWRIGHT_MAX_CPU_ISA. Otherwise exactly that rung, to
-  // fill the cache for another machine. Error: no such rung.
-  static Result<Engine> open(const std::string& rung);
+  // fill the cache for another machine, with the choices for unknown CPUs. choices: a JSON object
+  // of those to change from the shipped ones, to measure them; such an engine has no cache on disk.
+  // Error: no such rung or choice.
+  static Result<Engine> open(const std::string& rung, const std::string& choices = "");
 
   const Target& target() const { return target_; }
+  const Decision& decision() const { return decision_; }
   const cache::Store& store() const { return *store_; }
   cache::Store& store() { return *store_; }
   const std::shared_ptr<KernelLibrary>& kernels() const { return kernels_; }
@@ -42,10 +46,11 @@ class Engine {
                           const PackedCallback& packed = {}) const;
 
  private:
-  explicit Engine(Target target);
+  Engine(Target target, Decision decision, bool on_disk);
   Result<graph::Graph> optimized(const std::string& text) const;
 
   Target target_;
+  Decision decision_;
   std::shared_ptr<cache::Store> store_;
   std::shared_ptr<KernelLibrary> kernels_;
 };

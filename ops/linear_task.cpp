@@ -240,7 +240,7 @@ std::int64_t chunk_rows(const LinearTask& task, std::int64_t rows) {
 // A copy costs about as much as half a panel, and must be paid back by the others.
 bool packs(const LinearTask& task, std::int64_t rows) {
   if (task.x_type != graph::DataType::f32) return true;
-  return rows >= kManyBlocks * task.many.rows && panel_count(task.spec.n) >= 8;
+  return rows >= task.many_blocks * task.many.rows && panel_count(task.spec.n) >= task.pack_panels;
 }
 
 std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {

@@ -20,9 +20,6 @@ namespace tilewright::ops {
 // One thread's share.
 void run(const LinearTask& task, const Frame& frame, int thread, int threads);
 
-// Only the largest blocks can be so many: what they leave holds at most one of each smaller one.
-inline constexpr std::int64_t kManyBlocks = 4;
-
 // Rows of a chunk when `rows` are cut evenly, and whether the x of chunks is packed.
 std::int64_t chunk_rows(const LinearTask& task, std::int64_t rows);
 bool packs(const LinearTask& task, std::int64_t rows);
@@ -34,8 +31,8 @@ void for_row_blocks(Task& task, std::int64_t rows, Part&& part) {
   std::int64_t first = 0;
   for (auto& variant : task.variants) {
     const std::int64_t blocks = (rows - first) / variant.rows;
-    if (blocks > 0)
-      part(blocks >= kManyBlocks && !task.experts ? task.many : variant, first, blocks);
+    const bool many = &variant == &task.variants[0] && blocks >= task.many_blocks && !task.experts;
+    if (blocks > 0) part(many ? task.many : variant, first, blocks);
     first += blocks * variant.rows;
   }
 }

@@ -225,6 +225,7 @@ Status Lowering::lower_attention(const graph::Node& node) {
   const std::string specification = print(spec);
   task.kernel = kernels_->request(specification, [spec] { return build(spec); });
   task.merge = kernels_->request(print_merge(spec), [spec] { return build_merge(spec); });
+  task.few_queries = options_.choices.few_queries;
   task.prefill = kernels_->request(print_prefill(spec), [spec] { return build_prefill(spec); });
   add_task(std::move(task), reads, {output.buffer}, Dim(0), specification);
   return {};

@@ -17,10 +17,17 @@ using graph::ValueId;
 namespace {
 
 // Rows of a chunk. Each chunk reads all weights again, so large ones are better until their x no
-// longer stays in a core's share of L3: measured on Zen 3, perf/results/linear-avx2.md.
-std::int64_t most_rows(const LinearKernel& spec) {
-  constexpr std::int64_t packed_x_bytes = 2 << 20;
-  return std::clamp<std::int64_t>(packed_x_bytes / (4 * spec.k), 48, 384);
+// longer stays in a core's share of L3.
+std::int64_t most_rows(const LinearKernel& spec, const Choices& choices) {
+  const std::int64_t fitting = choices.packed_x_bytes / (4 * spec.k);
+  return std::max(std::min(fitting, choices.most_chunk_rows), choices.fewest_chunk_rows);
+}
+
+std::int64_t prefetch(const LinearKernel& spec, int rows, const Choices& choices) {
+  if (spec.twelve_bits) return choices.prefetch_twelve_bits;
+  if (spec.weight == graph::DataType::f16) return choices.prefetch_f16;
+  const bool single = rows == 1 && spec.weight == graph::DataType::f32;
+  return single ? choices.prefetch_row : choices.prefetch;
 }
 
 }  // namespace
@@ -28,13 +35,15 @@ std::int64_t most_rows(const LinearKernel& spec) {
 // Blocks of rows that kernels exist for, largest first. Fewer kernels than one per remainder
 // (emission time), and any number of rows is covered: 5 = 4 + 1.
 void Lowering::add_kernels(LinearTask& task) {
-  const int most = max_rows(task.spec.lanes);
-  for (int rows : {12, 8, 6, 4, 2, 1}) {
-    const bool useful = rows <= 4 || rows == most || (rows == 8 && task.spec.lanes == 16);
-    if (useful && rows <= most) task.variants.push_back({rows});
+  const Choices& choices = options_.choices;
+  for (int rows : choices.row_blocks(task.spec.lanes)) {
+    task.variants.push_back({rows, nullptr, prefetch(task.spec, rows, choices)});
   }
-  task.many = {most};
-  task.most_rows = most_rows(task.spec);
+  task.many = {task.variants.front().rows};
+  task.spec.prefetch = task.variants.back().prefetch;
+  task.most_rows = most_rows(task.spec, choices);
+  task.many_blocks = choices.many_blocks;
+  task.pack_panels = choices.pack_panels;
   const CopyKernel copy{task.spec.lanes, task.x_type, graph::DataType::f32};
   task.copy = kernels_->request(print(copy), [copy] { return build(copy); });
 }

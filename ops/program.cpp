@@ -110,6 +110,7 @@ Status reserve_caches(const State& state, std::span<KvCache* const> caches,
 void request_kernel(State& state, const LinearTask& linear, LinearTask::Variant& variant) {
   LinearKernel spec = linear.spec;
   spec.rows = variant.rows;
+  spec.prefetch = variant.prefetch;
   spec.many_blocks = &variant == &linear.many;
   variant.kernel = state.kernels->request(print(spec), [spec] { return build(spec); });
 }

@@ -70,14 +70,17 @@ struct LinearTask {
   struct Variant {
     int rows;
     const Kernel* kernel = nullptr;  // until a run needs it
+    std::int64_t prefetch = 0;       // as the kernel's
   };
   std::vector<Variant> variants;  // rows descending, the last has 1
   Variant many;                   // blocks of as many rows as the first
   const Kernel* copy = nullptr;   // rows of x to packed x
   graph::DataType x_type;         // the kernels read f32: another type is always packed
   std::shared_ptr<const PackedWeight> weight;
-  std::int64_t most_rows;  // multiplied at once: their x stays in cache
-  DimIndex rows;           // of y
+  std::int64_t most_rows;    // multiplied at once: their x stays in cache
+  std::int64_t many_blocks;  // of the most rows: from so many on `many` computes them
+  std::int64_t pack_panels;  // from so many on a copy of f32 x pays
+  DimIndex rows;             // of y
   std::optional<ExpertChoice> experts;
   Operand x, y, bias, residual;
   DimIndex x_stride, y_stride, residual_stride;  // elements per row
@@ -147,6 +150,7 @@ struct AttentionTask {
   const Kernel* merge;    // the token, of its parts
   const Kernel* prefill;  // a tile of tokens
   float scale, softcap;
+  std::int64_t few_queries;  // up to so many go token by token
   bool causal;
   std::int64_t window = 0;  // keys that a query sees; 0: all
   DimIndex batch, kv_heads, queries;

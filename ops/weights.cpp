@@ -12,13 +12,6 @@
 #include "ops/threads.h"
 
 namespace tilewright::ops {
-namespace {
-
-// Of a weight in 16 bits: a third of the steps may stay in them. Chosen, not measured: real weights
-// are at 0.753, and what lies beyond would save little and branch at every step.
-constexpr double kMostOfPlain = 0.84;
-
-}  // namespace
 
 std::string WeightStore::identify(const Item& item) {
   std::string text = fmt::format("{} {} {} {}", graph::name(item.source), item.k,
@@ -42,7 +35,7 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::pack(
   for (const WeightBlock& block : blocks) {
     if (is_token(block.data)) return Error{"its weight is packed in another form already"};
   }
-  Result<std::shared_ptr<const PackedWeight>> weight = packed(item, forms.twelve_bits);
+  Result<std::shared_ptr<const PackedWeight>> weight = packed(item, forms);
   if (!weight) return weight;
   item.weight = *weight;
   items_.push_back(std::move(item));
@@ -51,7 +44,7 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::pack(
 
 // As many threads as the process has: each first touches the pages that it will read in decode.
 Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item,
-                                                                bool twelve_bits) {
+                                                                WeightForms forms) {
   const bool narrows = item.exact && item.source == graph::DataType::f32;
   const graph::DataType dtype = narrows ? exact_type(item.blocks, item.k) : item.source;
   std::int64_t n = 0;
@@ -77,13 +70,13 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item
     visit(pairs.data());
   };
   std::optional<twelve_bits::Packer> packer;
-  if (twelve_bits && dtype == graph::DataType::bf16) {
+  if (forms.twelve_bits && dtype == graph::DataType::bf16) {
     packer.emplace(panel_count(n), item.k);
     each_panel([&](std::int64_t i) {
       with_pairs(i, [&](const std::uint16_t* pairs) { packer->inspect(i, pairs); });
     });
     const std::int64_t bytes = packer->place();
-    weight->form.twelve_bits = static_cast<double>(bytes) <= kMostOfPlain * weight->bytes;
+    weight->form.twelve_bits = 100 * bytes <= forms.twelve_bits_percent * weight->bytes;
     if (weight->form.twelve_bits) weight->bytes = bytes;
   }
 

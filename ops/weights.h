@@ -33,8 +33,9 @@ struct PackedWeight {
 
 // Which forms a weight may be stored in, all without loss.
 struct WeightForms {
-  bool exact = true;         // fp32 that fits 16 bits (exact.h)
-  bool twelve_bits = false;  // bf16, where that is at most 84 % of its size (twelve_bits.h)
+  bool exact = true;                      // fp32 that fits 16 bits (exact.h)
+  bool twelve_bits = false;               // bf16 (twelve_bits.h), where that is at most
+  std::int64_t twelve_bits_percent = 84;  // of its size in 16 bits
 };
 
 // Called during compile with the name of a constant that was packed and whose own memory nothing in
@@ -75,7 +76,7 @@ class WeightStore {
     std::shared_ptr<const PackedWeight> weight;
   };
   static std::string identify(const Item& item);
-  Result<std::shared_ptr<const PackedWeight>> packed(const Item& item, bool twelve_bits);
+  Result<std::shared_ptr<const PackedWeight>> packed(const Item& item, WeightForms forms);
 
   mutable std::mutex mutex_;
   WeightMemory memory_;

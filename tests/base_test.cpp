@@ -169,7 +169,7 @@ TEST(Target, CapNeverAddsAndForRungNeverAsksTheHost) {
 
 TEST(Target, HostIsPlausible) {
   const Target& host = Target::host();
-  EXPECT_FALSE(host.vendor.empty());
+  EXPECT_FALSE(host.cpu.vendor.empty());
   EXPECT_GE(host.cores, 1);
   EXPECT_GE(host.l1d_bytes, 8 << 10);
   EXPECT_LE(host.l1d_bytes, 1 << 20);
@@ -221,7 +221,8 @@ TEST(Environment, EveryVariableIsRead) {
                                {"TILEWRIGHT_FALLBACK", "onednn"},
                                {"TILEWRIGHT_PASS_LIMIT", "4"},
                                {"TILEWRIGHT_WEIGHTS", "exact"},
-                               {"TILEWRIGHT_FP32", "amx"}});
+                               {"TILEWRIGHT_FP32", "amx"},
+                               {"TILEWRIGHT_PROFILE", "/m.json"}});
   EXPECT_TRUE(e.problems.empty());
   EXPECT_EQ(e.max_cpu_isa, "avx512_core_bf16");
   EXPECT_EQ(e.cache, CacheMode::read_only);
@@ -242,6 +243,7 @@ TEST(Environment, EveryVariableIsRead) {
   EXPECT_EQ(e.pass_limit, 4);
   EXPECT_EQ(e.weights, WeightMode::exact);
   EXPECT_EQ(e.fp32, Fp32Mode::amx);
+  EXPECT_EQ(e.machine_profile, "/m.json");
   EXPECT_TRUE(parse({{"TILEWRIGHT_DISABLE", "1"}}).disable.contains("anything"));
 }
 
@@ -266,6 +268,7 @@ TEST(Environment, ABadValueIsAProblemAndTheDefaultHolds) {
       {"PASS_LIMIT", "-2"},
       {"WEIGHTS", "int8"},
       {"FP32", "tf32"},
+      {"PROFILE", "profile.json"},
   };
   for (const auto& [name, value] : cases) {
     const Environment e = parse({{"TILEWRIGHT_" + name, value}});
@@ -293,7 +296,7 @@ TEST(Environment, TheTableIsCompleteAndDefaultsAreValid) {
     Environment e;
     EXPECT_TRUE(variable.read(variable.default_value, e)) << variable.name;
   }
-  EXPECT_EQ(names.size(), 17u);
+  EXPECT_EQ(names.size(), 18u);
 }
 
 TEST(Environment, ATypingErrorIsReported) {

@@ -1,18 +1,25 @@
-// Runs tests/filetests/code/*.vir: VIR in, disassembly expected.
+// Runs tests/filetests/code: VIR or a graph in, disassembly expected.
 //
-//   ; test code RUNG      the target; the function follows
+//   ; test code RUNG      the target; a function or a graph follows
+// *.vir
 //   ; emits               then one comment line for each line of disassemble(), after the required
 //                         ISA and the number of spills
+// *.graph, by `twc disasm`
+//   ; choices JSON        of speed (ops/choices.h), anywhere before the first loop; may be missing
+//   ; loop of KERNEL      of the kernel whose specification begins so: its innermost loop with the
+//                         most instructions, where its time goes. Whole kernels have hundreds
 //
 // BLESS=1 rewrites the expectations in place: read the diff before you commit it.
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -66,10 +73,86 @@ Result<std::string> regenerate(std::string_view text) {
                      as_comments(*listing));
 }
 
+std::vector<std::string> lines_of(std::string_view text) {
+  std::vector<std::string> lines;
+  while (!text.empty()) {
+    const std::size_t newline = std::min(text.find('\n'), text.size());
+    lines.emplace_back(text.substr(0, newline));
+    text.remove_prefix(std::min(newline + 1, text.size()));
+  }
+  return lines;
+}
+
+// From a label to the jump back to it, with no such loop inside: the longest. Empty: none.
+std::vector<std::string> longest_inner_loop(std::span<const std::string> listing) {
+  std::map<std::string, std::size_t> labels;
+  std::span<const std::string> longest;
+  std::size_t innermost = 0;  // loops that begin before it hold one that has ended
+  for (std::size_t i = 0; i < listing.size(); ++i) {
+    const std::string& line = listing[i];
+    if (line.ends_with(':')) labels[line.substr(0, line.size() - 1)] = i;
+    if (!line.starts_with('j')) continue;
+    const auto label = labels.find(line.substr(line.find(' ') + 1));
+    if (label == labels.end() || label->second < innermost) continue;  // ahead, or around another
+    innermost = i;
+    const auto loop = listing.subspan(label->second, i + 1 - label->second);
+    if (loop.size() > longest.size()) longest = loop;
+  }
+  return {longest.begin(), longest.end()};
+}
+
+std::string output_of(const std::string& command) {
+  std::string output;
+  FILE* pipe = popen(command.c_str(), "r");
+  if (pipe == nullptr) return output;
+  char buffer[4096];
+  while (const std::size_t count = fread(buffer, 1, sizeof buffer, pipe)) {
+    output.append(buffer, count);
+  }
+  return pclose(pipe) == 0 ? output : "";
+}
+
+// A line that begins so, without its beginning.
+std::string after(std::span<const std::string> lines, std::string_view beginning) {
+  for (const std::string& line : lines) {
+    if (line.starts_with(beginning)) return line.substr(beginning.size());
+  }
+  return "";
+}
+
+// The same for a graph's kernels.
+Result<std::string> regenerate_loops(const fs::path& path, std::string_view text) {
+  constexpr std::string_view kLoop = "; loop of ";
+  const std::vector<std::string> lines = lines_of(text);
+  const std::string choices = after(lines, "; choices ");
+  const std::vector<std::string> printed = lines_of(output_of(
+      fmt::format("'{}' disasm '{}' --isa {} --choices '{}'", TILEWRIGHT_TWC, path.string(),
+                  after(lines, kHeader), choices.empty() ? "{}" : choices)));
+  if (printed.empty()) return Error{"twc disasm failed"};
+  std::string result;
+  bool expected = false;
+  for (const std::string& line : lines) {
+    expected = expected || line.starts_with(kLoop);
+    if (!expected) result += line + "\n";
+    if (!line.starts_with(kLoop)) continue;
+    const std::string kernel = line.substr(kLoop.size());
+    const auto title = std::ranges::find_if(
+        printed, [&](const std::string& other) { return other.starts_with("; " + kernel); });
+    if (title == printed.end()) return Error{fmt::format("no kernel begins with {}", kernel)};
+    const auto end = std::find(title, printed.end(), "");  // an empty line follows each
+    result += line + "\n";
+    for (const std::string& instruction : longest_inner_loop({title, end})) {
+      result += as_comments(instruction + "\n");
+    }
+  }
+  if (!expected) return Error{"no loop is asked for"};
+  return result;
+}
+
 std::vector<std::string> files() {
   std::vector<std::string> result;
   for (const auto& entry : fs::directory_iterator(kFolder)) {
-    if (entry.path().extension() == ".vir") result.push_back(entry.path().stem());
+    result.push_back(entry.path().filename());
   }
   std::sort(result.begin(), result.end());
   return result;
@@ -78,9 +161,10 @@ std::vector<std::string> files() {
 class Code : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(Code, IsAsExpected) {
-  const fs::path path = kFolder / (GetParam() + ".vir");
+  const fs::path path = kFolder / GetParam();
   const std::string text = read(path);
-  const Result<std::string> wanted = regenerate(text);
+  const Result<std::string> wanted =
+      path.extension() == ".graph" ? regenerate_loops(path, text) : regenerate(text);
   ASSERT_TRUE(wanted.ok()) << wanted.error().message;
   if (text == *wanted) return;
   if (std::getenv("BLESS") != nullptr) {
@@ -90,8 +174,11 @@ TEST_P(Code, IsAsExpected) {
   EXPECT_EQ(text, *wanted) << "BLESS=1 rewrites the expectations in place.";
 }
 
-INSTANTIATE_TEST_SUITE_P(Files, Code, ::testing::ValuesIn(files()),
-                         [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(Files, Code, ::testing::ValuesIn(files()), [](const auto& info) {
+  std::string name = info.param;
+  std::ranges::replace(name, '.', '_');
+  return name;
+});
 
 }  // namespace
 }  // namespace tilewright::jit

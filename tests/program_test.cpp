@@ -269,7 +269,7 @@ TEST(Program, TwelveBitsChangeNoBit) {
     for (const std::int64_t from : {CompileOptions::kNever, std::int64_t{0}}) {
       model.weights = std::make_shared<WeightStore>();
       CompileOptions options;
-      options.twelve_bits_from = from;
+      options.choices.twelve_bits_from = from;
       Program program = model.compile(options);
       int linears = 0, in_twelve_bits = 0;
       for (const RegionReport& region : program.regions()) {
@@ -457,7 +457,7 @@ TEST(Program, ATiedHeadIsAlsoTheTable) {
     std::vector<std::string> packed;
     const PackedCallback record = [&](const std::string& source) { packed.push_back(source); };
     CompileOptions compact;
-    compact.twelve_bits_from = 0;
+    compact.choices.twelve_bits_from = 0;
     auto program = ops::compile(model.optimized, model.views, Target::host(), compact,
                                 model.kernels, model.weights, record);
     ASSERT_TRUE(program.ok()) << program.error().message;

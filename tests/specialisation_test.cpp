@@ -38,6 +38,8 @@ TEST(Specialisation, EveryPartOfALinearKernelShowsInItsBytesAndItsKey) {
   vary("output type", [](LinearKernel& spec) { spec.output = graph::DataType::bf16; });
   vary("bias", [](LinearKernel& spec) { spec.epilogue.bias = true; });
   vary("residual", [](LinearKernel& spec) { spec.epilogue.residual = true; });
+  vary("prefetch", [](LinearKernel& spec) { spec.prefetch = 256; });
+  vary("many blocks", [](LinearKernel& spec) { spec.many_blocks = true; });
   vary("activation", [](LinearKernel& spec) { spec.epilogue.activation = "silu"; });
   vary("gated", [](LinearKernel& spec) {
     spec.epilogue.activation = "silu";

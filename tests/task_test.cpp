@@ -50,7 +50,7 @@ Operand operand() {
   return result;
 }
 
-TEST(AttentionTask, MoreThanSixteenQueriesFillTiles) {
+void expect_tiles_beyond(std::int64_t few_queries) {
   const Kernel token = counting<tokens>(), merge = counting<merged>(), tile = counting<tiles>();
   for (const std::int64_t queries : {1, 16, 17, 100}) {
     const Setting setting({0, 1, 2, queries});  // 0, and sizes by index
@@ -60,6 +60,7 @@ TEST(AttentionTask, MoreThanSixteenQueriesFillTiles) {
     task.merge = &merge;
     task.prefill = &tile;
     task.causal = true;
+    task.few_queries = few_queries;
     task.batch = DimIndex{1};
     task.kv_heads = DimIndex{2};
     task.queries = task.keys = task.values_keys = DimIndex{3};
@@ -67,9 +68,14 @@ TEST(AttentionTask, MoreThanSixteenQueriesFillTiles) {
     tokens = tiles = 0;
     for (int thread : {0, 1}) ops::run(task, setting.frame, thread, 2);
     const std::int64_t rows = prefill_rows(task.spec.lanes);
-    EXPECT_EQ(tokens, queries > 16 ? 0 : 2 * queries);
-    EXPECT_EQ(tiles, queries > 16 ? 2 * ((3 * queries + rows - 1) / rows) : 0);
+    EXPECT_EQ(tokens, queries > few_queries ? 0 : 2 * queries);
+    EXPECT_EQ(tiles, queries > few_queries ? 2 * ((3 * queries + rows - 1) / rows) : 0);
   }
+}
+
+TEST(AttentionTask, MoreThanAFewQueriesFillTiles) {
+  expect_tiles_beyond(16);
+  expect_tiles_beyond(99);
 }
 
 // 3 heads of 600 keys are 9 parts, whoever computes them; a token is merged once.
@@ -80,6 +86,7 @@ TEST(AttentionTask, ThreadsShareTheParts) {
     AttentionTask task{};
     task.kernel = &token;
     task.merge = &merge;
+    task.few_queries = 16;
     task.batch = DimIndex{1};
     task.kv_heads = DimIndex{2};
     task.queries = DimIndex{3};
@@ -112,6 +119,8 @@ TEST(LinearTask, FourBlocksOfRowsArePacked) {
   task.x_type = graph::DataType::f32;
   task.copy = &copy;
   task.most_rows = 48;
+  task.many_blocks = 4;
+  task.pack_panels = 8;
   task.weight = std::make_shared<PackedWeight>();
   task.x = task.y = operand();
   task.rows = DimIndex{1};
@@ -129,6 +138,7 @@ TEST(LinearTask, FourBlocksOfRowsArePacked) {
   EXPECT_EQ(calls(24), (std::vector{0, 1, 0})) << "seven panels do not pay for a copy";
   task.x_type = graph::DataType::bf16;
   EXPECT_EQ(calls(1), (std::vector{3, 0, 1})) << "16 bits are widened once";
+  EXPECT_EQ(calls(5), (std::vector{3, 0, 7})) << "many blocks of one row have no kernel for many";
 }
 
 }  // namespace

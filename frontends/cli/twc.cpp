@@ -5,7 +5,9 @@
 //   twc passes model.graph -p match_rope      after these passes; without -p the whole pipeline
 //   twc run case.graph                        the reference interpreter on the file's directives
 //   twc disasm kernel.vir --isa avx512        machine code of VIR, for this or another CPU
-//   twc disasm model.graph                    of each kernel that the graph becomes
+//   twc disasm model.graph                    of each kernel that the graph becomes, with the
+//   choices
+//                                             of speed for unknown CPUs, or with --choices others
 //
 // A file name of - (or none) is standard input. Results go to standard output, errors to standard
 // error. Exit codes: 0 done, 1 the input is wrong or a result differs, 2 wrong usage.
@@ -36,6 +38,7 @@
 #include "jit/emit.h"
 #include "jit/inspect.h"
 #include "jit/vir/vir.h"
+#include "ops/choices.h"
 #include "ops/compile.h"
 #include "ops/kernel_library.h"
 
@@ -48,6 +51,7 @@ struct Options {
   std::string file = "-";
   std::optional<std::vector<std::string>> passes;
   Target target = Target::host();
+  ops::Choices choices;  // of a graph's kernels
 };
 
 struct Input {
@@ -148,7 +152,8 @@ ExitCode run_graph(const Input& input, const Options&) {
 }
 
 // The kernels that a graph becomes, for any number of rows, as VIR text; named by what they do.
-Result<std::vector<Input>> graph_kernels(const Input& input, const Target& target) {
+Result<std::vector<Input>> graph_kernels(const Input& input, const Target& target,
+                                         const ops::Choices& choices) {
   Result<graph::Graph> graph = verified_graph(input);
   if (!graph) return graph.error();
   // Kernels do not depend on weights, so zeros will do.
@@ -172,8 +177,8 @@ Result<std::vector<Input>> graph_kernels(const Input& input, const Target& targe
     kernels.push_back({entry.key_text.substr(0, entry.key_text.rfind("\nisa ")), entry.recipe});
   });
   ops::CompileOptions options;
-  options.exact_weights = false;  // zeros would fit 16 bits, and 12
-  options.twelve_bits_from = ops::CompileOptions::kNever;
+  options.exact_weights = false;  // zeros would fit 16 bits
+  options.choices = choices;
   Result<ops::Program> program = ops::compile(*optimized, constants, target, options, library,
                                               std::make_shared<ops::WeightStore>());
   if (!program) return program.error();
@@ -185,7 +190,7 @@ using VirCommand = ExitCode (*)(const Input& input, const Options& options);
 
 // A command on VIR text, for each kernel of a graph.
 ExitCode for_each_kernel(const Input& input, const Options& options, VirCommand command) {
-  Result<std::vector<Input>> kernels = graph_kernels(input, options.target);
+  Result<std::vector<Input>> kernels = graph_kernels(input, options.target, options.choices);
   if (!kernels) return fail_in(input, kernels.error().message);
   for (const Input& kernel : *kernels) {
     std::string title = kernel.name;
@@ -283,13 +288,14 @@ constexpr Command commands[] = {
 };
 
 std::string usage() {
-  std::string text = "usage: twc COMMAND [FILE] [-p PASS,...] [--isa RUNG]\n\n";
+  std::string text = "usage: twc COMMAND [FILE] [-p PASS,...] [--isa RUNG] [--choices JSON]\n\n";
   for (const Command& command : commands) {
     text += fmt::format("  {:8} {}\n", command.name, command.help);
   }
   text += fmt::format("\n  -p       of {}\n", fmt::join(graph::pass_names(), ", "));
   text +=
       fmt::format("  --isa    one of {}; the default is this machine\n", Target::ladder_names());
+  text += "  --choices  of speed, as '{\"prefetch\": 512}'\n";
   return text;
 }
 
@@ -309,10 +315,16 @@ Result<Options> parse_options(std::span<const std::string_view> arguments) {
   bool file_given = false;
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     std::string_view argument = arguments[i];
-    if (argument == "-p" || argument == "--isa") {
+    if (argument == "-p" || argument == "--isa" || argument == "--choices") {
       if (++i == arguments.size()) return Error{fmt::format("{} needs a value", argument)};
       if (argument == "-p") {
         options.passes = split_at_commas(arguments[i]);
+        continue;
+      }
+      if (argument == "--choices") {
+        Result<ops::Choices> choices = ops::changed({}, arguments[i]);
+        if (!choices) return choices.error();
+        options.choices = *choices;
         continue;
       }
       Result<Target> target = Target::for_rung(arguments[i]);

@@ -38,6 +38,7 @@
 #include "ops/engine.h"
 #include "ops/kernel_library.h"
 #include "ops/kv_cache.h"
+#include "ops/machine_profile.h"
 #include "ops/onednn_fallback.h"
 #include "ops/program.h"
 #include "ops/read_bandwidth.h"
@@ -371,14 +372,34 @@ nb::dict cache_state(const Engine& engine) {
 nb::dict target_fields(const Target& target) {
   nb::dict result;
   result["isa"] = isa_mask_name(target.isa);
-  result["vendor"] = target.vendor;
+  result["vendor"] = target.cpu.vendor;
   result["model_name"] = target.model_name;
-  result["family"] = target.family;
-  result["model"] = target.model;
+  result["family"] = target.cpu.family;
+  result["model"] = target.cpu.model;
+  result["stepping"] = target.cpu.stepping;
   result["cores"] = target.cores;
   result["lanes"] = target.lanes();
   result["l1d_bytes"] = target.l1d_bytes;
   result["l2_bytes"] = target.l2_bytes;
+  return result;
+}
+
+// Values as JSON text.
+nb::dict choice_fields(const Engine& engine) {
+  const ops::Decision& decision = engine.decision();
+  nb::list values;
+  for (const ops::ChoiceRow& choice : ops::rows(decision.choices)) {
+    nb::dict row;
+    row["name"] = std::string(choice.name);
+    row["value"] = choice.value;
+    row["documentation"] = std::string(choice.documentation);
+    values.append(row);
+  }
+  nb::dict result;
+  result["source"] = decision.source;
+  result["problem"] = decision.problem;
+  result["cpu"] = print(engine.target().cpu);
+  result["values"] = values;
   return result;
 }
 
@@ -408,6 +429,7 @@ nb::dict settings() {
   result["verbose"] = set.verbose;
   result["profile"] = set.profile;
   result["onednn"] = set.fallback == Fallback::onednn;
+  result["machine_profile"] = set.machine_profile;
   result["problems"] = set.problems;
   return result;
 }
@@ -494,8 +516,10 @@ void bind_program(nb::module_& module) {
       .def("report", &report);
   module.def("step_function", [] { return reinterpret_cast<Address>(&step); });
   nb::class_<Engine>(module, "Engine", "Target, cache on disk and kernels of one process.")
-      .def(nb::new_([](const std::string& rung) { return value_or_throw(Engine::open(rung)); }),
-           "rung"_a = "")
+      .def(nb::new_([](const std::string& rung, const std::string& choices) {
+             return value_or_throw(Engine::open(rung, choices));
+           }),
+           "rung"_a = "", "choices"_a = "")
       .def(
           "optimize",
           [](const Engine& self, const std::string& text) {
@@ -506,6 +530,7 @@ void bind_program(nb::module_& module) {
       .def("kernel_counters", &kernel_counters)
       .def("cache_entries", &cache_entries)
       .def("cache_state", &cache_state)
+      .def("choices", &choice_fields)
       .def("target", [](const Engine& self) { return target_fields(self.target()); });
 }
 
@@ -526,5 +551,12 @@ NB_MODULE(_core, module) {
     nb::gil_scoped_release unlocked;
     return ops::read_bandwidth(threads);
   });
+  module.def("profile_path", &ops::default_profile_path);
+  module.def(
+      "profile_text",
+      [](const std::string& choices, const std::string& measured) {
+        return value_or_throw(ops::print_profile(Target::host().cpu, choices, measured));
+      },
+      "choices"_a, "measured"_a);
   module.def("load_onednn", [](const std::string& path) { check(ops::load_onednn(path)); });
 }

@@ -180,6 +180,11 @@ std::vector<Variable> make_table() {
              v, {{"auto", Fp32Mode::automatic}, {"fma", Fp32Mode::fma}, {"amx", Fp32Mode::amx}},
              e.fp32);
        }},
+      {"PROFILE", "", "off, or a file's absolute path",
+       "This machine's profile, made by `tilewright tune`; the user's own if not set.",
+       [](Text v, E& e) {
+         return (v.empty() || v == "off" || v.starts_with('/')) && read_text(v, e.machine_profile);
+       }},
   };
 }
 

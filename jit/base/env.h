@@ -52,6 +52,7 @@ struct Environment {
   int pass_limit = -1;  // -1: none
   WeightMode weights = WeightMode::automatic;
   Fp32Mode fp32 = Fp32Mode::automatic;
+  std::string machine_profile;  // empty: the user's own; "off": none; else an absolute path
 
   std::vector<std::string> problems;  // one line for each bad value
 };

@@ -118,16 +118,16 @@ std::string brand_name() {
   return name;
 }
 
-void read_signature(Target& target) {
+void read_signature(CpuModel& cpu) {
   const std::uint32_t eax = cpuid(1).eax;
   const int base_family = static_cast<int>(eax >> 8 & 0xf);
   const int base_model = static_cast<int>(eax >> 4 & 0xf);
-  target.stepping = static_cast<int>(eax & 0xf);
-  target.family = base_family;
-  target.model = base_model;
-  if (base_family == 15) target.family += static_cast<int>(eax >> 20 & 0xff);
+  cpu.stepping = static_cast<int>(eax & 0xf);
+  cpu.family = base_family;
+  cpu.model = base_model;
+  if (base_family == 15) cpu.family += static_cast<int>(eax >> 20 & 0xff);
   if (base_family == 6 || base_family == 15) {
-    target.model += static_cast<int>(eax >> 16 & 0xf) << 4;
+    cpu.model += static_cast<int>(eax >> 16 & 0xf) << 4;
   }
 }
 
@@ -164,9 +164,9 @@ int usable_cores() {
 Target probe_host() {
   Target target;
   target.isa = isa_from(probe_features());
-  target.vendor = vendor_name();
+  target.cpu.vendor = vendor_name();
   target.model_name = brand_name();
-  read_signature(target);
+  read_signature(target.cpu);
   read_caches(target);
   target.cores = usable_cores();
   return target;
@@ -211,6 +211,10 @@ std::string isa_mask_name(IsaMask mask) {
   return name.empty() ? "none" : name;
 }
 
+std::string print(const CpuModel& cpu) {
+  return fmt::format("{} {}/{}/{}", cpu.vendor, cpu.family, cpu.model, cpu.stepping);
+}
+
 std::string Target::ladder_names() {
   std::string names;
   for (const Rung& rung : kRungs)
@@ -249,7 +253,7 @@ Result<Target> Target::for_rung(std::string_view rung) {
   if (!mask) return mask.error();
   Target target;
   target.isa = *mask;
-  target.vendor = "generic";
+  target.cpu.vendor = "generic";
   target.model_name = fmt::format("any CPU with {}", isa_mask_name(*mask));
   return target;
 }

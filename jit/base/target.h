@@ -36,11 +36,21 @@ constexpr IsaMask bit(Isa isa) { return static_cast<IsaMask>(isa); }
 // "avx2+avx512+avx512_vnni"; "none" for 0.
 std::string isa_mask_name(IsaMask mask);
 
-struct Target {
-  IsaMask isa = 0;         // what generated code may use
-  std::string vendor;      // "GenuineIntel", "AuthenticAMD"
-  std::string model_name;  // the CPUID brand string
+// Which CPU it is, as CPUID says: what recorded measurements are found by. Family and model with
+// their extensions.
+struct CpuModel {
+  std::string vendor;  // "GenuineIntel", "AuthenticAMD"
   int family = 0, model = 0, stepping = 0;
+  friend bool operator==(const CpuModel&, const CpuModel&) = default;
+};
+
+// "AuthenticAMD 25/1/1"
+std::string print(const CpuModel& cpu);
+
+struct Target {
+  IsaMask isa = 0;  // what generated code may use
+  CpuModel cpu;
+  std::string model_name;             // the CPUID brand string
   std::int64_t l1d_bytes = 32 << 10;  // per core
   std::int64_t l2_bytes = 512 << 10;  // per core
   int cores = 1;                      // logical CPUs this process may run on

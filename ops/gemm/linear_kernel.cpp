@@ -56,6 +56,8 @@ constexpr int kFewRows = 3;
 // for their sums, and multiply enough for the way through memory to pay.
 constexpr int kMostRowsInRegisters = 4;
 
+constexpr std::int64_t kMostPrefetch = 1 << 20;
+
 // Of k, in one chain of additions: a multiple of all unrolled steps. Shorter chains round less, and
 // cost more: here the sums go to memory and back once for 128 multiply-adds each.
 constexpr std::int64_t kPartialSumLength = 128;
@@ -303,16 +305,12 @@ class LinearBuilder {
     for (std::size_t j = 0; j < columns.size(); ++j) emit_few_rows(x, columns[j], j, step);
   }
 
-  // How far ahead of the loads the weights are asked for. Measured on Zen 3 with weights in memory:
-  // a loop that only loads and multiplies f32 keeps the hardware's prefetcher at the memory's limit
-  // and any hint slows it down; the longer a step computes, the earlier it must ask.
-  // With many blocks the panel's stretch stays in L1 for all but the first, and the next stretch
-  // has the time of all of them to reach L2: 1.17 times the speed at k = 3072.
+  // How far ahead of the loads the weights are asked for: a choice of speed (ops/choices.def), but
+  // for many blocks. With many blocks the panel's stretch stays in L1 for all but the first, and
+  // the next stretch has the time of all of them to reach L2: 1.17 times the speed at k = 3072.
   std::int64_t prefetch_distance() const {
     if (spec_.many_blocks) return stretch_bytes();
-    if (spec_.twelve_bits) return 4 * twelve_bits::kStepBytes;
-    if (is_f32() && rows_ == 1) return 0;
-    return spec_.weight == DataType::f16 ? 4096 : 1024;
+    return spec_.prefetch;
   }
 
   // The first part asks for the whole line run: two parts with every other line each would both
@@ -452,7 +450,7 @@ std::string print(const LinearKernel& spec) {
   if (epilogue.gated) text += " gated";
   if (epilogue.residual) text += " residual";
   if (spec.twelve_bits) text += " twelve_bits";
-  if (spec.many_blocks) text += " many_blocks";
+  text += spec.many_blocks ? " many_blocks" : fmt::format(" prefetch={}", spec.prefetch);
   return text;
 }
 
@@ -462,6 +460,9 @@ Status supported(const LinearKernel& spec) {
     return Error{fmt::format("a block of {} rows", spec.rows)};
   }
   if (spec.n < 1 || spec.k < 1) return Error{"an empty weight"};
+  if (spec.prefetch < 0 || spec.prefetch > kMostPrefetch) {
+    return Error{fmt::format("weights asked for {} bytes ahead", spec.prefetch)};
+  }
   for (DataType type : {spec.weight, spec.output}) {
     if (!one_of(type)) return Error{fmt::format("linear in {}", graph::name(type))};
   }

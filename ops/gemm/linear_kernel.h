@@ -43,7 +43,8 @@ struct LinearKernel {
   bool twelve_bits = false;                       // the weight is bf16 stored as twelve_bits.h says
   graph::DataType output = graph::DataType::f32;  // f32, bf16, f16 (also bias and residual)
   Epilogue epilogue;
-  bool many_blocks = false;  // in a call: when to ask for weights; the bits are the same
+  bool many_blocks = false;      // in a call: weights are asked for a stretch ahead, otherwise
+  std::int64_t prefetch = 1024;  // so many bytes ahead, in lines; 0: not. The bits are the same
 };
 
 // Argument slots. Strides in bytes. A panel is panel_columns() columns of the packed weight.

@@ -62,6 +62,7 @@ void TwelveBitsReader::step(bool plain, int length, const std::function<void(boo
 }
 
 void TwelveBitsReader::prefetch(std::int64_t distance, int level) {
+  if (distance == 0) return;
   for (int line = 0; line < twelve_bits::kStepBytes; line += kLineBytes) {
     b_.prefetch(b_.at(step_, distance + line), level);
   }

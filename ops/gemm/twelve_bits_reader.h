@@ -28,7 +28,7 @@ class TwelveBitsReader {
   // The steps of the stretch's first `count` of k, as often as wanted: body(whether the step is in
   // 16 bits, its k) is emitted for both forms, in a loop and for a rest of fewer than 8.
   void each_step(std::int64_t count, const std::function<void(bool plain, int length)>& body);
-  // In such a body: asks for what follows `distance` bytes behind the step.
+  // In such a body: asks for what follows `distance` bytes behind the step; 0: does not.
   void prefetch(std::int64_t distance, int level);
   // In such a body: the weights of k 4 * half and 4 * half + 1, and of the two behind them, of the
   // panel's vector of columns. A lane is a pair: the even k in its low 16 bits.

@@ -64,6 +64,8 @@ def test_env(command) -> None:
     assert data["target"]["isa"] == "avx2"
     text = command("env").stdout
     assert all(name in text for name in rows)
+    assert f"choices: {data['choices']['source']}" in text
+    assert all(row["name"] in text for row in data["choices"]["values"])
 
 
 def test_env_reports_bad_values(command) -> None:

@@ -53,8 +53,11 @@ def test_an_optimised_model() -> None:
         assert phase["own_time_share"] >= 0.99
     assert 0 < data["phases"]["decode"]["steps_per_layer"] <= 8
     assert all(region.keys() >= REGION_KEYS for region in data["regions"])
+    source = data["choices"]["source"]
+    assert source.startswith(("row ", "rule ", "profile "))
     text = str(explanation)
     assert "prefill: 1 runs" in text and "decode: 3 runs" in text
+    assert f"choices of speed: {source}" in text
 
 
 def test_flops_are_those_of_the_model() -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -143,7 +144,7 @@ def cache_ls(as_json: Json = False) -> None:
 
 @app.command()
 def env(as_json: Json = False) -> None:
-    """Show the environment variables, and what this machine offers."""
+    """Show the environment variables, what this machine offers, and the choices of speed for it."""
     from tilewright import core
 
     rows = core.variables()
@@ -151,23 +152,91 @@ def env(as_json: Json = False) -> None:
     try:
         engine = core.engine()
         target, cache = dict(engine.target()), dict(engine.cache_state())
+        choices = dict(engine.choices())
     except core.CoreError as error:
-        target, cache = {"problem": str(error)}, {}
+        target, cache, choices = {"problem": str(error)}, {}, {}
     table = Table(box=None, header_style="bold")
     for column in ("variable", "value", "values", "meaning"):
         table.add_column(column, no_wrap=column == "variable")
     for row in rows:
         value = row["value"] if row["value"] is not None else f"({row['default']})"
         table.add_row(row["name"], value, row["values"], row["documentation"])
-    show(
-        {"variables": rows, "problems": problems, "target": target, "cache": cache}, as_json, table
-    )
+    data = {
+        "variables": rows,
+        "problems": problems,
+        "target": target,
+        "cache": cache,
+        "choices": choices,
+    }
+    show(data, as_json, table)
     if as_json:
         return
     out.print(f"\nmachine: {target.get('model_name', '')}: {target.get('isa', target)}")
     out.print(f"cache:   {cache.get('directory', '')} {cache.get('problem', '')}")
+    if choices:
+        out.print(f"choices: {choices['source']} (of {choices['cpu']})", markup=False)
+        table = Table(box=None, header_style="bold")
+        for column in ("choice", "value", "meaning"):
+            table.add_column(column, no_wrap=column != "meaning")
+        for row in choices["values"]:
+            table.add_row(row["name"], escape(row["value"]), row["documentation"])
+        out.print(table)
     for problem in problems:
         err.print(f"tilewright: {problem}", markup=False)
+
+
+@app.command()
+def tune(
+    rounds: Annotated[int, typer.Option(min=6, help="Turns of each candidate.")] = 15,
+    only: Annotated[
+        str, typer.Option(help="Choices to measure, separated by commas; all if not given.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option(help="Write no profile.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the choices of speed on this machine; keep those that beat the shipped ones.
+
+    Let nothing else run meanwhile. What wins beyond the noise, twice, goes to this user's profile
+    (TILEWRIGHT_PROFILE), which every later process reads.
+    """
+    from tilewright import core, tuning
+
+    try:
+        experiments = tuning.experiments(core.engine_for("", "{}").target()["lanes"])
+    except core.CoreError as error:
+        fail(str(error))
+    if only:
+        names = only.split(",")
+        if unknown := set(names) - {experiment.choice for experiment in experiments}:
+            raise typer.BadParameter(f"no choice to measure is called {', '.join(unknown)}")
+        experiments = [experiment for experiment in experiments if experiment.choice in names]
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("choices", total=len(experiments))
+        result = tuning.tune(experiments, rounds, lambda: progress.advance(task))
+    table = Table(box=None, header_style="bold")
+    for column in ("choice", "shipped", "candidate", "shipped time / candidate's", "by shape"):
+        table.add_column(column)
+    for again, outcomes in ((False, result.outcomes), (True, result.confirmations)):
+        for outcome in outcomes:
+            table.add_row(
+                outcome.choice + (" (again)" if again else ""),
+                escape(str(outcome.shipped)),
+                escape(str(outcome.candidate)),
+                escape(str(outcome.overall)),
+                escape("; ".join(f"{k}: {v.median:.3f}" for k, v in outcome.by_shape.items())),
+            )
+    path = tuning.profile_path()
+    # One that is there is of an older build or a worse day: it must not outlive this.
+    written = not dry_run and path is not None and (bool(result.choices) or path.exists())
+    if written and path is not None:
+        try:
+            tuning.write_profile(path, result)
+        except OSError as error:
+            fail(f"the profile cannot be written: {error}")
+    show({**result.to_dict(), "profile": str(path) if written else None}, as_json, table)
+    if not as_json:
+        out.print(f"faster here: {json.dumps(result.choices)}", markup=False)
+        out.print(f"profile: {path}" if written else "profile: not written", markup=False)
 
 
 @app.command()

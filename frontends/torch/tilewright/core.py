@@ -45,9 +45,10 @@ def engine() -> Any:
     return _core.Engine()
 
 
-def engine_for(rung: str) -> Any:
-    """An engine that emits for another machine, to fill the cache."""
-    return _core.Engine(rung)
+def engine_for(rung: str, choices: str = "") -> Any:
+    """An engine that emits for another machine, to fill the cache; or that has other choices of
+    speed (a JSON object; {} are the shipped ones), to measure them."""
+    return _core.Engine(rung, choices)
 
 
 @functools.cache

@@ -42,6 +42,7 @@ class Explanation:
     kernels_loaded: int = 0
     emit_seconds: float = 0.0
     target: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)  # of speed: values and their source
     cache: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -63,6 +64,7 @@ class Explanation:
             "notes": self.notes(),
             "regions": self.regions,
             "target": self.target,
+            "choices": self.choices,
             "cache": self.cache,
         }
 
@@ -71,6 +73,8 @@ class Explanation:
         notes = [f"in PyTorch ({count} calls): {why}" for why, count in self.fallbacks.items()]
         if self.by_parts:
             notes.append(f"by parts, through torch.compile: {self.by_parts}")
+        if self.choices.get("problem"):
+            notes.append(self.choices["problem"])
         if self.cache.get("problem"):
             notes.append(f"kernel cache: {self.cache['problem']}")
         return notes
@@ -79,6 +83,7 @@ class Explanation:
         lines = [
             f"{self.model} on {self.target.get('isa', '?')}: "
             f"{self.kernels_emitted} kernels emitted, {self.kernels_loaded} loaded from the cache",
+            f"choices of speed: {self.choices.get('source', '?')}",
         ]
         for name in PHASES:
             phase = self.phases.get(name)
@@ -129,6 +134,7 @@ def explain(model: nn.Module) -> Explanation:
     explanation.kernels_loaded = counters["loaded"]
     explanation.emit_seconds = counters["emit_seconds"]
     explanation.target = dict(engine.target())
+    explanation.choices = dict(engine.choices())
     explanation.cache = dict(engine.cache_state())
     return explanation
 

@@ -1,0 +1,265 @@
+// Choices of speed: the tables, profiles and how they are read, and that a choice changes a
+// kernel's key or leaves its bytes.
+#include "ops/choices.h"
+
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <set>
+
+#include "cache/store.h"
+#include "graph/pipeline.h"
+#include "jit/emit.h"
+#include "ops/compile.h"
+#include "ops/machine_profile.h"
+
+namespace tilewright::ops {
+namespace {
+
+namespace fs = std::filesystem;
+
+const CpuModel kMilan{"AuthenticAMD", 0x19, 0x01, 1};
+
+TEST(Choices, ARowIsFoundByVendorFamilyModelAndStepping) {
+  EXPECT_EQ(choices_for(kMilan, bit(Isa::avx2)).source, "row zen3-server");
+  const CpuModel others[] = {{"GenuineIntel", 0x19, 0x01, 1},
+                             {"AuthenticAMD", 0x17, 0x01, 1},
+                             {"AuthenticAMD", 0x19, 0x10, 1},
+                             {"AuthenticAMD", 0x19, 0x01, 16},
+                             {"", 0, 0, 0}};
+  for (const CpuModel& cpu : others) {
+    const Decision decision = choices_for(cpu, bit(Isa::avx2));
+    EXPECT_EQ(decision.source, "rule for unknown CPUs with avx2") << print(cpu);
+    EXPECT_EQ(decision.choices, Choices{});
+  }
+}
+
+// A row that could not be read would be the end of every process on that CPU.
+TEST(Choices, EveryRecordedRowIsValid) {
+#define CPU(name, vendor, family, first, last, steppings, choices) \
+  EXPECT_TRUE(changed({}, choices).ok()) << name;                  \
+  EXPECT_LE(first, last) << name;                                  \
+  EXPECT_NE(steppings & 0xffff, 0) << name;                        \
+  EXPECT_NE(choices_for({vendor, family, last, 0}, 0).source, "") << name;
+#include "ops/choices.def"
+}
+
+TEST(Choices, DefaultsAreInTheirRanges) {
+  for (const ChoiceRow& row : rows({})) {
+    const std::string object = "{\"" + std::string(row.name) + "\": " + row.value + "}";
+    const Result<Choices> same = changed({}, object);
+    ASSERT_TRUE(same.ok()) << same.error().message;
+    EXPECT_EQ(*same, Choices{});
+    EXPECT_FALSE(row.documentation.empty());
+  }
+}
+
+TEST(Choices, ChangesAreCheckedAndNamed) {
+  const Result<Choices> good =
+      changed({}, R"({"prefetch": 512, "row_blocks_avx2": [6, 3, 1], "highest_isa": "avx2"})");
+  ASSERT_TRUE(good.ok()) << good.error().message;
+  EXPECT_EQ(good->prefetch, 512);
+  EXPECT_EQ(good->row_blocks(8), (std::vector<int>{6, 3, 1}));
+  EXPECT_EQ(good->row_blocks(16), Choices{}.row_blocks(16));
+  EXPECT_EQ(good->highest_isa, "avx2");
+  const std::pair<const char*, const char*> bad[] = {
+      {"", "no JSON object"},
+      {"[]", "no JSON object"},
+      {"{\"prefetch\": 512", "no JSON object"},
+      {R"({"prefetches": 1})", "'prefetches'"},
+      {R"({"prefetch": -1})", "prefetch cannot be -1"},
+      {R"({"prefetch": 1.5})", "prefetch cannot be 1.5"},
+      {R"({"prefetch": 18446744073709551615})", "prefetch cannot be"},
+      {R"({"highest_isa": "pdp11"})", "highest_isa cannot be"},
+      {R"({"row_blocks_avx2": []})", "row_blocks_avx2 cannot be"},
+      {R"({"row_blocks_avx2": [6, 4]})", "row_blocks_avx2 cannot be"},  // no remainder of 1
+      {R"({"row_blocks_avx2": [4, 6, 1]})", "row_blocks_avx2 cannot be"},
+      {R"({"row_blocks_avx2": [8, 1]})", "row_blocks_avx2 cannot be"},  // no registers
+      {R"({"row_blocks_avx2": [6, 0, 1]})", "row_blocks_avx2 cannot be"},
+      {R"({"row_blocks_avx2": "6"})", "row_blocks_avx2 cannot be"},
+  };
+  for (const auto& [text, reason] : bad) {
+    const Result<Choices> result = changed({}, text);
+    ASSERT_FALSE(result.ok()) << text;
+    EXPECT_NE(result.error().message.find(reason), std::string::npos) << result.error().message;
+  }
+}
+
+// --- profiles
+
+TEST(MachineProfile, IsForOneCpuAndOneBuild) {
+  const Result<std::string> text = print_profile(kMilan, R"({"few_queries": 32})", R"({"n": 1})");
+  ASSERT_TRUE(text.ok()) << text.error().message;
+  Choices shipped;
+  shipped.prefetch = 64;
+  const Result<Choices> choices = read_profile(kMilan, shipped, *text);
+  ASSERT_TRUE(choices.ok()) << choices.error().message;
+  EXPECT_EQ(choices->few_queries, 32);
+  EXPECT_EQ(choices->prefetch, 64);
+  CpuModel other = kMilan;
+  other.stepping = 2;
+  EXPECT_NE(read_profile(other, shipped, *text).error().message.find("another CPU"),
+            std::string::npos);
+  std::string older = *text;
+  older.replace(older.find("\"generator\": \"") + 14, 4, "0000");
+  EXPECT_NE(read_profile(kMilan, shipped, older).error().message.find("another build"),
+            std::string::npos);
+  for (const char* broken : {"", "{}", "[1]", R"({"tilewright": 2})", R"({"tilewright": 1})"}) {
+    EXPECT_FALSE(read_profile(kMilan, shipped, broken).ok()) << broken;
+  }
+  std::string wrong = *text;
+  wrong.replace(wrong.find("32"), 2, "-5");
+  EXPECT_NE(read_profile(kMilan, shipped, wrong).error().message.find("few_queries cannot be -5"),
+            std::string::npos);
+  EXPECT_FALSE(print_profile(kMilan, R"({"nonsense": 1})", "{}").ok());
+}
+
+class ProfileFile : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string pattern = testing::TempDir() + "choices_test_XXXXXX";
+    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
+    directory_ = pattern;
+    path_ = directory_ / "profile.json";
+    target_.isa = bit(Isa::avx2);
+    target_.cpu = kMilan;
+    std::ofstream(path_) << *print_profile(kMilan, R"({"few_queries": 32})", "{}");
+    fs::permissions(path_, fs::perms(0600));
+  }
+  void TearDown() override { fs::remove_all(directory_); }
+
+  Decision decision() const { return decide(target_, path_.string()); }
+  void expect_unused(const char* reason) const {
+    const Decision shipped = decision();
+    EXPECT_EQ(shipped.choices, choices_for(kMilan, target_.isa).choices);
+    EXPECT_EQ(shipped.source, "row zen3-server");
+    EXPECT_NE(shipped.problem.find(reason), std::string::npos) << shipped.problem;
+    EXPECT_NE(shipped.problem.find(path_.string()), std::string::npos) << shipped.problem;
+  }
+
+  fs::path directory_, path_;
+  Target target_;
+};
+
+TEST_F(ProfileFile, IsReadAndNamed) {
+  EXPECT_EQ(decision().choices.few_queries, 32);
+  EXPECT_EQ(decision().source, "profile " + path_.string());
+  EXPECT_EQ(decision().problem, "");
+  EXPECT_EQ(decide(target_, "off").source, "row zen3-server");
+}
+
+TEST_F(ProfileFile, OfAnotherCpuIsNotUsed) {
+  std::ofstream(path_) << *print_profile({"GenuineIntel", 6, 0x8f, 8}, "{}", "{}");
+  expect_unused("another CPU: GenuineIntel 6/143/8, not AuthenticAMD 25/1/1");
+}
+
+TEST_F(ProfileFile, ThatOthersCouldHaveWrittenIsNotUsed) {
+  ASSERT_EQ(chmod(path_.c_str(), 0622), 0);
+  expect_unused("writable by others");
+  ASSERT_EQ(chmod(path_.c_str(), 0600), 0);
+  ASSERT_EQ(chmod(directory_.c_str(), 0777), 0);
+  expect_unused("directory writable by others");
+  ASSERT_EQ(chmod(directory_.c_str(), 0700), 0);
+  fs::rename(path_, directory_ / "elsewhere");
+  fs::create_symlink(directory_ / "elsewhere", path_);
+  expect_unused("symbolic link");
+}
+
+TEST_F(ProfileFile, ThatWasNamedMustBeThere) {
+  fs::remove(path_);
+  expect_unused("ENOENT");
+}
+
+TEST_F(ProfileFile, OfTheUserMayBeAbsent) {
+  setenv("XDG_CONFIG_HOME", directory_.c_str(), 1);
+  EXPECT_EQ(default_profile_path(), (directory_ / "tilewright/profile.json").string());
+  EXPECT_EQ(decide(target_, "").problem, "");
+  ASSERT_EQ(mkdir((directory_ / "tilewright").c_str(), 0700), 0);
+  EXPECT_EQ(decide(target_, "").problem, "");
+  fs::rename(path_, default_profile_path());
+  EXPECT_EQ(decide(target_, "").choices.few_queries, 32);
+  unsetenv("XDG_CONFIG_HOME");
+}
+
+// --- choices and kernels
+
+// Emitted code by key, of a graph with every kind of kernel that a choice reaches.
+std::map<std::string, std::vector<std::byte>> kernels(const Choices& choices, const char* rung) {
+  const char* text =
+      "graph g(%x: f32[s, 64], %h: bf16[s, 64], %q: f32[1, 2, t, 16], %k: f32[1, 1, t, 16])"
+      " -> (f32[s, 32], bf16[s, 32], f32[1, 2, t, 16]) {\n"
+      "  %w = const \"w\" : f32[32, 64]\n"
+      "  %v = const \"v\" : bf16[32, 64]\n"
+      "  %y = linear(%x, %w)\n"
+      "  %z = linear(%h, %v)\n"
+      "  %a = attention(%q, %k, %k) {causal = true, scale = 1.0}\n"
+      "  return %y, %z, %a\n"
+      "}\n";
+  std::vector<float> w(32 * 64, 0.1f);  // not exact in 16 bits
+  std::vector<std::uint16_t> v(32 * 64, 0x3f80);
+  const std::map<std::string, TensorView> constants = {
+      {"w", {w.data(), graph::DataType::f32, {32, 64}}},
+      {"v", {v.data(), graph::DataType::bf16, {32, 64}}}};
+  const Target target = *Target::for_rung(rung);
+  Result<graph::Graph> graph = graph::parse(text);
+  EXPECT_TRUE(graph.ok()) << graph.error().message;
+  Result<graph::Graph> optimized = graph::optimize(std::move(*graph), target);
+  EXPECT_TRUE(optimized.ok()) << optimized.error().message;
+  auto store = std::make_shared<cache::Store>(cache::Store::open("", cache::Mode::off, 0));
+  auto library = std::make_shared<KernelLibrary>(target, store);
+  std::map<std::string, std::vector<std::byte>> result;
+  library->observe([&](const cache::Entry& entry) { result[entry.key_text] = entry.code; });
+  CompileOptions options;
+  options.choices = choices;
+  Result<Program> program =
+      compile(*optimized, constants, target, options, library, std::make_shared<WeightStore>());
+  EXPECT_TRUE(program.ok()) << program.error().message;
+  EXPECT_TRUE(program->prepare().ok());
+  return result;
+}
+
+// What the cache rests on: whatever row, profile or build of choices made a kernel, its key says
+// which bytes it has.
+TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
+  const char* changes[] = {
+      R"({"row_blocks_avx2": [6, 3, 1], "row_blocks_avx512": [12, 6, 3, 1]})",
+      R"({"many_blocks": 7})",
+      R"({"pack_panels": 1})",
+      R"({"packed_x_bytes": 65536})",
+      R"({"fewest_chunk_rows": 12})",
+      R"({"most_chunk_rows": 24})",
+      R"({"prefetch": 512})",
+      R"({"prefetch_f16": 512})",
+      R"({"prefetch_row": 512})",
+      R"({"prefetch_twelve_bits": 0, "twelve_bits_from": 0})",
+      R"({"twelve_bits_from": 0})",
+      R"({"twelve_bits_percent": 75, "twelve_bits_from": 0})",
+      R"({"few_queries": 3})",
+  };
+  const std::set<std::string> in_code = {"row_blocks_avx2", "prefetch", "prefetch_row",
+                                         "prefetch_twelve_bits", "twelve_bits_from"};
+  for (const char* rung : {"avx2", "avx512"}) {
+    std::map<std::string, std::vector<std::byte>> known = kernels({}, rung);
+    const auto shipped = known;
+    EXPECT_GT(shipped.size(), 8u);
+    for (const char* change : changes) {
+      const Result<Choices> choices = changed({}, change);
+      ASSERT_TRUE(choices.ok()) << choices.error().message;
+      const auto made = kernels(*choices, rung);
+      for (const auto& [key, code] : made) {
+        const auto [found, is_new] = known.try_emplace(key, code);
+        EXPECT_EQ(found->second, code) << change << "\n" << key;
+      }
+      const std::string text = change;
+      const std::string first = text.substr(2, text.find('"', 2) - 2);
+      EXPECT_EQ(made != shipped, in_code.contains(first)) << change;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tilewright::ops
