@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <set>
 
 namespace tilewright::jit::vir {
@@ -49,14 +50,20 @@ class Scan {
         evict_for(item);
         ++spills;
       }
-      if (item.reg >= 0) active_.push_back(&item);
+      if (item.reg < 0) continue;
+      active_.push_back(&item);
+      taken_ |= bit(item.reg);
     }
     return spills;
   }
 
  private:
   void expire(int position) {
-    std::erase_if(active_, [&](const Item* item) { return item->interval.end < position; });
+    std::erase_if(active_, [&](const Item* item) {
+      if (item->interval.end >= position) return false;
+      taken_ &= ~bit(item->reg);
+      return true;
+    });
   }
 
   const Item* find(Reg reg) const {
@@ -66,10 +73,7 @@ class Scan {
   }
 
   int free_register(const Item& item) const {
-    const auto taken = [&](int reg) {
-      return std::any_of(active_.begin(), active_.end(),
-                         [&](const Item* other) { return other->reg == reg; });
-    };
+    const auto taken = [this](int reg) { return (taken_ & bit(reg)) != 0; };
     // A result in the register of the source that dies here saves a move.
     if (const Item* source = find(item.interval.hint);
         source != nullptr && source->reg >= 0 && source->interval.end + 1 == item.interval.begin &&
@@ -97,9 +101,12 @@ class Scan {
     std::erase(active_, victim);
   }
 
+  static std::uint64_t bit(int reg) { return std::uint64_t{1} << reg; }
+
   std::vector<Item>& items_;
   std::span<const int> pool_;
   std::vector<Item*> active_;
+  std::uint64_t taken_ = 0;                            // registers of active_
   std::array<std::vector<const Item*>, 3> by_number_;  // by kind and virtual number
 };
 

@@ -46,6 +46,16 @@ class BitSet {
   void merge(const BitSet& other) {
     for (std::size_t w = 0; w < words_.size(); ++w) words_[w] |= other.words_[w];
   }
+  // Adds those of `from` that are not in `without`; returns whether there were new ones.
+  bool merge_difference(const BitSet& from, const BitSet& without) {
+    std::uint64_t added = 0;
+    for (std::size_t w = 0; w < words_.size(); ++w) {
+      const std::uint64_t bits = from.words_[w] & ~without.words_[w];
+      added |= bits & ~words_[w];
+      words_[w] |= bits;
+    }
+    return added != 0;
+  }
   template <class Visit>
   void for_each(Visit&& visit) const {
     for (std::size_t w = 0; w < words_.size(); ++w) {
@@ -54,7 +64,6 @@ class BitSet {
       }
     }
   }
-  friend bool operator==(const BitSet&, const BitSet&) = default;
 
  private:
   std::vector<std::uint64_t> words_;
@@ -205,12 +214,31 @@ void visit_operands(const Function& f, const Structure& s, int i, Use&& use, Def
 }
 
 struct BlockSets {
-  BitSet in, out;
+  explicit BlockSets(std::size_t bits) : in(bits), out(bits), defined(bits) {}
+  BitSet in, out;  // live at its ends
+  BitSet defined;
 };
 
+// Without what comes from successors: read before anything in the block writes it.
+BlockSets own_sets(const Function& f, const Structure& s, const Block& block,
+                   const Numbering& numbering) {
+  BlockSets sets(numbering.count());
+  for (int i = block.last; i >= block.first; --i) {
+    visit_operands(
+        f, s, i, [](Reg) {},
+        [&](Reg reg) {
+          sets.in.clear(numbering.index(reg));
+          sets.defined.set(numbering.index(reg));
+        });
+    visit_operands(
+        f, s, i, [&](Reg reg) { sets.in.set(numbering.index(reg)); }, [](Reg) {});
+  }
+  return sets;
+}
+
 std::vector<BlockSets> flow(const Function& f, const Structure& s, const Numbering& numbering) {
-  const std::size_t bits = numbering.count();
-  std::vector<BlockSets> sets(s.blocks.size(), {BitSet(bits), BitSet(bits)});
+  std::vector<BlockSets> sets;
+  for (const Block& block : s.blocks) sets.push_back(own_sets(f, s, block, numbering));
   bool changed = true;
   while (changed) {
     changed = false;
@@ -219,17 +247,7 @@ std::vector<BlockSets> flow(const Function& f, const Structure& s, const Numberi
       for (int next : block.successors) {
         sets[b].out.merge(sets[static_cast<std::size_t>(next)].in);
       }
-      BitSet live = sets[b].out;
-      for (int i = block.last; i >= block.first; --i) {
-        visit_operands(
-            f, s, i, [](Reg) {}, [&](Reg reg) { live.clear(numbering.index(reg)); });
-        visit_operands(
-            f, s, i, [&](Reg reg) { live.set(numbering.index(reg)); }, [](Reg) {});
-      }
-      if (!(live == sets[b].in)) {
-        sets[b].in = std::move(live);
-        changed = true;
-      }
+      if (sets[b].in.merge_difference(sets[b].out, sets[b].defined)) changed = true;
     }
   }
   return sets;

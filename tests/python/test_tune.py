@@ -16,8 +16,11 @@ import pytest
 import torch
 
 pytest.importorskip("tilewright._core")
+pytest.importorskip("typer")
 
-from tilewright import _core, core, tuning
+from typer.testing import CliRunner
+
+from tilewright import _core, cli, core, tuning
 
 
 def outcome(candidate: Any, overall: Sequence[float], *shapes: Sequence[float]) -> tuning.Outcome:
@@ -135,27 +138,30 @@ def test_two_starts_choose_alike(tmp_path: Path) -> None:
     assert values(first)["few_queries"] == 16
 
 
-def test_a_profile_is_private_read_named_and_can_be_switched_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def own_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this process writes the user's profile."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setitem(core.settings(), "machine_profile", "")
-    path = tuning.profile_path()
-    assert path == tmp_path / "tilewright" / "profile.json"
+    return tmp_path / "tilewright" / "profile.json"
+
+
+def test_a_profile_is_private_read_and_named(own_profile: Path) -> None:
+    assert tuning.profile_path() == own_profile
     for few in (33, 34):  # the second replaces the first
-        tuning.write_profile(path, tuning.Tuning(choices={"few_queries": few}))
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert [file.name for file in path.parent.iterdir()] == ["profile.json"]
+        tuning.write_profile(own_profile, tuning.Tuning(choices={"few_queries": few}))
+    assert stat.S_IMODE(own_profile.stat().st_mode) == 0o600
+    assert stat.S_IMODE(own_profile.parent.stat().st_mode) == 0o700
+    assert [file.name for file in own_profile.parent.iterdir()] == ["profile.json"]
     done = env_of()
     assert values(done)["few_queries"] == 34
-    assert source(done) == f"profile {path}"
-    assert source(env_of(TILEWRIGHT_PROFILE="off")).startswith(("row ", "rule "))
-    moved = path.rename(path.with_name("elsewhere.json"))
-    assert source(env_of()).startswith(("row ", "rule "))
-    assert source(env_of(TILEWRIGHT_PROFILE=str(moved))) == f"profile {moved}"
+    assert source(done) == f"profile {own_profile}"
 
-    of_another = json.loads(moved.read_text()) | {"cpu": "GenuineIntel 6/143/8"}
+
+def test_a_profile_of_another_cpu_is_a_warning(own_profile: Path) -> None:
+    tuning.write_profile(own_profile, tuning.Tuning(choices={"few_queries": 34}))
+    of_another = json.loads(own_profile.read_text()) | {"cpu": "GenuineIntel 6/143/8"}
+    moved = own_profile.rename(own_profile.with_name("elsewhere.json"))
     moved.write_text(json.dumps(of_another))
     done = env_of(TILEWRIGHT_PROFILE=str(moved))
     assert "another CPU: GenuineIntel 6/143/8" in json.loads(done.stdout)["choices"]["problem"]
@@ -172,26 +178,12 @@ def test_a_profile_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(own_profile: Path) -> None:
     """On one choice; whatever it finds, what it prints and what it writes agree."""
-    tune = [sys.executable, "-m", "tilewright.cli", "tune", "--only"]
-    done = subprocess.run(
-        [*tune, "pack_panels", "--json", "--rounds", "6"],
-        env={**os.environ, "XDG_CONFIG_HOME": str(tmp_path), "TILEWRIGHT_PROFILE": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
+    command = CliRunner()
+    done = command.invoke(cli.app, ["tune", "--only", "pack_panels", "--json", "--rounds", "6"])
+    assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert {row["choice"] for row in result["outcomes"]} == {"pack_panels"}
-    path = tmp_path / "tilewright" / "profile.json"
-    assert path.exists() == bool(result["choices"]) == (result["profile"] is not None)
-    unknown = subprocess.run(
-        [*tune, "nonsense"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert unknown.returncode == 2
+    assert own_profile.exists() == bool(result["choices"]) == (result["profile"] is not None)
+    assert command.invoke(cli.app, ["tune", "--only", "nonsense"]).exit_code == 2
