@@ -66,6 +66,8 @@ def test_the_best_must_win_twice() -> None:
 @pytest.mark.parametrize("lanes", [8, 16])
 def test_every_candidate_is_a_valid_choice(lanes: int) -> None:
     for experiment in tuning.experiments(lanes):
+        names = [str(shape) for shape in experiment.shapes]
+        assert len(set(names)) == len(names), "results are found by name"
         for candidate in experiment.candidates:
             core.engine_for("", json.dumps({experiment.choice: candidate}))
 
@@ -92,7 +94,7 @@ def test_measure_pairs_each_candidate_with_the_shipped_choice() -> None:
     )
     first, second = tuning.measure(experiment, [0, 512], 1024, 6)
     assert (first.candidate, second.candidate) == (0, 512)
-    assert first.by_shape.keys() == {"2 x 64 x 32 f32", "3 x 64 x 32 f32"}
+    assert first.by_shape.keys() == {"2 x 64 x 32 f32 of 0 M", "3 x 64 x 32 f32 of 0 M"}
     assert first.overall.low <= first.overall.median <= first.overall.high
 
 

@@ -187,7 +187,7 @@ def env(as_json: Json = False) -> None:
 
 @app.command()
 def tune(
-    rounds: Annotated[int, typer.Option(min=6, help="Turns of each candidate.")] = 15,
+    rounds: Annotated[int, typer.Option(min=6, help="Turns of each candidate.")] = 11,
     only: Annotated[
         str, typer.Option(help="Choices to measure, separated by commas; all if not given.")
     ] = "",
