@@ -25,7 +25,9 @@ namespace fs = std::filesystem;
 const CpuModel kMilan{"AuthenticAMD", 0x19, 0x01, 1};
 
 TEST(Choices, ARowIsFoundByVendorFamilyModelAndStepping) {
-  EXPECT_EQ(choices_for(kMilan, bit(Isa::avx2)).source, "row zen3-server");
+  const Decision milan = choices_for(kMilan, bit(Isa::avx2));
+  EXPECT_EQ(milan.source, "row zen3-server");
+  EXPECT_EQ(milan.choices.row_blocks(8), (std::vector<int>{6, 5, 4, 3, 2, 1}));
   const CpuModel others[] = {{"GenuineIntel", 0x19, 0x01, 1},
                              {"AuthenticAMD", 0x17, 0x01, 1},
                              {"AuthenticAMD", 0x19, 0x10, 1},

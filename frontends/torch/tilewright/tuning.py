@@ -145,8 +145,8 @@ def experiments(lanes: int) -> list[Experiment]:
         return layers(1, 1024, 1024, bf16, values=values, fixed={}, shares=False)
 
     blocks: dict[int, list[list[int]]] = {
-        8: [[6, 4, 3, 2, 1], [6, 3, 2, 1], [6, 5, 4, 3, 2, 1]],
-        16: [[12, 8, 4, 3, 2, 1], [12, 6, 4, 2, 1], [12, 10, 8, 6, 4, 3, 2, 1]],
+        8: [[6, 4, 2, 1], [6, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1]],
+        16: [[12, 8, 4, 2, 1], [12, 8, 6, 4, 3, 2, 1], [12, 10, 8, 6, 5, 4, 3, 2, 1]],
     }
     most = blocks[lanes][0][0]
     found = [
@@ -154,10 +154,9 @@ def experiments(lanes: int) -> list[Experiment]:
             f"row_blocks_avx{2 if lanes == 8 else 512}",
             blocks[lanes],
             [
-                layers(3, 2048, 2048),
+                *(layers(rows, 2048, 2048) for rows in (3, 4, 5)),
                 layers(3, 2048, 2048, bf16),
                 layers(3, 2048, 2048, bf16, fixed=COMPACT, name="in 12 bits"),
-                layers(5, 2048, 2048),
             ],
         ),
         Experiment("many_blocks", [2, 3, 8], [layers(n * most, 2048, 2048) for n in (2, 3, 6)]),
@@ -201,9 +200,7 @@ def experiments(lanes: int) -> list[Experiment]:
                 for wide in (4, 2)  # 81 and 87.5 % of the size in 16 bits
             ],
         ),
-        Experiment(
-            "few_queries", [8, 32, 64], [Attention(queries, 1024) for queries in (12, 24, 48)]
-        ),
+        Experiment("few_queries", [32, 64], [Attention(queries, 1024) for queries in (24, 48)]),
     ]
     if lanes == 16:
         widths = [layers(1, 2048, 2048), layers(64, 2048, 2048)]
