@@ -1,0 +1,128 @@
+// See greedy_search.h.
+//
+// Tested by greedy_search_test.
+#include "ops/greedy_search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "ops/largest_kernel.h"
+#include "ops/program_state.h"
+#include "ops/scalar_type.h"
+
+namespace tilewright::ops {
+namespace {
+
+using graph::DataType;
+
+bool is_token_matrix(const TensorParameter& input) {
+  return input.dtype == DataType::i64 && input.shape.size() == 2;
+}
+
+// The first of the largest of `count` values from `row` on, a NaN being the largest.
+std::int64_t first_largest(DataType type, const char* row, std::int64_t count) {
+  std::int64_t found = 0;
+  double most = -std::numeric_limits<double>::infinity();
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double value = read_scalar(type, row + i * size_in_bytes(type));
+    if (std::isnan(value)) return i;
+    if (value > most) {
+      most = value;
+      found = i;
+    }
+  }
+  return found;
+}
+
+}  // namespace
+
+Result<GreedySearch> GreedySearch::make(Program& program) {
+  const Program::State& state = program.state();
+  const bool takes_tokens = state.inputs.size() == 2 && is_token_matrix(state.inputs[0]) &&
+                            is_token_matrix(state.inputs[1]);
+  if (!takes_tokens || state.outputs.size() != 1 || state.outputs[0].shape.size() != 3) {
+    return Error{"the program does not take tokens and positions to logits"};
+  }
+  const TensorOutput& logits = state.outputs[0];
+  const bool floats = logits.dtype == DataType::f32 || logits.dtype == DataType::bf16 ||
+                      logits.dtype == DataType::f16;
+  if (!floats || !logits.shape[2].is_constant() || logits.shape[2].constant() == 0) {
+    return Error{"the program's logits are of an unknown form"};
+  }
+  const LargestKernel spec{state.kernels->target().lanes(), logits.dtype};
+  const Kernel* kernel = state.kernels->request(print(spec), [spec] { return build(spec); });
+  if (Status made = state.kernels->flush(); !made) return made.error();
+  return GreedySearch(program, kernel, logits.dtype, logits.shape[2].constant());
+}
+
+std::int64_t GreedySearch::largest(const char* row) {
+  const std::int64_t blocks = vocabulary_ / kLargestBlock;
+  blocks_.resize(static_cast<std::size_t>(blocks));
+  std::int64_t arguments[LargestArgs::count] = {};
+  arguments[LargestArgs::x] = argument(row);
+  arguments[LargestArgs::blocks] = blocks;
+  arguments[LargestArgs::largest] = argument(blocks_.data());
+  kernel_->function(arguments);
+
+  const std::int64_t bytes = size_in_bytes(logits_);
+  const auto most = std::ranges::max_element(blocks_);
+  const std::int64_t tail = blocks * kLargestBlock;
+  // Infinity may stand for a NaN, which comes first wherever it is.
+  if (blocks == 0 || *most == std::numeric_limits<float>::infinity()) {
+    return first_largest(logits_, row, vocabulary_);
+  }
+  const std::int64_t block = (most - blocks_.begin()) * kLargestBlock;
+  const std::int64_t here = block + first_largest(logits_, row + block * bytes, kLargestBlock);
+  if (tail == vocabulary_) return here;
+  const std::int64_t there = tail + first_largest(logits_, row + tail * bytes, vocabulary_ - tail);
+  const double last = read_scalar(logits_, row + there * bytes);
+  return std::isnan(last) || last > static_cast<double>(*most) ? there : here;
+}
+
+Result<std::vector<std::int64_t>> GreedySearch::run(const GreedyArguments& arguments) {
+  using Clock = std::chrono::steady_clock;
+  const auto begin = Clock::now();
+  const auto sequences = static_cast<std::int64_t>(arguments.tokens.size());
+  if (arguments.positions.size() != arguments.tokens.size() ||
+      arguments.finished.size() != arguments.tokens.size()) {
+    return Error{"tokens, positions and finished differ in length"};
+  }
+  std::vector<std::int64_t> tokens(arguments.tokens.begin(), arguments.tokens.end());
+  std::vector<std::int64_t> positions(arguments.positions.begin(), arguments.positions.end());
+  std::vector<bool> finished(arguments.finished.begin(), arguments.finished.end());
+  const std::int64_t row_bytes = vocabulary_ * size_in_bytes(logits_);
+  memory_.resize(static_cast<std::size_t>(sequences * row_bytes));
+  const std::vector<TensorView> inputs{{tokens.data(), DataType::i64, {sequences, 1}},
+                                       {positions.data(), DataType::i64, {sequences, 1}}};
+  const std::vector<TensorView> outputs{{memory_.data(), logits_, {sequences, 1, vocabulary_}}};
+  RunArguments step;
+  step.inputs = inputs;
+  step.caches = arguments.caches;
+  step.outputs = outputs;
+  step.host = arguments.host;
+  step.threads = arguments.threads;
+  step.phase = Phase::decode;
+
+  std::vector<std::int64_t> found;
+  for (std::int64_t taken = 0; taken < std::max<std::int64_t>(arguments.most_steps, 1); ++taken) {
+    if (taken > 0 && Clock::now() - begin >= arguments.budget) break;
+    if (Status done = program_->run(step); !done) {
+      if (taken == 0) return done.error();
+      break;  // the caches are as they were, and the caller's next step will say why
+    }
+    for (std::int64_t i = 0; i < sequences; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      tokens[at] = finished[at] ? arguments.pad : largest(memory_.data() + i * row_bytes);
+      positions[at] += 1;
+      found.push_back(tokens[at]);
+    }
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+      if (std::ranges::count(arguments.end_tokens, tokens[i]) != 0) finished[i] = true;
+    }
+    if (std::ranges::count(finished, false) == 0) break;
+  }
+  return found;
+}
+
+}  // namespace tilewright::ops
