@@ -15,8 +15,12 @@
 namespace tilewright::ops {
 namespace {
 
-bool fills_tiles(const AttentionTask& task, const Frame& frame) {
-  return frame.dim(task.queries) > task.few_queries;
+bool fills_tiles(const AttentionTask& task, const Queries& queries) {
+  return queries.count > task.few_queries;
+}
+
+const KvCache* cache_of(const AttentionTask& task, const Frame& frame) {
+  return task.cache < 0 ? nullptr : frame.caches[static_cast<std::size_t>(task.cache)];
 }
 
 std::int64_t row_bytes(const AttentionKernel& spec) {
@@ -25,20 +29,19 @@ std::int64_t row_bytes(const AttentionKernel& spec) {
 
 // Keys and values of one head of one sequence, as both kernels take them.
 struct KeysAndValues {
-  KeysAndValues(const AttentionTask& task, const Frame& frame, std::int64_t batch,
+  KeysAndValues(const AttentionTask& task, const Frame& frame, std::int64_t sequence,
                 std::int64_t head) {
-    if (task.cache >= 0) {
-      const KvCache& cache = *frame.caches[static_cast<std::size_t>(task.cache)];
-      keys = cache.key_blocks(batch, head);
-      values = cache.value_blocks(batch, head);
-      key_stride = value_stride = cache.token_stride();
-      block_tokens = KvCache::block_tokens;
+    if (const KvCache* cache = cache_of(task, frame)) {
+      keys = cache->key_blocks(sequence, head);
+      values = cache->value_blocks(sequence, head);
+      key_stride = value_stride = cache->token_stride();
+      block_tokens = cache->tokens_per_block();
       return;
     }
-    plain[0] =
-        task.k.address(frame) + task.k_strides.offset(frame, batch, head, 0) * task.k.element_bytes;
-    plain[1] =
-        task.v.address(frame) + task.v_strides.offset(frame, batch, head, 0) * task.v.element_bytes;
+    plain[0] = task.k.address(frame) +
+               task.k_strides.offset(frame, sequence, head, 0) * task.k.element_bytes;
+    plain[1] = task.v.address(frame) +
+               task.v_strides.offset(frame, sequence, head, 0) * task.v.element_bytes;
     keys = &plain[0];
     values = &plain[1];
     key_stride = frame.dim(task.k_strides.token) * task.k.element_bytes;
@@ -92,12 +95,20 @@ class QueryRows {
 
 std::int64_t parts_of(std::int64_t keys) { return (keys + kPartKeys - 1) / kPartKeys; }
 
-// The most keys that a token sees.
-std::int64_t most_keys(const AttentionTask& task, const Frame& frame) {
-  std::int64_t most = 0;
-  for (std::int64_t batch = 0; batch < frame.dim(task.batch); ++batch) {
-    for (std::int64_t query = 0; query < frame.dim(task.queries); ++query) {
-      most = std::max(most, keys_of(task, frame, batch, query).count);
+// Of the sequences whose tokens go one at a time: the most keys of a token, and the most tokens.
+struct FewQueries {
+  std::int64_t keys = 0, queries = 0;
+};
+
+FewQueries few_queries(const AttentionTask& task, const Frame& frame) {
+  FewQueries most;
+  for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
+    const Queries queries = queries_of(task, frame, sequence);
+    if (fills_tiles(task, queries)) continue;
+    most.queries = std::max(most.queries, queries.count);
+    for (std::int64_t query = 0; query < queries.count; ++query) {
+      const KeyRange keys = keys_of(task, frame, queries.batch, queries.first + query);
+      most.keys = std::max(most.keys, keys.count);
     }
   }
   return most;
@@ -108,12 +119,34 @@ std::int64_t most_keys(const AttentionTask& task, const Frame& frame) {
 class Parts {
  public:
   Parts(const AttentionTask& task, const Frame& frame, char* scratch)
+      : Parts(task, frame, scratch, few_queries(task, frame)) {}
+
+  // [sequence][head][part]. The parts of a head are neighbours: one thread's are in its cache when
+  // they are merged.
+  std::int64_t items() const { return sequence_count(task_, frame_) * kv_heads_ * parts_; }
+  std::int64_t bytes() const { return items() * queries_ * part_bytes_; }
+
+  void run(std::int64_t item) {
+    const std::int64_t head = item / parts_ % kv_heads_, sequence = item / parts_ / kv_heads_;
+    const Queries queries = queries_of(task_, frame_, sequence);
+    if (fills_tiles(task_, queries)) return;
+    compute(sequence, queries, head, item % parts_);
+    std::atomic<std::int32_t>& done =
+        frame_.parts_done[static_cast<std::size_t>(sequence * kv_heads_ + head)];
+    // What others wrote before they counted is seen by the last who counts.
+    if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < parts_) return;
+    done.store(0, std::memory_order_relaxed);
+    merge(sequence, queries, head);
+  }
+
+ private:
+  Parts(const AttentionTask& task, const Frame& frame, char* scratch, const FewQueries& most)
       : task_(task),
         frame_(frame),
         rows_(task, frame),
         kv_heads_(frame.dim(task.kv_heads)),
-        queries_(frame.dim(task.queries)),
-        parts_(std::max<std::int64_t>(parts_of(most_keys(task, frame)), 1)),
+        queries_(most.queries),
+        parts_(std::max<std::int64_t>(parts_of(most.keys), 1)),
         part_bytes_(task.spec.group * PartLayout(task.spec).bytes) {
     part_args_[AttentionArgs::q_head_stride] =
         frame.dim(task.q_strides.head) * task.q.element_bytes;
@@ -125,25 +158,9 @@ class Parts {
         frame.dim(task.output_strides.head) * task.output.element_bytes;
   }
 
-  // [sequence][head][part]. The parts of a head are neighbours: one thread's are in its cache when
-  // they are merged.
-  std::int64_t items() const { return frame_.dim(task_.batch) * kv_heads_ * parts_; }
-  std::int64_t bytes() const { return items() * queries_ * part_bytes_; }
-
-  void run(std::int64_t item) {
-    const std::int64_t head = item / parts_ % kv_heads_, batch = item / parts_ / kv_heads_;
-    compute(batch, head, item % parts_);
-    std::atomic<std::int32_t>& done =
-        frame_.parts_done[static_cast<std::size_t>(batch * kv_heads_ + head)];
-    // What others wrote before they counted is seen by the last who counts.
-    if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < parts_) return;
-    done.store(0, std::memory_order_relaxed);
-    merge(batch, head);
-  }
-
- private:
-  char* part(std::int64_t batch, std::int64_t head, std::int64_t query, std::int64_t index) const {
-    const std::int64_t token = (batch * kv_heads_ + head) * queries_ + query;
+  char* part(std::int64_t sequence, std::int64_t head, std::int64_t query,
+             std::int64_t index) const {
+    const std::int64_t token = (sequence * kv_heads_ + head) * queries_ + query;
     return frame_.parts + (token * parts_ + index) * part_bytes_;
   }
 
@@ -152,18 +169,20 @@ class Parts {
     return argument(operand.address(frame_) + 4 * head * task_.spec.group);
   }
 
-  void compute(std::int64_t batch, std::int64_t head, std::int64_t index) {
+  void compute(std::int64_t sequence, const Queries& queries, std::int64_t head,
+               std::int64_t index) {
     const std::int64_t first_head = head * task_.spec.group;
-    const KeysAndValues cached(task_, frame_, batch, head);
+    const KeysAndValues cached(task_, frame_, sequence, head);
     cached.give<AttentionArgs>(part_args_);
     if (task_.spec.slopes) part_args_[AttentionArgs::slopes] = numbers(task_.slopes, head);
-    for (std::int64_t query = 0; query < queries_; ++query) {
-      const KeyRange keys = keys_of(task_, frame_, batch, query);
+    for (std::int64_t query = 0; query < queries.count; ++query) {
+      const std::int64_t batch = queries.batch, row = queries.first + query;
+      const KeyRange keys = keys_of(task_, frame_, batch, row);
       const std::int64_t before = index * kPartKeys;
       if (keys.count <= before) continue;
-      part_args_[AttentionArgs::q] = argument(rows_.q(batch, first_head, query));
-      part_args_[AttentionArgs::part] = argument(part(batch, head, query, index));
-      part_args_[AttentionArgs::mask] = argument(rows_.mask(batch, first_head, query));
+      part_args_[AttentionArgs::q] = argument(rows_.q(batch, first_head, row));
+      part_args_[AttentionArgs::part] = argument(part(sequence, head, query, index));
+      part_args_[AttentionArgs::mask] = argument(rows_.mask(batch, first_head, row));
       part_args_[AttentionArgs::origin] = keys.first;
       part_args_[AttentionArgs::first_key] = keys.first + before;
       part_args_[AttentionArgs::key_count] = std::min(kPartKeys, keys.count - before);
@@ -171,13 +190,13 @@ class Parts {
     }
   }
 
-  void merge(std::int64_t batch, std::int64_t head) {
+  void merge(std::int64_t sequence, const Queries& queries, std::int64_t head) {
     if (task_.spec.sinks) merge_args_[MergeArgs::sinks] = numbers(task_.sinks, head);
-    for (std::int64_t query = 0; query < queries_; ++query) {
-      merge_args_[MergeArgs::parts] = argument(part(batch, head, query, 0));
-      merge_args_[MergeArgs::part_count] = parts_of(keys_of(task_, frame_, batch, query).count);
-      merge_args_[MergeArgs::output] =
-          argument(rows_.output(batch, head * task_.spec.group, query));
+    for (std::int64_t query = 0; query < queries.count; ++query) {
+      const std::int64_t batch = queries.batch, row = queries.first + query;
+      merge_args_[MergeArgs::parts] = argument(part(sequence, head, query, 0));
+      merge_args_[MergeArgs::part_count] = parts_of(keys_of(task_, frame_, batch, row).count);
+      merge_args_[MergeArgs::output] = argument(rows_.output(batch, head * task_.spec.group, row));
       task_.merge->function(merge_args_);
     }
   }
@@ -213,14 +232,17 @@ class Tile {
     arguments_[PrefillArgs::scratch] = argument(scratch + row_bytes(task.spec));
   }
 
-  void run(std::int64_t batch, std::int64_t kv_head, std::int64_t first_row, std::int64_t count) {
+  void run(std::int64_t sequence, std::int64_t kv_head, std::int64_t first_row,
+           std::int64_t count) {
     const QueryRows rows(task_, frame_);
+    const Queries queries = queries_of(task_, frame_, sequence);
+    const std::int64_t batch = queries.batch;
     const int group = task_.spec.group;
     std::int64_t first = std::numeric_limits<std::int64_t>::max(), end = 0;
     for (std::size_t i = 0; i < static_cast<std::size_t>(prefill_rows(task_.spec.lanes)); ++i) {
       const bool exists = static_cast<std::int64_t>(i) < count;
       const std::int64_t row = first_row + (exists ? static_cast<std::int64_t>(i) : 0);
-      const std::int64_t query = row / group, head = kv_head * group + row % group;
+      const std::int64_t query = queries.first + row / group, head = kv_head * group + row % group;
       const KeyRange keys = exists ? keys_of(task_, frame_, batch, query) : KeyRange{0, 0};
       q_[i] = rows.q(batch, head, query);
       output_[i] = exists ? rows.output(batch, head, query) : nowhere_;
@@ -236,7 +258,7 @@ class Tile {
     first = std::min(first, end);
     arguments_[PrefillArgs::first_key] = first;
     arguments_[PrefillArgs::key_count] = end - first;
-    const KeysAndValues cached(task_, frame_, batch, kv_head);
+    const KeysAndValues cached(task_, frame_, sequence, kv_head);
     cached.give<PrefillArgs>(arguments_);
     task_.prefill->function(arguments_);
   }
@@ -257,32 +279,54 @@ class Tile {
 
 void run_tiles(const AttentionTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t kv_heads = frame.dim(task.kv_heads);
-  const std::int64_t rows = frame.dim(task.queries) * task.spec.group;
   const std::int64_t tile_rows = prefill_rows(task.spec.lanes);
-  const std::int64_t tiles = (rows + tile_rows - 1) / tile_rows;
-  const std::int64_t items = frame.dim(task.batch) * kv_heads * tiles;
   Tile tile(task, frame, frame.scratch[static_cast<std::size_t>(thread)]);
-  for (std::int64_t item = thread; item < items; item += threads) {
-    const std::int64_t first = item % tiles * tile_rows;
-    tile.run(item / tiles / kv_heads, item / tiles % kv_heads, first,
-             std::min(tile_rows, rows - first));
+  std::int64_t item = 0;
+  for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
+    const Queries queries = queries_of(task, frame, sequence);
+    if (!fills_tiles(task, queries)) continue;
+    const std::int64_t rows = queries.count * task.spec.group;
+    for (std::int64_t head = 0; head < kv_heads; ++head) {
+      for (std::int64_t first = 0; first < rows; first += tile_rows, ++item) {
+        if (item % threads != thread) continue;
+        tile.run(sequence, head, first, std::min(tile_rows, rows - first));
+      }
+    }
   }
 }
 
 }  // namespace
 
 void run(const AttentionTask& task, const Frame& frame, int thread, int threads) {
-  if (fills_tiles(task, frame)) return run_tiles(task, frame, thread, threads);
-  run_parts(task, frame, thread, threads);
+  // Both kinds of sequences meet in ragged steps only.
+  bool few = false, many = false;
+  for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
+    (fills_tiles(task, queries_of(task, frame, sequence)) ? many : few) = true;
+  }
+  if (many) run_tiles(task, frame, thread, threads);
+  if (few) run_parts(task, frame, thread, threads);
 }
 
-KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence,
+std::int64_t sequence_count(const AttentionTask& task, const Frame& frame) {
+  const KvCache* cache = cache_of(task, frame);
+  return cache != nullptr && cache->ragged() ? cache->batch() : frame.dim(task.batch);
+}
+
+Queries queries_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence) {
+  const KvCache* cache = cache_of(task, frame);
+  if (cache == nullptr || !cache->ragged()) return {sequence, 0, frame.dim(task.queries)};
+  const auto& ragged = cache->rows().sequences[static_cast<std::size_t>(sequence)];
+  return {0, ragged.first_row, ragged.rows};
+}
+
+KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t batch,
                  std::int64_t query) {
   std::int64_t first = 0, end = 0;
-  if (task.cache >= 0) {
-    const KvCache& cache = *frame.caches[static_cast<std::size_t>(task.cache)];
-    first = cache.first_keys()[static_cast<std::size_t>(sequence)];
-    end = cache.length() + (task.causal ? query + 1 : frame.dim(task.queries));
+  if (const KvCache* cache = cache_of(task, frame)) {
+    const KvCache::Place place = cache->place(batch, query);
+    first = cache->first_keys()[static_cast<std::size_t>(place.sequence)];
+    end = cache->length(place.sequence) +
+          (task.causal ? place.token + 1 : queries_of(task, frame, place.sequence).count);
   } else {
     const std::int64_t keys = frame.dim(task.keys);
     end = task.causal ? std::min(query + 1, keys) : keys;
@@ -292,17 +336,24 @@ KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t seq
 }
 
 AttentionScratch scratch_of(const AttentionTask& task, const Frame& frame) {
-  const std::int64_t queries = frame.dim(task.queries);
-  if (!fills_tiles(task, frame)) {
-    const std::int64_t counters = frame.dim(task.batch) * frame.dim(task.kv_heads);
-    return {scratch_bytes(task.spec), Parts(task, frame, nullptr).bytes(), counters};
+  AttentionScratch needed{};
+  bool few = false;
+  for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
+    const Queries queries = queries_of(task, frame, sequence);
+    std::int64_t bytes = scratch_bytes(task.spec);
+    if (fills_tiles(task, queries)) {
+      const KeyRange last = keys_of(task, frame, queries.batch, queries.first + queries.count - 1);
+      bytes = row_bytes(task.spec) + prefill_scratch_bytes(task.spec, last.first + last.count);
+    } else {
+      few = true;
+    }
+    needed.thread_bytes = std::max(needed.thread_bytes, bytes);
   }
-  std::int64_t keys = 0;
-  for (std::int64_t b = 0; b < frame.dim(task.batch); ++b) {
-    const KeyRange last = keys_of(task, frame, b, queries - 1);
-    keys = std::max(keys, last.first + last.count);
+  if (few) {
+    needed.part_bytes = Parts(task, frame, nullptr).bytes();
+    needed.counters = sequence_count(task, frame) * frame.dim(task.kv_heads);
   }
-  return {row_bytes(task.spec) + prefill_scratch_bytes(task.spec, keys), 0, 0};
+  return needed;
 }
 
 }  // namespace tilewright::ops

@@ -4,7 +4,9 @@
 // A few queries (a step of decode, or of speculation) go one token at a time, so that one of them
 // and sixteen of them get the same bits; more of them fill tiles of rows. A token's keys are cut
 // into parts (attention_kernel.h), which are shared out among threads: 3 heads on 2 threads were
-// done as 2 and 1. Who finishes the last part of a sequence's head merges all of them.
+// done as 2 and 1. Who finishes the last part of a sequence's head merges all of them. In a ragged
+// step (ragged_rows.h) each sequence goes as it would alone, so it gets the bits that it gets
+// alone.
 //
 // Tested by program_test and task_test.
 #pragma once
@@ -18,11 +20,18 @@ namespace tilewright::ops {
 // One thread's share.
 void run(const AttentionTask& task, const Frame& frame, int thread, int threads);
 
-// Keys that query token `query` of `sequence` sees: [first, first + count).
+// The sequences of a step, and where the queries of each are in its tensors [batch, queries].
+struct Queries {
+  std::int64_t batch, first, count;
+};
+std::int64_t sequence_count(const AttentionTask& task, const Frame& frame);
+Queries queries_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence);
+
+// Keys that a query sees: [first, first + count).
 struct KeyRange {
   std::int64_t first, count;
 };
-KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence,
+KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t batch,
                  std::int64_t query);
 
 // What a run needs besides its buffers.

@@ -14,7 +14,25 @@ KvCache::KvCache(std::int64_t batch, std::int64_t kv_heads, std::int64_t head_di
   rebuild_tables();
 }
 
-std::int64_t KvCache::token_stride() const { return head_dim_ * graph::size_in_bytes(dtype_); }
+KvCache::KvCache(const Pages& pages, std::int64_t kv_heads, std::int64_t head_dim,
+                 graph::DataType dtype)
+    : batch_(0), kv_heads_(kv_heads), head_dim_(head_dim), dtype_(dtype), pages_(pages) {}
+
+void KvCache::begin_step(std::shared_ptr<const RaggedRows> rows) {
+  rows_ = std::move(rows);
+  step_begun_ = true;
+  batch_ = static_cast<std::int64_t>(rows_->sequences.size());
+  first_keys_.assign(rows_->sequences.size(), 0);
+  rebuild_tables();
+}
+
+std::int64_t KvCache::token_stride() const {
+  return of_pages() ? kv_heads_ * row_bytes() : row_bytes();
+}
+
+std::int64_t KvCache::head_stride() const {
+  return of_pages() ? row_bytes() : block_tokens * row_bytes();
+}
 
 std::int64_t KvCache::bytes() const {
   std::int64_t count = 0;
@@ -34,6 +52,7 @@ Status KvCache::set_first_keys(std::span<const std::int64_t> first_keys) {
 }
 
 Status KvCache::reserve(std::int64_t tokens) {
+  if (of_pages()) return {};  // RaggedRows was made with enough of them
   const auto wanted =
       static_cast<std::size_t>((length_ + tokens + block_tokens - 1) / block_tokens);
   bool grown = false;
@@ -55,7 +74,13 @@ Status KvCache::reserve(std::int64_t tokens) {
   return {};
 }
 
-void KvCache::advance(std::int64_t tokens) { length_ += tokens; }
+void KvCache::advance(std::int64_t tokens) {
+  if (of_pages()) {
+    step_begun_ = false;  // where the next tokens go, only its owner knows
+    return;
+  }
+  length_ += tokens;
+}
 
 void KvCache::truncate(std::int64_t length) { length_ = length; }
 
@@ -67,6 +92,14 @@ void KvCache::rebuild_tables() {
     for (std::int64_t h = 0; h < kv_heads_; ++h) {
       auto& keys = key_tables_[static_cast<std::size_t>(b * kv_heads_ + h)];
       auto& values = value_tables_[static_cast<std::size_t>(b * kv_heads_ + h)];
+      if (of_pages()) {
+        for (std::int64_t page : rows_->sequences[static_cast<std::size_t>(b)].pages) {
+          const std::int64_t offset = page * token_stride() + h * head_stride();
+          keys.push_back(pages_.keys + offset);
+          values.push_back(pages_.values + offset);
+        }
+        continue;
+      }
       for (const Block& block : blocks_[static_cast<std::size_t>(b)]) {
         keys.push_back(block.memory.get() + h * head_stride());
         values.push_back(block.memory.get() + block_bytes() + h * head_stride());
@@ -83,14 +116,17 @@ void* const* KvCache::value_blocks(std::int64_t sequence, std::int64_t head) con
   return value_tables_[static_cast<std::size_t>(sequence * kv_heads_ + head)].data();
 }
 
+char* KvCache::token_in(void* const* blocks, std::int64_t token) const {
+  return static_cast<char*>(blocks[token / tokens_per_block()]) +
+         token % tokens_per_block() * token_stride();
+}
+
 char* KvCache::key(std::int64_t sequence, std::int64_t token) const {
-  const Block& block =
-      blocks_[static_cast<std::size_t>(sequence)][static_cast<std::size_t>(token / block_tokens)];
-  return block.memory.get() + token % block_tokens * token_stride();
+  return token_in(key_blocks(sequence, 0), token);
 }
 
 char* KvCache::value(std::int64_t sequence, std::int64_t token) const {
-  return key(sequence, token) + block_bytes();
+  return token_in(value_blocks(sequence, 0), token);
 }
 
 void KvCache::read(void* keys, void* values) const {

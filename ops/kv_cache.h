@@ -1,9 +1,13 @@
-// KvCache: keys and values of one layer for a batch of sequences, in blocks of block_tokens tokens.
+// KvCache: keys and values of one layer for several sequences, in blocks of equally many tokens.
 //
-// A block holds [kv_heads][block_tokens][head_dim] of K, another of V; blocks are allocated as
-// sequences grow and are found through a table of pointers per (sequence, kv head), the form that
-// the attention kernel reads. Kernels write tokens behind `length()`; the caller commits them with
-// advance() when the step has succeeded, so a failed step leaves the cache as it was.
+// Blocks are its own, for a batch of sequences of one length, or pages of memory that somebody else
+// owns, for the sequences of ragged steps (ragged_rows.h). Both are found through a table.
+//
+// A block of its own holds [kv_heads][block_tokens][head_dim] of K, another of V; blocks are
+// allocated as sequences grow and are found through a table of pointers per (sequence, kv head),
+// the form that the attention kernel reads. Kernels write tokens behind `length()`; the caller
+// commits them with advance() when the step has succeeded, so a failed step leaves the cache as it
+// was.
 //
 // Thread-compatible: one program step at a time uses a cache. Tested by kv_cache_test.
 #pragma once
@@ -15,6 +19,7 @@
 
 #include "graph/type.h"
 #include "jit/base/result.h"
+#include "ops/ragged_rows.h"
 
 namespace tilewright::ops {
 
@@ -25,6 +30,14 @@ class KvCache {
   // dtype: f32, bf16 or f16.
   KvCache(std::int64_t batch, std::int64_t kv_heads, std::int64_t head_dim, graph::DataType dtype);
 
+  // Somebody else's memory: tokens of [kv_heads][head_dim], those of a page behind one another. It
+  // holds no sequence until a step begins.
+  struct Pages {
+    char *keys, *values;
+    std::int64_t page_tokens;
+  };
+  KvCache(const Pages& pages, std::int64_t kv_heads, std::int64_t head_dim, graph::DataType dtype);
+
   KvCache(KvCache&&) = default;
   KvCache& operator=(KvCache&&) = default;
   KvCache(const KvCache&) = delete;
@@ -34,28 +47,54 @@ class KvCache {
   std::int64_t kv_heads() const { return kv_heads_; }
   std::int64_t head_dim() const { return head_dim_; }
   graph::DataType dtype() const { return dtype_; }
-  std::int64_t length() const { return length_; }
-  std::int64_t bytes() const;
+  std::int64_t length() const { return length_; }  // of each sequence; REQUIRES: not ragged
+  std::int64_t length(std::int64_t sequence) const {
+    return ragged() ? rows_->sequences[static_cast<std::size_t>(sequence)].length : length_;
+  }
+  std::int64_t bytes() const;  // of its own blocks
+
+  // Of pages: the next step's rows. It ends with advance().
+  void begin_step(std::shared_ptr<const RaggedRows> rows);
+  // Whether this or the last step is ragged, and then its rows.
+  bool ragged() const { return rows_ != nullptr; }
+  const RaggedRows& rows() const { return *rows_; }
+  // Whose row this is, of tensors [batch, rows], and the how-manieth new token of that sequence.
+  struct Place {
+    std::int64_t sequence, token;
+  };
+  Place place(std::int64_t batch, std::int64_t row) const {
+    if (!ragged()) return {batch, row};
+    const std::int64_t sequence = rows_->sequence_of[static_cast<std::size_t>(row)];
+    return {sequence, row - rows_->sequences[static_cast<std::size_t>(sequence)].first_row};
+  }
+  // Whether a step of [batch, rows] fits the sequences.
+  bool takes(std::int64_t batch, std::int64_t rows) const {
+    if (of_pages()) return step_begun_ && batch == 1 && rows == rows_->rows();
+    return batch == batch_;
+  }
 
   // The first key of each sequence that may be attended to (left padding); zeros at first.
   std::span<const std::int64_t> first_keys() const { return first_keys_; }
   Status set_first_keys(std::span<const std::int64_t> first_keys);
 
-  // Makes room for tokens [length, length + tokens). Error: out of memory; the cache is unchanged
-  // then.
+  // Makes room for tokens [length, length + tokens) in blocks of its own. Error: out of memory; the
+  // cache is unchanged then.
   Status reserve(std::int64_t tokens);
   void advance(std::int64_t tokens);   // REQUIRES: reserved
-  void truncate(std::int64_t length);  // REQUIRES: 0 <= length <= length()
+  void truncate(std::int64_t length);  // REQUIRES: 0 <= length <= length(), blocks of its own
 
   // Pointers to the blocks of one (sequence, kv head).
   void* const* key_blocks(std::int64_t sequence, std::int64_t head) const;
   void* const* value_blocks(std::int64_t sequence, std::int64_t head) const;
   // Where token `token` of (sequence, head 0) lies; heads follow at head_stride() bytes.
+  // A head's tokens of one block follow at token_stride().
   char* key(std::int64_t sequence, std::int64_t token) const;
   char* value(std::int64_t sequence, std::int64_t token) const;
-  std::int64_t head_stride() const { return block_tokens * token_stride(); }
+  std::int64_t head_stride() const;
   std::int64_t token_stride() const;
+  std::int64_t tokens_per_block() const { return of_pages() ? pages_.page_tokens : block_tokens; }
 
+  // REQUIRES, from here on: blocks of its own.
   // Whole contents as contiguous [batch, kv_heads, length, head_dim] in the cache's dtype.
   void read(void* keys, void* values) const;
   // Replaces the contents: [batch, kv_heads, length, head_dim].
@@ -65,14 +104,20 @@ class KvCache {
   Status reorder(std::span<const std::int64_t> indices);
 
  private:
+  bool of_pages() const { return pages_.page_tokens != 0; }
+  std::int64_t row_bytes() const { return head_dim_ * graph::size_in_bytes(dtype_); }
   struct Block {
     std::unique_ptr<char, void (*)(void*)> memory;  // K then V
   };
   std::int64_t block_bytes() const { return kv_heads_ * head_stride(); }
+  char* token_in(void* const* blocks, std::int64_t token) const;
   void rebuild_tables();
 
   std::int64_t batch_, kv_heads_, head_dim_, length_ = 0;
   graph::DataType dtype_;
+  Pages pages_ = {};
+  std::shared_ptr<const RaggedRows> rows_;
+  bool step_begun_ = false;  // of pages
   std::vector<std::int64_t> first_keys_;
   std::vector<std::vector<Block>> blocks_;  // [sequence][block]
   std::vector<std::vector<void*>> key_tables_,

@@ -89,9 +89,12 @@ Status check_caches(const State& state, std::span<KvCache* const> caches,
                                parameter.kv_heads, parameter.head_dim,
                                graph::name(parameter.dtype))};
     }
-    if (parameter.appended && cache.batch() != dims[static_cast<std::size_t>(parameter.batch)]) {
-      return Error{fmt::format("cache %{} holds {} sequences, the step has {}", parameter.name,
-                               cache.batch(), dims[static_cast<std::size_t>(parameter.batch)])};
+    if (!parameter.appended) continue;
+    const std::int64_t batch = dims[static_cast<std::size_t>(parameter.batch)];
+    const std::int64_t tokens = dims[static_cast<std::size_t>(parameter.tokens)];
+    if (!cache.takes(batch, tokens)) {
+      return Error{fmt::format("cache %{} holds {} sequences, the step is {} x {}", parameter.name,
+                               cache.batch(), batch, tokens)};
     }
   }
   return {};
@@ -214,11 +217,11 @@ Status prepare_scratch(State& state, const Frame& frame, int threads) {
 // 2 multiplications and additions per key and element of a head, twice (scores and sum of values).
 double attention_flops(const AttentionTask& task, const Frame& frame) {
   double keys = 0;
-  const std::int64_t queries = frame.dim(task.queries);
-  for (std::int64_t b = 0; b < frame.dim(task.batch); ++b) {
-    const auto first = static_cast<double>(keys_of(task, frame, b, 0).count);
-    const auto last = static_cast<double>(keys_of(task, frame, b, queries - 1).count);
-    keys += (first + last) / 2 * static_cast<double>(queries);
+  for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
+    const auto [batch, begin, count] = queries_of(task, frame, sequence);
+    const auto first = static_cast<double>(keys_of(task, frame, batch, begin).count);
+    const auto last = static_cast<double>(keys_of(task, frame, batch, begin + count - 1).count);
+    keys += (first + last) / 2 * static_cast<double>(count);
   }
   return 4.0 * keys * task.spec.head_dim * task.spec.group *
          static_cast<double>(frame.dim(task.kv_heads));
@@ -264,10 +267,10 @@ double bytes_read(const Step& step, const Frame& frame) {
     if (const auto* linear = std::get_if<LinearTask>(&task)) {
       if (!linear->experts) bytes += static_cast<double>(linear->weight->bytes);
     } else if (const auto* attention = std::get_if<AttentionTask>(&task)) {
-      const std::int64_t last = frame.dim(attention->queries) - 1;
       std::int64_t keys = 0;
-      for (std::int64_t b = 0; b < frame.dim(attention->batch); ++b) {
-        keys += keys_of(*attention, frame, b, last).count;
+      for (std::int64_t i = 0; i < sequence_count(*attention, frame); ++i) {
+        const auto [batch, first, count] = queries_of(*attention, frame, i);
+        keys += keys_of(*attention, frame, batch, first + count - 1).count;
       }
       bytes += 2.0 * static_cast<double>(keys * frame.dim(attention->kv_heads)) *
                attention->spec.head_dim * graph::size_in_bytes(attention->spec.cache);

@@ -287,6 +287,7 @@ Result<Tensor> RegionCheck::read(ValueId value, const Frame& frame) const {
     const auto index = static_cast<std::size_t>(cache->second);
     const bool appended = state.graph.producer(value) != nullptr;
     const KvCache& keys = *frame.caches[index];
+    if (keys.ragged()) return Error{"a step of sequences of different lengths"};
     return read_cache(keys, keys.length() + (appended ? frame.dim(state.caches[index].tokens) : 0));
   }
   if (!readable(value)) {

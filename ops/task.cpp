@@ -150,8 +150,10 @@ Rows destination_rows(const HeadDestination& destination, const Frame& frame, st
             frame.dim(destination.strides.head) * bytes};
   }
   const KvCache& cache = *frame.caches[static_cast<std::size_t>(destination.cache)];
-  const std::int64_t position = cache.length() + token;
-  return {destination.values ? cache.value(batch, position) : cache.key(batch, position),
+  const KvCache::Place place = cache.place(batch, token);
+  const std::int64_t position = cache.length(place.sequence) + place.token;
+  return {destination.values ? cache.value(place.sequence, position)
+                             : cache.key(place.sequence, position),
           cache.head_stride()};
 }
 

@@ -91,5 +91,46 @@ TEST(KvCache, RefusesWrongFirstKeys) {
   EXPECT_FALSE(cache.set_first_keys(negative).ok());
 }
 
+TEST(RaggedRows, RowsAndPagesAreFound) {
+  // Two pages of 4 tokens each, the second before the first; a token is [2 heads][3].
+  std::vector<float> keys = numbers(16 * 6, 0), values = numbers(16 * 6, 1000);
+  KvCache cache({reinterpret_cast<char*>(keys.data()), reinterpret_cast<char*>(values.data()), 4},
+                2, 3, graph::DataType::f32);
+  EXPECT_FALSE(cache.takes(1, 3));
+  auto rows = RaggedRows::make({{0, 1, 0, {12}}, {0, 2, 5, {4, 0}}}, 4, 16);
+  ASSERT_TRUE(rows.ok()) << rows.error().message;
+  cache.begin_step(*rows);
+  EXPECT_TRUE(cache.takes(1, 3));
+  EXPECT_FALSE(cache.takes(1, 2));
+  EXPECT_FALSE(cache.takes(3, 1));
+  EXPECT_EQ(cache.batch(), 2);
+  EXPECT_EQ(cache.length(0), 0);
+  EXPECT_EQ(cache.length(1), 5);
+  EXPECT_EQ(cache.place(0, 0).sequence, 0);
+  EXPECT_EQ(cache.place(0, 2).sequence, 1);
+  EXPECT_EQ(cache.place(0, 2).token, 1);
+  const auto first = [](const char* address) {
+    float value;
+    std::memcpy(&value, address, sizeof value);
+    return value;
+  };
+  EXPECT_EQ(first(cache.key(0, 0)), 12 * 6);
+  EXPECT_EQ(first(cache.key(1, 3)), 7 * 6);
+  EXPECT_EQ(first(cache.key(1, 6)), 2 * 6);
+  EXPECT_EQ(first(cache.value(1, 6) + cache.head_stride()), 1000 + 2 * 6 + 3);
+  EXPECT_EQ(first(static_cast<char*>(cache.key_blocks(1, 1)[1]) + cache.token_stride()), 6 + 3);
+  cache.advance(3);
+  EXPECT_FALSE(cache.takes(1, 3));
+}
+
+TEST(RaggedRows, RefusesWhatWouldLeaveThePages) {
+  EXPECT_FALSE(RaggedRows::make({{0, 0, 3, {0}}}, 4, 16).ok());   // no rows
+  EXPECT_FALSE(RaggedRows::make({{0, 1, -1, {0}}}, 4, 16).ok());  // a negative length
+  EXPECT_FALSE(RaggedRows::make({{0, 2, 3, {0}}}, 4, 16).ok());   // a fifth token
+  EXPECT_FALSE(RaggedRows::make({{0, 1, 3, {13}}}, 4, 16).ok());  // a page beyond the end
+  EXPECT_FALSE(RaggedRows::make({{0, 1, 3, {-1}}}, 4, 16).ok());
+  EXPECT_TRUE(RaggedRows::make({{0, 1, 3, {12}}}, 4, 16).ok());
+}
+
 }  // namespace
 }  // namespace tilewright::ops

@@ -2,8 +2,8 @@
 // pass has run.
 //
 // cached: keys and values go to cache parameters (llm.optimize); otherwise they are plain tensors
-// that grow by cat (torch.compile with a dynamic cache). Shapes are odd on purpose: tails
-// everywhere.
+// that grow by cat (torch.compile with a dynamic cache). all_rows: logits of every token, else of
+// the last one. Shapes are odd on purpose: tails everywhere.
 //
 // Used by program_test.
 #pragma once
@@ -26,8 +26,8 @@ struct LlamaText {
   std::map<std::string, std::vector<std::int64_t>> constants;  // shapes
 };
 
-inline LlamaText llama_graph(const LlamaShape& shape, bool cached,
-                             const std::string& dtype = "f32") {
+inline LlamaText llama_graph(const LlamaShape& shape, bool cached, const std::string& dtype = "f32",
+                             bool all_rows = false) {
   LlamaText result;
   std::string body;
   int next = 0;
@@ -174,10 +174,11 @@ inline LlamaText llama_graph(const LlamaShape& shape, bool cached,
     x = emit(fmt::format("add({}, {}) : {}", x, down, type(rows)));
   }
   const std::string final_norm = norm(x, "norm");
-  const std::string last =
-      emit(fmt::format("slice({}) {{axis = 1, start = [s - 1], end = [s]}} : {}", final_norm,
-                       type(fmt::format("b, 1, {}", shape.hidden))));
-  const std::string logits = type(fmt::format("b, 1, {}", shape.vocabulary));
+  const std::string kept = all_rows ? "s" : "1";
+  const std::string last = emit(fmt::format("slice({}) {{axis = 1, start = [{}], end = [s]}} : {}",
+                                            final_norm, all_rows ? "0" : "s - 1",
+                                            type(fmt::format("b, {}, {}", kept, shape.hidden))));
+  const std::string logits = type(fmt::format("b, {}, {}", kept, shape.vocabulary));
   const std::string head = emit(fmt::format("linear({}, {}) : {}", last, table, logits));
   result.text = fmt::format("graph llama({}) -> ({}{}) {{\n{}  return {}{}\n}}\n", parameters,
                             output_types, logits, body, outputs, head);

@@ -225,6 +225,103 @@ TEST(Program, BitsAreTheSameForAnyNumberOfThreads) {
   }
 }
 
+// Sequences of a ragged step, in pages that lie in disorder.
+struct Conversation {
+  std::vector<std::int64_t> chunks;  // new tokens, step by step; 0: it waits
+  std::int64_t length = 0;
+  std::vector<std::int64_t> pages;
+  std::vector<KvCache> alone;
+};
+
+Tensor tokens_of(std::int64_t seed, std::int64_t from, std::int64_t count) {
+  return integers({1, count}, [=](std::int64_t i) { return (seed * 17 + (from + i) * 7) % 61; });
+}
+
+Tensor joined(const std::vector<Tensor>& parts) {
+  std::vector<std::int64_t> numbers;
+  for (const Tensor& part : parts) {
+    for (std::int64_t i = 0; i < part.count(); ++i) {
+      numbers.push_back(static_cast<std::int64_t>(part.get(i)));
+    }
+  }
+  return integers({1, static_cast<std::int64_t>(numbers.size())},
+                  [&](std::int64_t i) { return numbers[static_cast<std::size_t>(i)]; });
+}
+
+class Ragged : public testing::TestWithParam<graph::DataType> {};
+
+TEST_P(Ragged, EachSequenceGetsTheBitsThatItGetsAlone) {
+  LlamaShape shape;
+  if (GetParam() != graph::DataType::f32) shape.head_dim = 16;
+  Model model(llama_graph(shape, true, std::string(graph::name(GetParam())), true), GetParam());
+  Program program = model.compile();
+  for (const std::int64_t page_tokens : {64, 7}) {
+    // Prompts of all lengths, one in pieces, and decode beside them.
+    std::vector<Conversation> conversations(4);
+    conversations[0].chunks = {1, 1, 1, 1};
+    conversations[1].chunks = {40, 1, 1, 1};
+    conversations[2].chunks = {0, 75, 40, 1};
+    conversations[3].chunks = {3, 0, 16, 17};
+    constexpr std::int64_t kPages = 64;
+    const std::int64_t token_bytes =
+        shape.kv_heads * shape.head_dim * graph::size_in_bytes(GetParam());
+    std::vector<std::vector<char>> memory(
+        static_cast<std::size_t>(2 * shape.layers),
+        std::vector<char>(static_cast<std::size_t>(kPages * page_tokens * token_bytes)));
+    std::vector<KvCache> paged;
+    std::vector<KvCache*> pointers;
+    for (int i = 0; i < shape.layers; ++i) {
+      char* keys = memory[static_cast<std::size_t>(2 * i)].data();
+      char* values = memory[static_cast<std::size_t>(2 * i + 1)].data();
+      paged.emplace_back(KvCache::Pages{keys, values, page_tokens}, shape.kv_heads, shape.head_dim,
+                         GetParam());
+      for (Conversation& each : conversations) {
+        each.alone.emplace_back(1, shape.kv_heads, shape.head_dim, GetParam());
+      }
+    }
+    for (KvCache& cache : paged) pointers.push_back(&cache);
+    std::int64_t next_page = 0;
+    for (std::size_t at = 0; at < 4; ++at) {
+      std::vector<RaggedRows::Sequence> sequences;
+      std::vector<Tensor> ids, positions, wanted;
+      for (std::size_t i = 0; i < conversations.size(); ++i) {
+        Conversation& each = conversations[i];
+        const std::int64_t count = each.chunks[at];
+        if (count == 0) continue;
+        while (static_cast<std::int64_t>(each.pages.size()) * page_tokens < each.length + count) {
+          each.pages.push_back((next_page++ * 37 + 11) % kPages * page_tokens);
+        }
+        sequences.push_back({0, count, each.length, each.pages});
+        ids.push_back(tokens_of(static_cast<std::int64_t>(i), each.length, count));
+        positions.push_back(
+            integers({1, count}, [&](std::int64_t row) { return each.length + row; }));
+        std::vector<KvCache*> own;
+        for (KvCache& cache : each.alone) own.push_back(&cache);
+        std::vector<Tensor> inputs{ids.back(), positions.back()};
+        wanted.push_back(run(program, inputs, own, 1)[0]);
+        each.length += count;
+      }
+      auto rows = RaggedRows::make(sequences, page_tokens, kPages * page_tokens);
+      ASSERT_TRUE(rows.ok()) << rows.error().message;
+      for (KvCache& cache : paged) cache.begin_step(*rows);
+      std::vector<Tensor> inputs{joined(ids), joined(positions)};
+      const Tensor all = run(program, inputs, pointers, 3)[0];
+      std::int64_t value = 0;
+      for (std::size_t i = 0; i < wanted.size(); ++i) {
+        for (std::int64_t k = 0; k < wanted[i].count(); ++k, ++value) {
+          ASSERT_EQ(all.get(value), wanted[i].get(k))
+              << "step " << at << ", sequence " << i << ", pages of " << page_tokens;
+        }
+      }
+    }
+    EXPECT_FALSE(paged[0].takes(1, 21)) << "a step that nobody began";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(DataTypes, Ragged,
+                         testing::Values(graph::DataType::f32, graph::DataType::bf16),
+                         [](const auto& info) { return std::string(graph::name(info.param)); });
+
 // Many rows are cut into chunks whose x is packed; a row alone is neither.
 TEST(Program, ARowOfManyHasTheBitsOfTheRowAlone) {
   const LlamaText text{
