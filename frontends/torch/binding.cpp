@@ -133,6 +133,38 @@ using Cache = Handled<ops::KvCache>;
 
 using ops::Engine;
 
+// The keys and values of a model's layers, in pages of memory that somebody else owns.
+class PagedCaches {
+ public:
+  // layers: addresses of the first token of keys and values.
+  PagedCaches(const std::vector<std::pair<Address, Address>>& layers, std::int64_t page_tokens,
+              std::int64_t memory_tokens, std::int64_t kv_heads, std::int64_t head_dim,
+              const std::string& dtype)
+      : page_tokens_(page_tokens), memory_tokens_(memory_tokens) {
+    for (const auto& [keys, values] : layers) {
+      const ops::KvCache::Pages pages{static_cast<char*>(pointer(keys)),
+                                      static_cast<char*>(pointer(values)), page_tokens};
+      layers_.push_back(Cache::make(pages, kv_heads, head_dim, data_type(dtype)));
+    }
+  }
+
+  // sequences: rows, tokens before, and where the pages begin, in tokens.
+  using Sequence = std::tuple<std::int64_t, std::int64_t, std::vector<std::int64_t>>;
+  void begin_step(const std::vector<Sequence>& sequences) {
+    std::vector<ops::RaggedRows::Sequence> given;
+    for (const auto& [rows, length, pages] : sequences) given.push_back({0, rows, length, pages});
+    const auto rows =
+        value_or_throw(ops::RaggedRows::make(std::move(given), page_tokens_, memory_tokens_));
+    for (const auto& layer : layers_) layer->begin_step(rows);
+  }
+
+  const std::vector<std::shared_ptr<Cache>>& layers() const { return layers_; }
+
+ private:
+  std::int64_t page_tokens_, memory_tokens_;
+  std::vector<std::shared_ptr<Cache>> layers_;
+};
+
 // packed: called with the name of a constant whose own memory is not needed any more, or None.
 std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
                                  const std::map<std::string, TypedAddress>& constants,
@@ -477,6 +509,12 @@ void bind_cache(nb::module_& module) {
       .def("reorder", [](Cache& self, const std::vector<std::int64_t>& indices) {
         check(self.reorder(indices));
       });
+  nb::class_<PagedCaches>(module, "PagedCaches", "Of a model's layers, in pages of another's.")
+      .def(nb::init<const std::vector<std::pair<Address, Address>>&, std::int64_t, std::int64_t,
+                    std::int64_t, std::int64_t, const std::string&>(),
+           "layers"_a, "page_tokens"_a, "memory_tokens"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a)
+      .def_prop_ro("layers", &PagedCaches::layers)
+      .def("begin_step", &PagedCaches::begin_step);
 }
 
 void bind_program(nb::module_& module) {

@@ -23,6 +23,7 @@ from tilewright import _core
 log = logging.getLogger("tilewright")
 CoreError = _core.CoreError
 KvCache = _core.KvCache
+PagedCaches = _core.PagedCaches
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 _said: set[str] = set()

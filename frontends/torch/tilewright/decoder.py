@@ -6,8 +6,9 @@ caller's own Cache. Any other call goes to the original forward, counted with th
 same Cache; the answer is right either way. A model of which no program can be made goes through
 torch.compile with our backend instead, so that the parts that are understood are ours.
 
-Two programs at most: logits of all tokens, and of the last one. They are captured when first
-needed, and again when the model's modules or weights change.
+Three programs at most: logits of all tokens, of the last one, and of chosen ones in ragged steps
+(ragged.py). They are captured when first needed, and again when the model's modules or weights
+change.
 
 Thread-safe: calls take turns. Tested by tests/python/test_optimize.py, test_generate.py.
 """
@@ -24,11 +25,11 @@ from typing import Any
 
 import torch
 
-from tilewright import _core, capture_ops, core, rotary
+from tilewright import _core, capture_ops, core, ragged, rotary
 from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
-from tilewright.model_capture import CapturedModel, capture_model
+from tilewright.model_capture import RAGGED, CapturedModel, capture_model
 from tilewright.module_state import ModuleState
 from tilewright.packed import stand_ins, unpack_all
 from tilewright.program import Executable
@@ -95,6 +96,8 @@ class Decoder(InstalledForward):
         self.frees = False  # packed parameters may be: the model is the caller's to change
         self._state: ModuleState | None = None  # of the model that the programs are of
         self.unsupported = ""  # why no program can be made of this model
+        self._not_ragged = ""  # why none can be made of its ragged steps
+        self._paged = ragged.PagedCaches()
         self.by_parts: Callable[..., Any] | None = None  # then, its compiled forward
         self.no_parts = ""  # why there is no use in that either
         self._growing: list[Any] | None = None  # rotary tables; see rotary.py
@@ -113,8 +116,12 @@ class Decoder(InstalledForward):
                 bound = self.__signature__.bind(*args, **kwargs) if args else None
                 arguments = _flat(bound.arguments) if bound is not None else kwargs
                 self._check_state()
+                if ragged.is_ragged(arguments):
+                    return self._run_ragged(arguments)
                 return self._run(arguments)
             except NotCapturedError as reason:
+                if ragged.is_ragged(kwargs):  # Dynamo cannot look into its cache
+                    return self._fall_back(str(reason), args, kwargs)
                 return self._run_parts(str(reason), args, kwargs)
             except NotRunnableError as reason:
                 return self._fall_back(str(reason), args, kwargs)
@@ -189,6 +196,24 @@ class Decoder(InstalledForward):
             return output.to_tuple()
         return output
 
+    def _run_ragged(self, arguments: dict[str, Any]) -> Any:
+        try:
+            step = ragged.step_of(arguments)
+            captured, executable = self._program(
+                not step.is_decode, 0 if step.chosen is None else RAGGED
+            )
+            self._check_rotary(step.position_ids)
+            caches = self._paged.begin_step(step, captured.caches)
+        except (UnsupportedError, core.CoreError) as reason:
+            raise NotRunnableError(str(reason)) from None
+        inputs = [step.input_ids, step.position_ids]
+        symbols = {"b": 1, "s": step.input_ids.shape[1]}
+        if step.chosen is not None:
+            inputs.append(step.chosen)
+            symbols["n"] = len(step.chosen)
+        logits = self._ran(executable, inputs, symbols, caches, step.is_decode)
+        return captured.output_type(logits=logits)
+
     def prepared(self, arguments: dict[str, Any]) -> Prepared:
         """The call with these arguments, checked as any call. Raises NotRunnableError."""
         with self._lock:
@@ -203,18 +228,28 @@ class Decoder(InstalledForward):
         with self._lock:
             step = prepared.step
             batch, tokens = step.input_ids.shape
-            try:
-                (logits,) = prepared.executable.run(
-                    [step.input_ids, step.position_ids], {"b": batch, "s": tokens}, prepared.blocks
-                )
-            except core.CoreError as error:
-                # The caches are as they were: the core commits tokens after success only.
-                raise NotRunnableError(f"the program failed: {error}") from None
-            self.calls += 1
-            self.tokens += batch * tokens
+            inputs, symbols = [step.input_ids, step.position_ids], {"b": batch, "s": tokens}
+            logits = self._ran(prepared.executable, inputs, symbols, prepared.blocks)
             if step.logits_to_keep > 1:
                 logits = logits[:, -step.logits_to_keep :]
             return logits
+
+    def _ran(
+        self,
+        executable: Executable,
+        inputs: list[torch.Tensor],
+        symbols: dict[str, int],
+        caches: list[Any],
+        decode: bool | None = None,
+    ) -> torch.Tensor:
+        try:
+            (logits,) = executable.run(inputs, symbols, caches, decode)
+        except core.CoreError as error:
+            # The caches are as they were: the core commits tokens after success only.
+            raise NotRunnableError(f"the program failed: {error}") from None
+        self.calls += 1
+        self.tokens += inputs[0].numel()
+        return logits
 
     def go_on(self, prepared: Prepared, input_ids: torch.Tensor) -> torch.Tensor:
         """After `execute`, and as that, with the next token [batch, 1] of each sequence."""
@@ -222,26 +257,27 @@ class Decoder(InstalledForward):
             step = prepared.step
             step.position_ids = step.position_ids[:, -1:] + 1
             step.input_ids = input_ids.contiguous()
-            self._check_rotary(step)
+            self._check_rotary(step.position_ids)
             return self.execute(prepared)
 
     def _prepared(self, arguments: dict[str, Any]) -> Prepared:
         input_ids, logits_to_keep = self._checked(arguments)
         # Before the caller's cache gets our layers, which are of no use without a program.
-        captured, executable = self._program(input_ids.shape[1], logits_to_keep)
+        key = 1 if logits_to_keep == 1 else 0
+        captured, executable = self._program(input_ids.shape[1] > 1, key)
         step = self._prepare(arguments, input_ids, logits_to_keep)
-        self._check_rotary(step)
+        self._check_rotary(step.position_ids)
         layers = [step.cache.layers[shape.layer] for shape in captured.caches]
         for layer, shape in zip(layers, captured.caches, strict=True):
             layer.prepare(len(input_ids), shape.kv_heads, shape.head_dim, shape.dtype)
             layer.set_first_keys(step.first_keys)
         return Prepared(step, captured, executable, [layer.blocks for layer in layers])
 
-    def _check_rotary(self, step: Step) -> None:
+    def _check_rotary(self, position_ids: torch.Tensor) -> None:
         if self._growing is None:
             self._growing = rotary.growing_tables(self.model)
         if self._growing:
-            length = int(step.position_ids.max()) + 1
+            length = int(position_ids.max()) + 1
             if any(rotary.would_change(module, length) for module in self._growing):
                 raise NotRunnableError("its rotary table changes with the length")
 
@@ -342,9 +378,9 @@ class Decoder(InstalledForward):
 
     # --- programs
 
-    def _program(self, tokens: int, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
-        key = 1 if logits_to_keep == 1 else 0
-        self._drop_stale(tokens > 1)
+    def _program(self, is_prefill: bool, key: int) -> tuple[CapturedModel, Executable]:
+        """key: what is captured of its logits; see capture_model."""
+        self._drop_stale(is_prefill)
         if self._state is None:
             self._state = ModuleState(self.model)
         if hooked := self._state.hooked():
@@ -355,6 +391,8 @@ class Decoder(InstalledForward):
 
     def _make(self, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
         """Captures and compiles. A model that cannot be captured is not tried again."""
+        if logits_to_keep == RAGGED and self._not_ragged:
+            raise NotRunnableError(self._not_ragged)
         try:
             core.engine()
             if not self._programs:
@@ -365,6 +403,9 @@ class Decoder(InstalledForward):
             tensors.update({name: packed.get(id(t), t) for name, t in tensors.items()})
             executable = Executable(captured.lowered, tensors, self._store, self.frees)
         except (UnsupportedError, core.CoreError) as error:
+            if logits_to_keep == RAGGED:
+                self._not_ragged = f"no program of a ragged step: {str(error).splitlines()[0]}"
+                raise NotRunnableError(self._not_ragged) from None
             self.refresh()  # what was packed until then serves nobody
             self.unsupported = str(error).splitlines()[0]
             raise NotCapturedError(self.unsupported) from None
@@ -396,6 +437,7 @@ class Decoder(InstalledForward):
         self._programs.clear()
         self._state = None
         self.unsupported = ""
+        self._not_ragged = ""
         self.by_parts = None
         self.no_parts = ""
         self._growing = None

@@ -1,4 +1,6 @@
-"""Capture of a whole causal language model: (input_ids, position_ids, caches) -> logits.
+"""Capture of a whole causal language model: (input_ids, position_ids, caches) -> logits; or of its
+ragged step (ragged.py), which is one row of tokens of several sequences and takes the indices of
+the tokens whose logits are wanted, too.
 
 The model's own forward is traced over fake tensors, with transformers' extension points recording
 cache appends and attention, and with one decoder layer computed and the others stamped (stamp.py,
@@ -28,11 +30,12 @@ from tilewright.dims import Dim
 from tilewright.expand import body_of, expand_layers
 from tilewright.graph_text import Type, UnsupportedError, Value
 from tilewright.lower import Call, Lowered, Lowerer, result_types
-from tilewright.unify import SAMPLES, unify
+from tilewright.unify import CHOSEN, SAMPLES, unify
 
 _OTHER_MASK = "a mask that is neither causal nor a window"
 _NAMESPACE = "tilewright_capture"
 _RESULTS = ("logits", "past_key_values")
+RAGGED = -1  # in the place of logits_to_keep: the step's third input says which
 
 
 @dataclass
@@ -53,7 +56,8 @@ class CacheShape:
 def capture_model(
     model: nn.Module, forward: Callable[..., Any], logits_to_keep: int
 ) -> CapturedModel:
-    """`forward`: the model's own. Raises UnsupportedError with the reason.
+    """`forward`: the model's own. logits_to_keep: 0 (all), a number of the last tokens, or RAGGED.
+    Raises UnsupportedError with the reason.
 
     Not thread-safe: while it runs, the model's attention and layers record instead of computing.
     """
@@ -76,7 +80,10 @@ def _capture(
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     output_type: type = tuple
     lowerers = []
+    ragged = logits_to_keep == RAGGED
     for i, sizes in enumerate(SAMPLES):
+        if ragged:
+            sizes = (1, *sizes[1:])
         gm, output_type = _trace(model, forward, logits_to_keep, group, sizes, markers=i == 0)
         if group is not None and i == 0:
             group.wiring = stamp.chain(gm, group)
@@ -96,9 +103,9 @@ def _capture(
     lowered = Lowered(
         text=builder.text(),
         constants=builder.constants(),
-        inputs=[0, 1],
+        inputs=[0, 1, 2] if ragged else [0, 1],
         shape_inputs=[],
-        bindings={"b": (0, 0), "s": (0, 1)},
+        bindings={"s": (0, 1), "n": (2, 0)} if ragged else {"b": (0, 0), "s": (0, 1)},
         outputs=[],
         output_tree=None,
         results=[value.type for value in builder.outputs],
@@ -129,14 +136,16 @@ def _trace(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     returned: list[type] = []
 
-    def step(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def step(
+        input_ids: torch.Tensor, position_ids: torch.Tensor, chosen: torch.Tensor | None = None
+    ) -> torch.Tensor:
         cache = capture_ops.recording_cache(model.config, past, tokens)
         result = forward(
             input_ids=input_ids,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=logits_to_keep,
+            logits_to_keep=logits_to_keep if chosen is None else chosen,
             return_dict=True,
         )
         extra = [k for k, v in result.items() if v is not None and k not in _RESULTS]
@@ -147,6 +156,9 @@ def _trace(
 
     with mode:
         fakes = [torch.zeros(batch, tokens, dtype=torch.int64) for _ in range(2)]
+        if logits_to_keep == RAGGED:
+            count = CHOSEN[[tokens for _, tokens, _ in SAMPLES].index(tokens)]
+            fakes.append(torch.zeros(count, dtype=torch.int64))
     with (
         capture.unchanged(model),
         rotary.as_they_are(rotary.growing_tables(model)),
@@ -154,7 +166,9 @@ def _trace(
         capture_ops.recording_experts(model),
         stamp.recording_layers(group, markers),
     ):
-        return capture.trace(step, fakes, mode), returned[0]
+        # The number of parameters must be that of the inputs.
+        traced = step if logits_to_keep == RAGGED else lambda ids, positions: step(ids, positions)
+        return capture.trace(traced, fakes, mode), returned[0]
 
 
 class ModelLowerer(Lowerer):
@@ -207,7 +221,20 @@ class ModelLowerer(Lowerer):
             marker: Callable[..., Any] = getattr(self, "_" + target._schema.name.split("::")[1])
             self.environment[node] = marker(node, *(self.operand(a) for a in node.args))
             return
+        if target is torch.ops.aten.index.Tensor and len(self.placeholders) == 3:
+            x, indices = (self.operand(a) for a in node.args)
+            chosen = self.environment[self.placeholders[2]]
+            if len(indices) == 2 and indices[0] is None and indices[1] is chosen:
+                self.environment[node] = self._chosen_rows(node, x, chosen)
+                return
         super().call(node)
+
+    def _chosen_rows(self, node: Node, x: Value, chosen: Value) -> Value:
+        """x[:, chosen] of one row of tokens."""
+        call = Call(self.builder, "chosen_rows", node.name, result_types(node))
+        row = call.reshape(x, x.shape[1:])
+        rows = call.append("embedding", [row, chosen], Type(x.dtype, call.type.shape[1:]))
+        return call.reshape(rows, call.type.shape)
 
     # --- markers
 

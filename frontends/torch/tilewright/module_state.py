@@ -20,6 +20,9 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # What nn.Module keeps in every instance; registries and hooks are looked at by name.
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
+# What transformers' continuous batching sets while it runs: which attention function the model's
+# own forward calls, and itself. A program has no use for either.
+_IRRELEVANT = ("_attn_implementation_internal", "_cached_continuous_batching_manager")
 
 
 class ModuleState:
@@ -55,9 +58,9 @@ class ModuleState:
     def is_current(self) -> bool:
         """Whether the model is still what it was."""
         try:
-            return all(now == then for now, then in self._pairs) and all(
-                now == then for now, then in self._containers
-            )
+            return all(
+                now == then or _relevant(now) == _relevant(then) for now, then in self._pairs
+            ) and all(now == then for now, then in self._containers)
         except (RuntimeError, ValueError, TypeError):
             return False  # tensors or arrays that are not the same object have no truth value
 
@@ -67,3 +70,7 @@ class ModuleState:
         if not any(hooks for _, hooks in self._hooks):
             return ""
         return next(name for name, hooks in self._hooks if hooks)
+
+
+def _relevant(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name not in _IRRELEVANT}

@@ -278,8 +278,10 @@ class Executable:
         tensors: Sequence[torch.Tensor],
         symbols: Mapping[str, int],
         caches: Sequence[Any] = (),
+        decode: bool | None = None,
     ) -> list[torch.Tensor]:
-        """The program's outputs. Tensors are row-major, in the program's order."""
+        """The program's outputs. Tensors are row-major, in the program's order. decode: what the
+        run is counted as, if the symbols do not say it."""
         self._symbols = dict(symbols)
         try:
             return operators.step(
@@ -287,7 +289,7 @@ class Executable:
                 tensors,
                 [symbols[name] for name in self.lowered.shape_inputs],
                 [cache.handle for cache in caches],
-                self.is_decode(symbols),
+                self.is_decode(symbols) if decode is None else decode,
                 core.threads(),
             )
         except RuntimeError as error:

@@ -15,6 +15,8 @@ from tilewright.graph_text import GraphBuilder, Type, UnsupportedError, Value
 
 # (batch, tokens, earlier tokens). The last gives the coefficients: b and s are 1 there.
 SAMPLES = ((3, 67, 131), (5, 97, 211), (1, 1, 37))
+# Of a step whose rows of logits are chosen by a tensor: how many, then.
+CHOSEN = (11, 17, 1)
 _DIFFERENT = "the model computes something else for one token than for many"
 
 
@@ -83,15 +85,15 @@ def _unify_attribute(values: Sequence[Any]) -> Any:
 
 @functools.cache
 def solve(values: tuple[int, ...]) -> Dim:
-    """The size that has these values at SAMPLES: a number, or c*x or x + c, x being b, s, b*s, or,
-    with t for all tokens so far, t or b*t."""
+    """The size that has these values at SAMPLES: a number, or c*x or x + c, x being b, s, b*s, n
+    (of CHOSEN) or, with t for all tokens so far, t or b*t."""
     if len(set(values)) == 1:
         return Dim.of(values[0])
-    b, s, t = Dim.symbol("b"), Dim.symbol("s"), Dim.symbol("t")
-    for monomial in (b, s, b * s, t, b * t):
+    b, s, t, n = (Dim.symbol(name) for name in "bstn")
+    for monomial in (b, s, b * s, t, b * t, n):
         sizes = [
-            monomial.evaluate({"b": batch, "s": tokens, "t": tokens + past})
-            for batch, tokens, past in SAMPLES
+            monomial.evaluate({"b": batch, "s": tokens, "t": tokens + past, "n": chosen})
+            for (batch, tokens, past), chosen in zip(SAMPLES, CHOSEN, strict=True)
         ]
         factor, rest = values[-1] // sizes[-1], values[-1] - sizes[-1]
         if all(value == factor * size for value, size in zip(values, sizes, strict=True)):
