@@ -5,6 +5,7 @@
 #include <array>
 #include <cstring>
 
+#include "cache/little_endian.h"
 #include "cache/sha256.h"
 
 namespace tilewright::cache {
@@ -14,22 +15,6 @@ constexpr std::string_view kMagic = "TWKERNEL";
 constexpr std::size_t kHeaderBytes = 64;
 constexpr std::size_t kTrailerBytes = sizeof(Digest);
 constexpr std::size_t kParts = 5;  // generator, key text, name, code, recipe
-
-template <class Integer>
-void append_integer(std::vector<std::byte>& bytes, Integer value) {
-  for (std::size_t i = 0; i < sizeof(value); ++i) {
-    bytes.push_back(static_cast<std::byte>(value >> (8 * i)));
-  }
-}
-
-template <class Integer>
-Integer read_integer(std::span<const std::byte> bytes, std::size_t offset) {
-  Integer value = 0;
-  for (std::size_t i = 0; i < sizeof(value); ++i) {
-    value |= std::to_integer<Integer>(bytes[offset + i]) << (8 * i);
-  }
-  return value;
-}
 
 std::string to_string(std::span<const std::byte> bytes) {
   return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "cache/entry.h"
-#include "cache/sha256.h"
 
 namespace tilewright::cache {
 namespace {
@@ -19,12 +18,16 @@ void append_field(std::string& bytes, char tag, std::string_view value) {
 
 }  // namespace
 
-std::string key_name(std::string_view generator, std::string_view key_text) {
+Digest key_digest(std::string_view generator, std::string_view key_text) {
   std::string bytes;
   append_field(bytes, 'f', std::to_string(kEntryFormat));
   append_field(bytes, 'g', generator);
   append_field(bytes, 'k', key_text);
-  return hex(sha256(bytes));
+  return sha256(bytes);
+}
+
+std::string key_name(std::string_view generator, std::string_view key_text) {
+  return hex(key_digest(generator, key_text));
 }
 
 }  // namespace tilewright::cache

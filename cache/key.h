@@ -11,6 +11,8 @@
 #include <string>
 #include <string_view>
 
+#include "cache/sha256.h"
+
 namespace tilewright::cache {
 
 // The hash, made by the build, of everything that decides which bytes are emitted: the sources
@@ -18,7 +20,8 @@ namespace tilewright::cache {
 // modification times would miss a package that was replaced by one of the same age.
 std::string_view generator_hash();
 
-// 64 hexadecimal characters.
+Digest key_digest(std::string_view generator, std::string_view key_text);
+// The same as 64 hexadecimal characters.
 std::string key_name(std::string_view generator, std::string_view key_text);
 
 }  // namespace tilewright::cache

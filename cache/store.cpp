@@ -65,6 +65,7 @@ struct Store::State {
   std::string generator;
   std::string problem;
   FileDescriptor root;  // invalid: the store always misses
+  std::vector<std::shared_ptr<const Pack>> packs;
 
   mutable std::mutex mutex;  // guards what follows
   Counters counters;
@@ -80,6 +81,18 @@ struct Store::State {
   void miss() {
     const std::lock_guard lock(mutex);
     ++counters.misses;
+  }
+
+  std::optional<Entry> load_from_packs(std::string_view key_text, IsaMask host_isa) {
+    for (const std::shared_ptr<const Pack>& pack : packs) {
+      std::optional<Entry> entry = pack->find(key_text);
+      if (!entry || (entry->required_isa & ~host_isa) != 0) continue;
+      const std::lock_guard lock(mutex);
+      ++counters.hits;
+      ++counters.pack_hits;
+      return entry;
+    }
+    return std::nullopt;
   }
 
   Result<FileDescriptor> open_shard(const std::string& shard, bool* absent) const {
@@ -172,7 +185,14 @@ Store Store::open(const std::string& directory, Mode mode, std::uint64_t max_byt
   return Store(std::move(state));
 }
 
+Status Store::add_pack(std::shared_ptr<const Pack> pack) {
+  if (pack->generator() != state_->generator) return Error{"made by another build"};
+  state_->packs.push_back(std::move(pack));
+  return {};
+}
+
 std::optional<Entry> Store::load(std::string_view key_text, IsaMask host_isa) {
+  if (std::optional<Entry> entry = state_->load_from_packs(key_text, host_isa)) return entry;
   if (!state_->root.valid()) {
     state_->miss();
     return std::nullopt;
@@ -309,6 +329,7 @@ std::vector<Listing> Store::list() const {
         listing.problem = "other key";
       }
       listing.current = decoded->generator == state_->generator;
+      listing.generator = decoded->generator;
       listing.key_text = entry.key_text;
       listing.name = entry.name;
       listing.required_isa = entry.required_isa;

@@ -6,6 +6,8 @@
 // that copy; the path is never touched again and never mapped. Files and directories must belong to
 // this user or root and be writable by nobody else, since what they hold is executed.
 //
+// Sealed packs (pack.h) stand before the directory: load() looks in them first, whatever the mode.
+//
 // Nothing here fails: whatever goes wrong is a miss, counted with its reason.
 //
 // Thread-safe, and any number of processes may share a directory. Tested by cache_test and
@@ -22,6 +24,7 @@
 
 #include "cache/entry.h"
 #include "cache/key.h"
+#include "cache/pack.h"
 #include "jit/base/target.h"
 
 namespace tilewright::cache {
@@ -29,7 +32,9 @@ namespace tilewright::cache {
 enum class Mode : std::uint8_t { read_write, read_only, off };
 
 struct Counters {
-  std::uint64_t hits = 0, misses = 0, writes = 0, write_failures = 0;
+  std::uint64_t hits = 0;       // of packs, too
+  std::uint64_t pack_hits = 0;  // of these
+  std::uint64_t misses = 0, writes = 0, write_failures = 0;
   std::map<std::string, std::uint64_t> rejects;  // a file was there but not used, by reason
 };
 
@@ -40,6 +45,7 @@ struct Listing {
   std::uint64_t bytes = 0;
   std::int64_t modified = 0;  // seconds since 1970
   bool current = false;       // made by this build's generator
+  std::string generator;
   std::string key_text, name;
   IsaMask required_isa = 0;
   std::uint64_t code_bytes = 0;
@@ -54,6 +60,9 @@ class Store {
   ~Store();
   Store(Store&&) noexcept;
   Store& operator=(Store&&) noexcept;
+
+  // Error: it is of another generator. Before other threads use the store.
+  Status add_pack(std::shared_ptr<const Pack> pack);
 
   // The entry of this key, if it is there, whole, and runs on a host that has host_isa.
   std::optional<Entry> load(std::string_view key_text, IsaMask host_isa);

@@ -153,10 +153,12 @@ Result<FileDescriptor> make_trusted_directory(int parent, const std::string& pat
   return open_trusted_directory(parent, path, &absent);
 }
 
-Result<TrustedFile> read_trusted_file(int directory, const std::string& name, std::size_t max_bytes,
-                                      bool* absent) {
+namespace {
+
+Result<TrustedFile> read_file(int directory, const std::string& name, std::size_t max_bytes,
+                              bool must_be_trusted, bool* absent) {
   // O_NONBLOCK: a FIFO in the place of a file must not hang the process.
-  const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
+  const int flags = O_RDONLY | O_NONBLOCK | O_CLOEXEC | (must_be_trusted ? O_NOFOLLOW : 0);
   FileDescriptor descriptor(openat(directory, name.c_str(), flags));
   *absent = !descriptor.valid() && errno == ENOENT;
   if (!descriptor.valid()) {
@@ -166,7 +168,9 @@ Result<TrustedFile> read_trusted_file(int directory, const std::string& name, st
   struct stat status;
   if (fstat(descriptor.get(), &status) != 0) return Error{system_reason("stat")};
   if (!S_ISREG(status.st_mode)) return Error{"not a regular file"};
-  if (const char* reason = distrust(status)) return Error{reason};
+  if (const char* reason = distrust(status); reason != nullptr && must_be_trusted) {
+    return Error{reason};
+  }
   if (static_cast<std::uint64_t>(status.st_size) > max_bytes) return Error{"too long"};
 
   TrustedFile file;
@@ -186,6 +190,18 @@ Result<TrustedFile> read_trusted_file(int directory, const std::string& name, st
   }
   file.bytes.resize(done);
   return file;
+}
+
+}  // namespace
+
+Result<TrustedFile> read_trusted_file(int directory, const std::string& name, std::size_t max_bytes,
+                                      bool* absent) {
+  return read_file(directory, name, max_bytes, true, absent);
+}
+
+Result<TrustedFile> read_any_file(int directory, const std::string& name, std::size_t max_bytes,
+                                  bool* absent) {
+  return read_file(directory, name, max_bytes, false, absent);
 }
 
 Status publish_file(int directory, const std::string& name, std::span<const std::byte> bytes) {

@@ -55,6 +55,11 @@ struct TrustedFile {
 Result<TrustedFile> read_trusted_file(int directory, const std::string& name, std::size_t max_bytes,
                                       bool* absent);
 
+// Reads a whole regular file, whoever owns it and by way of links too: for a file whose content is
+// then compared with a digest that the caller knows. Errors as above.
+Result<TrustedFile> read_any_file(int directory, const std::string& name, std::size_t max_bytes,
+                                  bool* absent);
+
 // Makes `name` with these bytes: other processes see all of it or nothing. A file that exists
 // already is left alone, and that is success.
 Status publish_file(int directory, const std::string& name, std::span<const std::byte> bytes);

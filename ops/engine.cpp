@@ -1,6 +1,8 @@
 // See engine.h. Tested by tests/torchscript_test.cpp and tests/python/test_explain.py.
 #include "ops/engine.h"
 
+#include <fmt/format.h>
+
 #include <utility>
 
 #include "graph/pipeline.h"
@@ -10,6 +12,29 @@
 #include "ops/machine_profile.h"
 
 namespace tilewright::ops {
+
+const std::vector<ConfiguredPack>& configured_packs() {
+  static const std::vector<ConfiguredPack> packs = [] {
+    std::vector<ConfiguredPack> found;
+    for (const std::string& name : cache::split_pack_names(environment().cache_pack)) {
+      ConfiguredPack& item = found.emplace_back();
+      item.name = name;
+      Result<cache::Pack> pack = cache::open_pack(name);
+      if (!pack) {
+        item.problem = pack.error().message;
+      } else if (pack->generator() != cache::generator_hash()) {
+        item.problem = fmt::format(
+            "{}: made by another build; make it again with tilewright prewarm --pack", name);
+      } else {
+        item.pack = std::make_shared<const cache::Pack>(std::move(*pack));
+        continue;
+      }
+      log_warning(fmt::format("TILEWRIGHT_CACHE_PACK is not used: {}", item.problem));
+    }
+    return found;
+  }();
+  return packs;
+}
 
 Result<Engine> Engine::open(const std::string& rung, const std::string& choices) {
   const std::string& cap = environment().max_cpu_isa;
@@ -32,13 +57,17 @@ Result<Engine> Engine::open(const std::string& rung, const std::string& choices)
 }
 
 Engine::Engine(Target target, Decision decision, bool on_disk)
-    : target_(std::move(target)), decision_(std::move(decision)) {
+    : target_(target.for_code()), decision_(std::move(decision)) {
   const Environment& settings = environment();
   const cache::Mode mode = settings.cache == CacheMode::off || !on_disk ? cache::Mode::off
                            : settings.cache == CacheMode::read_only     ? cache::Mode::read_only
                                                                         : cache::Mode::read_write;
   store_ = std::make_shared<cache::Store>(cache::Store::open(
       cache::default_directory(settings.cache_dir), mode, settings.cache_max_bytes));
+  for (const ConfiguredPack& item : configured_packs()) {
+    if (on_disk && item.pack != nullptr)
+      (void)store_->add_pack(item.pack);  // of this build, as was checked
+  }
   kernels_ = std::make_shared<KernelLibrary>(target_, store_, settings.cache_check);
 }
 

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "cache/store.h"
 #include "graph/graph.h"
@@ -21,6 +22,15 @@
 #include "ops/weights.h"
 
 namespace tilewright::ops {
+
+// One of TILEWRIGHT_CACHE_PACK.
+struct ConfiguredPack {
+  std::string name;
+  std::shared_ptr<const cache::Pack> pack;  // null if it was refused
+  std::string problem;                      // why it was
+};
+// Read at the first call, once per process; each refusal is one warning.
+const std::vector<ConfiguredPack>& configured_packs();
 
 class Engine {
  public:

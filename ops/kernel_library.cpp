@@ -61,6 +61,7 @@ Status KernelLibrary::flush() {
       counters_.loaded += 1;
       counters_.load_seconds += seconds_since(start);
     }
+    if (!entry && admission_ && !admission_(*item.kernel)) continue;
     if (!entry || check_cache_) {
       start = std::chrono::steady_clock::now();
       Result<cache::Entry> fresh =

@@ -50,6 +50,10 @@ class KernelLibrary {
     observer_ = std::move(observer);
   }
 
+  // Asked before a kernel that the cache lacks is emitted; one that it refuses is left out and is
+  // no error, so that prewarming gets past it. Before the first request.
+  void admit(std::function<bool(const Kernel&)> admission) { admission_ = std::move(admission); }
+
   const Target& target() const { return target_; }
 
   // The kernel of this specification. Its function is null until the next flush(). The pointer is
@@ -74,6 +78,7 @@ class KernelLibrary {
   std::shared_ptr<cache::Store> store_;
   bool check_cache_;
   std::function<void(const cache::Entry&)> observer_;
+  std::function<bool(const Kernel&)> admission_;
   mutable std::mutex mutex_;
   std::map<std::string, std::unique_ptr<Kernel>, std::less<>> kernels_;
   std::vector<std::unique_ptr<Kernel>> abandoned_;

@@ -4,8 +4,6 @@
 #include <fmt/format.h>
 #include <malloc.h>  // glibc
 
-#include <optional>
-
 #include "ops/gemm/exact.h"
 #include "ops/gemm/linear_kernel.h"
 #include "ops/gemm/twelve_bits.h"
@@ -42,6 +40,14 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::pack(
   return weight;
 }
 
+PackedForm WeightStore::assumed_form(const Item& item, bool twelve_bits) const {
+  PackedForm form;
+  const bool narrows = item.exact && item.source == graph::DataType::f32;
+  form.dtype = narrows ? assumed_->fits : item.source;
+  form.twelve_bits = twelve_bits && form.dtype == graph::DataType::bf16 && assumed_->twelve_bits;
+  return form;
+}
+
 // As many threads as the process has: each first touches the pages that it will read in decode.
 Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item,
                                                                 WeightForms forms) {
@@ -49,6 +55,13 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item
   const graph::DataType dtype = narrows ? exact_type(item.blocks, item.k) : item.source;
   std::int64_t n = 0;
   for (const WeightBlock& block : item.blocks) n += block.rows;
+  if (assumed_) {
+    auto weight = std::make_shared<PackedWeight>();
+    weight->n = n;
+    weight->k = item.k;
+    weight->form = assumed_form(item, twelve_bits);
+    return std::shared_ptr<const PackedWeight>(weight);
+  }
   const auto each_panel = [&](auto&& visit) {
     run_team(default_threads(), [&](int thread, int threads) {
       const WorkRange panels = share(panel_count(n), thread, threads);

@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,12 @@ struct WeightForms {
   std::int64_t twelve_bits_percent = 84;  // of its size in 16 bits
 };
 
+// Stands for weights whose values are not there: what their values would have allowed.
+struct AssumedValues {
+  graph::DataType fits = graph::DataType::f32;  // of fp32 weights: bf16 or f16 if exactly so
+  bool twelve_bits = false;                     // bf16 of few exponents
+};
+
 // Called during compile with the name of a constant that was packed and whose own memory nothing in
 // the graph reads any more: its owner may release it at once, so that a model's weights are not in
 // memory twice.
@@ -45,6 +52,10 @@ using PackedCallback = std::function<void(const std::string& name)>;
 
 class WeightStore {
  public:
+  WeightStore() = default;
+  // Nothing is read or packed: programs can be prepared (prewarm), not run.
+  explicit WeightStore(AssumedValues assumed) : assumed_(assumed) {}
+
   // Packs (in parallel) or finds. blocks: row-major pieces of `source` stacked along n; gated: gate
   // and up. The result tells its form. Found in any form that `exact` allows: a weight that one
   // program has in 12 bits is not packed again for another.
@@ -78,6 +89,9 @@ class WeightStore {
   static std::string identify(const Item& item);
   Result<std::shared_ptr<const PackedWeight>> packed(const Item& item, WeightForms forms);
 
+  PackedForm assumed_form(const Item& item, bool twelve_bits) const;
+
+  const std::optional<AssumedValues> assumed_;
   mutable std::mutex mutex_;
   WeightMemory memory_;
   std::vector<Item> items_;

@@ -135,6 +135,18 @@ TEST(Target, LadderIncludesTheEarlierRungs) {
   EXPECT_EQ(isa_mask_name(0), "none");
 }
 
+// CPUs with AVX-512 have AVX-VNNI or not; their code is the same, so kernels must be, too.
+TEST(Target, CodeForAvx512DoesNotDependOnAvxVnni) {
+  const auto code_isa = [](IsaMask isa) {
+    Target target;
+    target.isa = isa;
+    return target.for_code().isa;
+  };
+  EXPECT_EQ(code_isa(rung("avx512_bf16")), rung("avx512_bf16") & ~bit(Isa::avx_vnni));
+  EXPECT_EQ(code_isa(rung("avx512_bf16") & ~bit(Isa::avx_vnni)), code_isa(rung("avx512_bf16")));
+  EXPECT_EQ(code_isa(rung("avx_vnni")), rung("avx_vnni"));
+}
+
 TEST(Target, LadderTakesOneDnnSpellings) {
   EXPECT_EQ(rung("avx2_vnni"), rung("avx_vnni"));
   EXPECT_EQ(rung("AVX512_CORE"), rung("avx512"));
@@ -222,7 +234,8 @@ TEST(Environment, EveryVariableIsRead) {
                                {"TILEWRIGHT_PASS_LIMIT", "4"},
                                {"TILEWRIGHT_WEIGHTS", "exact"},
                                {"TILEWRIGHT_FP32", "amx"},
-                               {"TILEWRIGHT_PROFILE", "/m.json"}});
+                               {"TILEWRIGHT_PROFILE", "/m.json"},
+                               {"TILEWRIGHT_RUN_DTYPE", "bfloat16"}});
   EXPECT_TRUE(e.problems.empty());
   EXPECT_EQ(e.max_cpu_isa, "avx512_core_bf16");
   EXPECT_EQ(e.cache, CacheMode::read_only);
@@ -244,6 +257,7 @@ TEST(Environment, EveryVariableIsRead) {
   EXPECT_EQ(e.weights, WeightMode::exact);
   EXPECT_EQ(e.fp32, Fp32Mode::amx);
   EXPECT_EQ(e.machine_profile, "/m.json");
+  EXPECT_EQ(e.run_dtype, "bfloat16");
   EXPECT_TRUE(parse({{"TILEWRIGHT_DISABLE", "1"}}).disable.contains("anything"));
 }
 
@@ -269,6 +283,7 @@ TEST(Environment, ABadValueIsAProblemAndTheDefaultHolds) {
       {"WEIGHTS", "int8"},
       {"FP32", "tf32"},
       {"PROFILE", "profile.json"},
+      {"RUN_DTYPE", "int8"},
   };
   for (const auto& [name, value] : cases) {
     const Environment e = parse({{"TILEWRIGHT_" + name, value}});
@@ -296,7 +311,7 @@ TEST(Environment, TheTableIsCompleteAndDefaultsAreValid) {
     Environment e;
     EXPECT_TRUE(variable.read(variable.default_value, e)) << variable.name;
   }
-  EXPECT_EQ(names.size(), 18u);
+  EXPECT_EQ(names.size(), 19u);
 }
 
 TEST(Environment, ATypingErrorIsReported) {

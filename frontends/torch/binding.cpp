@@ -28,7 +28,8 @@
 #include <string>
 #include <utility>
 
-#include "cache/store.h"
+#include "frontends/torch/binding_cache.h"
+#include "frontends/torch/core_error.h"
 #include "frontends/torch/handles.h"
 #include "frontends/torch/step_call.h"
 #include "graph/graph.h"
@@ -54,20 +55,6 @@ namespace {
 using Address = std::uintptr_t;
 using Shape = std::vector<std::int64_t>;
 using TypedAddress = std::tuple<Address, std::string, Shape>;
-
-struct CoreError : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-template <class T>
-T value_or_throw(Result<T> result) {
-  if (!result) throw CoreError(result.error().message);
-  return std::move(result.value());
-}
-
-void check(const Status& status) {
-  if (!status) throw CoreError(status.error().message);
-}
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
@@ -358,6 +345,20 @@ std::vector<std::pair<std::string, std::string>> parameters(const Program& progr
   return result;
 }
 
+// admission(key, name) -> whether to emit a kernel that the cache lacks. If it raises, the kernel
+// is left out.
+void admit(Engine& engine, const nb::object& admission) {
+  engine.kernels()->admit([admission](const ops::Kernel& kernel) {
+    nb::gil_scoped_acquire locked;
+    try {
+      return nb::cast<bool>(admission(kernel.key, kernel.name));
+    } catch (nb::python_error& error) {
+      error.discard_as_unraisable("the admission of a kernel");
+      return false;
+    }
+  });
+}
+
 nb::dict kernel_counters(const Engine& engine) {
   const ops::KernelCounters kernels = engine.kernels()->counters();
   nb::dict result;
@@ -366,38 +367,6 @@ nb::dict kernel_counters(const Engine& engine) {
   result["code_bytes"] = kernels.code_bytes;
   result["emit_seconds"] = kernels.emit_seconds;
   result["load_seconds"] = kernels.load_seconds;
-  return result;
-}
-
-nb::list cache_entries(const Engine& engine) {
-  nb::list result;
-  for (const cache::Listing& entry : engine.store().list()) {
-    nb::dict row;
-    row["file"] = entry.file;
-    row["name"] = entry.name;
-    row["key"] = entry.key_text;
-    row["bytes"] = entry.bytes;
-    row["code_bytes"] = entry.code_bytes;
-    row["modified"] = entry.modified;
-    row["current"] = entry.current;
-    row["isa"] = isa_mask_name(entry.required_isa);
-    row["problem"] = entry.problem;
-    result.append(row);
-  }
-  return result;
-}
-
-nb::dict cache_state(const Engine& engine) {
-  const cache::Counters counted = engine.store().counters();
-  nb::dict result;
-  result["directory"] = engine.store().directory();
-  result["problem"] = engine.store().problem();
-  result["writable"] = engine.store().mode() == cache::Mode::read_write;
-  result["hits"] = counted.hits;
-  result["misses"] = counted.misses;
-  result["writes"] = counted.writes;
-  result["write_failures"] = counted.write_failures;
-  result["rejects"] = counted.rejects;
   return result;
 }
 
@@ -460,6 +429,7 @@ nb::dict settings() {
   result["num_threads"] = set.num_threads;
   result["verbose"] = set.verbose;
   result["profile"] = set.profile;
+  result["run_dtype"] = set.run_dtype;
   result["onednn"] = set.fallback == Fallback::onednn;
   result["machine_profile"] = set.machine_profile;
   result["problems"] = set.problems;
@@ -524,6 +494,12 @@ void bind_program(nb::module_& module) {
   nb::class_<ops::WeightStore>(module, "WeightStore", nb::is_weak_referenceable(),
                                "Packed weights that programs share.")
       .def(nb::init<>())
+      .def(
+          "__init__",
+          [](ops::WeightStore* self, const std::string& fits, bool twelve_bits) {
+            new (self) ops::WeightStore(ops::AssumedValues{data_type(fits), twelve_bits});
+          },
+          "fits"_a, "twelve_bits"_a)
       .def("forget", [](ops::WeightStore& self, Address source) { self.forget(pointer(source)); })
       .def("release",
            [](ops::WeightStore& self, Address source) {
@@ -566,7 +542,13 @@ void bind_program(nb::module_& module) {
           "text"_a)
       .def("compile", &compile, "text"_a, "constants"_a, "weights"_a, "packed"_a = nb::none())
       .def("kernel_counters", &kernel_counters)
-      .def("cache_entries", &cache_entries)
+      .def("admit", &admit)
+      .def("kernel_keys",
+           [](const Engine& self) {
+             std::vector<std::string> keys;
+             for (const ops::Kernel& kernel : self.kernels()->kernels()) keys.push_back(kernel.key);
+             return keys;
+           })
       .def("cache_state", &cache_state)
       .def("choices", &choice_fields)
       .def("target", [](const Engine& self) { return target_fields(self.target()); });
@@ -581,6 +563,7 @@ NB_MODULE(_core, module) {
   nb::exception<CoreError>(module, "CoreError", PyExc_RuntimeError);
   bind_cache(module);
   bind_program(module);
+  bind_cache_files(module);
   module.def("variables", &variable_rows, "The table of environment variables.");
   module.def("settings", &settings, "What the environment variables say.");
   module.def("log_problems", &log_environment_problems);

@@ -123,8 +123,8 @@ std::vector<Variable> make_table() {
        [](Text v, E& e) { return read_bytes(v, e.cache_max_bytes); }},
       {"CACHE_CHECK", "0", "0, 1", "Emit every cached kernel again and compare the bytes.",
        [](Text v, E& e) { return read_flag(v, e.cache_check); }},
-      {"CACHE_PACK", "", "a file",
-       "A sealed pack, made by `tilewright prewarm`, read before CACHE_DIR.",
+      {"CACHE_PACK", "", "FILE or FILE@sha256:DIGEST, several separated by commas",
+       "Sealed packs, made by `tilewright prewarm --pack`, looked in before CACHE_DIR.",
        [](Text v, E& e) { return read_text(v, e.cache_pack); }},
       {"NUM_THREADS", "0", "0 to 4096", "Threads of a program; 0 follows torch.",
        [](Text v, E& e) { return read_integer(v, 0, 4096, e.num_threads); }},
@@ -173,6 +173,12 @@ std::vector<Variable> make_table() {
                                          {"exact", WeightMode::exact},
                                          {"plain", WeightMode::plain}},
                                         e.weights);
+       }},
+      {"RUN_DTYPE", "", "float32, bfloat16, float16",
+       "Set by `tilewright run`: the type that models get which the program loads.",
+       [](Text v, E& e) {
+         const bool known = v.empty() || v == "float32" || v == "bfloat16" || v == "float16";
+         return known && read_text(v, e.run_dtype);
        }},
       {"FP32", "auto", "auto, fma, amx", "Arithmetic of fp32 matrix products.",
        [](Text v, E& e) {

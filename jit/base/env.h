@@ -39,7 +39,7 @@ struct Environment {
   std::string cache_dir;  // empty: the user's cache directory
   std::uint64_t cache_max_bytes = 0;
   bool cache_check = false;
-  std::string cache_pack;  // empty: none
+  std::string cache_pack;  // names, as cache/pack.h splits them; empty: none
   int num_threads = 0;     // 0: as torch
   int verbose = 0;
   bool profile = false;  // VERBOSE=profile
@@ -53,6 +53,7 @@ struct Environment {
   WeightMode weights = WeightMode::automatic;
   Fp32Mode fp32 = Fp32Mode::automatic;
   std::string machine_profile;  // empty: the user's own; "off": none; else an absolute path
+  std::string run_dtype;  // empty: a model's own
 
   std::vector<std::string> problems;  // one line for each bad value
 };

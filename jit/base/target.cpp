@@ -248,6 +248,12 @@ Result<Target> Target::capped(std::string_view rung) const {
   return target;
 }
 
+Target Target::for_code() const {
+  Target target = *this;
+  if (has(Isa::avx512)) target.isa &= ~bit(Isa::avx_vnni);
+  return target;
+}
+
 Result<Target> Target::for_rung(std::string_view rung) {
   const Result<IsaMask> mask = ladder(rung);
   if (!mask) return mask.error();

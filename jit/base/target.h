@@ -70,6 +70,9 @@ struct Target {
   // host() capped by a rung; the rung may also be above the host's only for cross-target emission
   // (see for_rung).
   Result<Target> capped(std::string_view rung) const;
+  // The same without AVX-VNNI if it has AVX-512, whose code has no use for it: CPUs of one rung
+  // differ in it (AVX-512 without AVX-VNNI is common), and a kernel made for the rung serves all.
+  Target for_code() const;
   // A target that has exactly the rung's mask, host or not: for emission that will not be executed
   // (prewarm, tests).
   static Result<Target> for_rung(std::string_view rung);

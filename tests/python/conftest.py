@@ -41,6 +41,53 @@ def fresh_cache(tmp_path: Path) -> Path:
     return tmp_path / "kernel-cache"
 
 
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer of single characters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("model")
+    from tiny_models import tiny_llama
+
+    tiny_llama(3).save_pretrained(directory)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {chr(c): c - 30 for c in range(33, 127)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def command(fresh_cache: Path) -> Iterator[Command]:
+    """Runs the command tilewright in a new process with a cache of its own; checks its code."""
+
+    def run(*arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "tilewright.cli", *arguments],
+            env={
+                **os.environ,
+                "TILEWRIGHT_CACHE": "rw",
+                "TILEWRIGHT_CACHE_DIR": str(fresh_cache),
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    yield run
+
+
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

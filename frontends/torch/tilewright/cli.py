@@ -1,7 +1,8 @@
-"""The command `tilewright`: fill the kernel cache, look at it, generate, explain.
+"""The command `tilewright`: fill the kernel cache, look at it, run, generate, explain.
 
 Results go to stdout, everything else to stderr; progress shows on a terminal only. Every command
-takes --json. Exit codes: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong usage.
+takes --json, but for `run`. Exit codes: 0 done, 1 it could not be done or a check failed (the
+reason is on stderr), 2 wrong usage.
 
 Tested by tests/python/test_cli.py.
 """
@@ -10,13 +11,15 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+
+from tilewright import cli_cache, cli_run
+from tilewright.cli_output import DataType, Json, Model, err, fail, out, show
 
 app = typer.Typer(
     help="Tilewright: LLM inference on x86 CPUs through generated machine code.",
@@ -24,33 +27,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-cache_app = typer.Typer(help="The kernel cache on disk.", no_args_is_help=True)
-app.add_typer(cache_app, name="cache")
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Model = Annotated[str, typer.Argument(help="A directory or a name that transformers can load.")]
-DataType = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; the model's own if not given.")
-]
+app.add_typer(cli_cache.app, name="cache")
+app.command("prewarm")(cli_cache.prewarm)
+app.command("run", context_settings={"allow_interspersed_args": False})(cli_run.run)
 
 
 def main() -> None:
     app()
-
-
-def fail(reason: str) -> NoReturn:
-    err.print(f"tilewright: {reason}", style="red", markup=False)
-    raise typer.Exit(1)
-
-
-def show(data: Any, as_json: bool, text: Any) -> None:
-    if as_json:
-        print(json.dumps(data, indent=2))
-    else:
-        out.print(text)
 
 
 def load(name: str, dtype: str | None) -> tuple[Any, Any]:
@@ -76,70 +59,6 @@ def load(name: str, dtype: str | None) -> tuple[Any, Any]:
         return tilewright.llm.optimize(model.eval(), inplace=True), tokenizer
     except (OSError, ValueError, TypeError) as error:
         fail(str(error).splitlines()[0])
-
-
-@app.command()
-def prewarm(
-    model: Model,
-    dtype: DataType = None,
-    batch: Annotated[
-        str, typer.Option(help="Batch sizes, separated by commas; kernels serve every size.")
-    ] = "1",
-    max_seq_len: Annotated[
-        int, typer.Option(min=1, help="The longest sequence; kernels serve every length.")
-    ] = 2048,
-    isa: Annotated[
-        str, typer.Option(help="Another machine's instruction set, as avx2 or avx512_bf16.")
-    ] = "",
-    as_json: Json = False,
-) -> None:
-    """Fill the kernel cache for a model, so that no process has to emit its kernels."""
-    from tilewright import prewarm as prewarming
-    from tilewright.core import CoreError
-
-    if not all(part.strip().isdigit() and int(part) > 0 for part in batch.split(",")):
-        raise typer.BadParameter(f"'{batch}' is not a list of batch sizes")
-    optimized, _ = load(model, dtype)
-    start = time.perf_counter()
-    try:
-        with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
-            task = progress.add_task("kernels", total=None)
-            result = prewarming.prewarm(
-                optimized,
-                isa,
-                lambda done, total: progress.update(task, completed=done, total=total),
-            )
-    except (CoreError, prewarming.NotPrewarmedError) as error:
-        fail(str(error))
-    result["seconds"] = time.perf_counter() - start
-    text = (
-        f"{result['emitted']} kernels emitted, {result['loaded']} were there already, "
-        f"for {result['isa']}, in {result['seconds']:.2f} s: {result['directory']}"
-    )
-    show(result, as_json, text)
-
-
-@cache_app.command("ls")
-def cache_ls(as_json: Json = False) -> None:
-    """List the kernels in the cache."""
-    from tilewright import core
-
-    try:
-        engine = core.engine()
-    except core.CoreError as error:
-        fail(str(error))
-    entries, state = engine.cache_entries(), engine.cache_state()
-    if state["problem"]:
-        err.print(f"tilewright: {state['problem']}", markup=False)
-    table = Table(box=None, header_style="bold")
-    for column in ("kernel", "isa", "code", "made by"):
-        table.add_column(column, justify="right" if column == "code" else "left")
-    for entry in entries:
-        made = entry["problem"] or ("this build" if entry["current"] else "another build")
-        table.add_row(entry["name"], entry["isa"], str(entry["code_bytes"]), made)
-    total = sum(entry["bytes"] for entry in entries)
-    table.caption = f"{len(entries)} kernels, {total} bytes in {state['directory']}"
-    show({"directory": state["directory"], "entries": entries}, as_json, table)
 
 
 @app.command()
@@ -173,6 +92,8 @@ def env(as_json: Json = False) -> None:
         return
     out.print(f"\nmachine: {target.get('model_name', '')}: {target.get('isa', target)}")
     out.print(f"cache:   {cache.get('directory', '')} {cache.get('problem', '')}")
+    for pack in cache.get("packs", []):
+        out.print(f"pack:    {pack['problem'] or pack['name']}: {pack['kernels']} kernels")
     if choices:
         out.print(f"choices: {choices['source']} (of {choices['cpu']})", markup=False)
         table = Table(box=None, header_style="bold")

@@ -24,6 +24,7 @@ from tilewright import capture, core, torchscript
 from tilewright.backend import CompiledGraph, check_inputs, first_line
 from tilewright.dims import Dim
 from tilewright.graph_text import UnsupportedError
+from tilewright.lower import Lowered, lower
 from tilewright.outputs import storage_key
 
 MAX_PROGRAMS = 16  # per TorchScript module: one for each signature of shapes
@@ -89,16 +90,27 @@ class Optimized(nn.Module):
         if core.settings()["disable_all"]:
             raise UnsupportedError("TILEWRIGHT_DISABLE=1")
         core.engine()
-        captured = capture.trace(function, fakes, fake_mode)
-        names = dict(enumerate(tensors))
-        written = capture.written_placeholders(captured) & names.keys()
-        if written:
-            raise UnsupportedError(f"it writes its own {names[min(written)]}")
+        captured, names = _trace(function, fakes, fake_mode, tensors)
         values = [*tensors.values(), *inputs]
         graph = CompiledGraph(_Original(original, len(tensors)), values)
         graph.adopt(captured, values, names)
         self.graphs.append(graph)
         return graph
+
+
+def _trace(
+    function: Callable[..., Any],
+    fakes: Sequence[Any],
+    fake_mode: Any,
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[torch.fx.GraphModule, dict[int, str]]:
+    """The graph, and the names of its first placeholders, which are the constants `tensors`."""
+    captured = capture.trace(function, fakes, fake_mode)
+    names = dict(enumerate(tensors))
+    written = capture.written_placeholders(captured) & names.keys()
+    if written:
+        raise UnsupportedError(f"it writes its own {names[min(written)]}")
+    return captured, names
 
 
 def _refusal(inputs: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> str:
@@ -172,7 +184,9 @@ class OptimizedExport(Optimized):
             found[target] = self._program.constants[target] if value is None else value
         return found
 
-    def _build(self, flat: list[Any], tensors: dict[str, torch.Tensor]) -> CompiledGraph:
+    def _inputs(self) -> tuple[list[Any], Any]:
+        """Of the graph, lifted tensors first, as fakes; and their mode. UnsupportedError for what
+        no program of ours returns."""
         for spec in self._program.graph_signature.output_specs:
             if spec.kind != torch.export.graph_signature.OutputKind.USER_OUTPUT:
                 raise UnsupportedError(f"it has an output of kind {spec.kind.name}")
@@ -181,13 +195,27 @@ class OptimizedExport(Optimized):
         modes = [x.fake_mode for x in fakes if hasattr(x, "fake_mode")]
         if not modes:
             raise UnsupportedError("a program without tensors")
-        interpreter = torch.fx.Interpreter(self._program.graph_module)
-        shape_env = modes[0].shape_env
+        return fakes, modes[0]
+
+    def _run_graph(self, *values: Any) -> list[Any]:
+        return list(torch.fx.Interpreter(self._program.graph_module).run(*values))
+
+    def lowered(self) -> Lowered:
+        """What would be compiled, for prewarm: nothing is packed. Raises UnsupportedError."""
+        fakes, mode = self._inputs()
+        tensors = self._tensors()
+        captured, names = _trace(self._run_graph, fakes, mode, tensors)
+        values = [*tensors.values(), *fakes[len(tensors) :]]
+        return lower(captured, "graph", {i: (name, values[i]) for i, name in names.items()})
+
+    def _build(self, flat: list[Any], tensors: dict[str, torch.Tensor]) -> CompiledGraph:
+        fakes, mode = self._inputs()
+        shape_env = mode.shape_env
         before = len(shape_env.guards) if shape_env is not None else 0
         graph = self._compile(
-            lambda *values: list(interpreter.run(*values)),
+            self._run_graph,
             fakes,
-            modes[0],
+            mode,
             tensors,
             flat,
             lambda *values: pytree.tree_leaves(self._original_flat(values)),

@@ -154,7 +154,9 @@ def _kept_types(model: nn.Module) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def _target(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> Any:
+def parameter_type(
+    model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype | None
+) -> torch.dtype:
     """The type a parameter gets."""
     if dtype is None or not tensor.is_floating_point():
         return tensor.dtype
@@ -171,7 +173,9 @@ def _convert(model: nn.Module, dtype: torch.dtype | None) -> None:
     losses = Losses()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.data = losses.convert(parameter.data, _target(model, name, parameter, dtype))
+            parameter.data = losses.convert(
+                parameter.data, parameter_type(model, name, parameter, dtype)
+            )
     losses.report()
     _set_config_type(model, dtype)
 
@@ -181,7 +185,7 @@ def _copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     losses = Losses()
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
-        target = _target(model, name, parameter, dtype)
+        target = parameter_type(model, name, parameter, dtype)
         if target == parameter.dtype:
             memo[id(parameter)] = parameter
         else:
