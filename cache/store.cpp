@@ -14,8 +14,10 @@
 #include <ctime>
 #include <functional>
 #include <mutex>
+#include <new>
 
 #include "cache/trusted_file.h"
+#include "jit/base/fork_mutex.h"
 
 namespace tilewright::cache {
 namespace {
@@ -49,6 +51,14 @@ std::vector<std::string> names_in(int directory) {
   return names;
 }
 
+// A reason that there is no memory to count is not worth a failure.
+void count(std::map<std::string, std::uint64_t>& reasons, const std::string& reason) {
+  try {
+    ++reasons[reason];
+  } catch (const std::bad_alloc&) {
+  }
+}
+
 // Where an entry lives: a directory below objects/ and a file in it.
 struct Place {
   std::string shard, file;
@@ -67,20 +77,17 @@ struct Store::State {
   FileDescriptor root;  // invalid: the store always misses
   std::vector<std::shared_ptr<const Pack>> packs;
 
-  mutable std::mutex mutex;  // guards what follows
+  mutable ForkMutex mutex;  // guards what follows
   Counters counters;
   bool sized = false;                    // total_bytes was measured
   std::uint64_t total_bytes = 0;         // of all entries, as far as we know
   std::uint64_t written_since_scan = 0;  // by us; others write too, so measure now and then
 
-  void reject(const std::string& reason) {
+  // reason: why the file that is there was not used; "" if there is none.
+  void miss(const std::string& reason) {
     const std::lock_guard lock(mutex);
     ++counters.misses;
-    ++counters.rejects[reason];
-  }
-  void miss() {
-    const std::lock_guard lock(mutex);
-    ++counters.misses;
+    if (!reason.empty()) count(counters.rejects, reason);
   }
 
   std::optional<Entry> load_from_packs(std::string_view key_text, IsaMask host_isa) {
@@ -130,14 +137,16 @@ struct Store::State {
     return total;
   }
 
-  void discard(int shard, const std::string& name, const TrustedFile& file);
-  void touch(int shard, const std::string& name, const TrustedFile& file);
+  Result<Entry> read(std::string_view key_text, IsaMask host_isa) const;
+  Status write(const Entry& entry);
+  void discard(int shard, const std::string& name, const TrustedFile& file) const;
+  void touch(int shard, const std::string& name, const TrustedFile& file) const;
   void make_room(std::uint64_t bytes);
   std::uint64_t remove_oldest(std::uint64_t limit) const;
 };
 
 // Removes a corrupt file of ours, unless another process has replaced it meanwhile.
-void Store::State::discard(int shard, const std::string& name, const TrustedFile& file) {
+void Store::State::discard(int shard, const std::string& name, const TrustedFile& file) const {
   if (mode != Mode::read_write || !file.own) return;
   struct stat status;
   if (fstatat(shard, name.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0) return;
@@ -145,7 +154,7 @@ void Store::State::discard(int shard, const std::string& name, const TrustedFile
 }
 
 // Pruning removes the oldest; a used entry is made young at most once a day, to spare the disk.
-void Store::State::touch(int shard, const std::string& name, const TrustedFile& file) {
+void Store::State::touch(int shard, const std::string& name, const TrustedFile& file) const {
   if (mode != Mode::read_write || !file.own || std::time(nullptr) - file.modified < kDay) return;
   const timespec now[2] = {{0, UTIME_OMIT}, {0, UTIME_NOW}};
   utimensat(shard, name.c_str(), now, AT_SYMLINK_NOFOLLOW);
@@ -191,55 +200,85 @@ Status Store::add_pack(std::shared_ptr<const Pack> pack) {
   return {};
 }
 
-std::optional<Entry> Store::load(std::string_view key_text, IsaMask host_isa) {
-  if (std::optional<Entry> entry = state_->load_from_packs(key_text, host_isa)) return entry;
-  if (!state_->root.valid()) {
-    state_->miss();
-    return std::nullopt;
-  }
-  const auto rejected = [&](const std::string& reason) {
-    state_->reject(reason);
-    return std::nullopt;
-  };
-  const Place place = place_of(key_name(state_->generator, key_text));
+// Error: why the file is not used, "" if there is none.
+Result<Entry> Store::State::read(std::string_view key_text, IsaMask host_isa) const {
+  if (!root.valid()) return Error{};
+  const Place place = place_of(key_name(generator, key_text));
   bool absent = false;
-  const Result<FileDescriptor> shard = state_->open_shard(place.shard, &absent);
-  if (!shard && !absent) return rejected(shard.error().message);
-  Result<TrustedFile> file = Error{};
-  if (shard) file = read_trusted_file(shard->get(), place.file, kEntryMaxBytes, &absent);
-  if (absent) {
-    state_->miss();
-    return std::nullopt;
-  }
-  if (!file) return rejected(file.error().message);
+  const Result<FileDescriptor> shard = open_shard(place.shard, &absent);
+  if (!shard) return absent ? Error{} : shard.error();
+  const Result<TrustedFile> file =
+      read_trusted_file(shard->get(), place.file, kEntryMaxBytes, &absent);
+  if (!file) return absent ? Error{} : file.error();
 
   Result<DecodedEntry> decoded = decode(file->bytes);
   if (!decoded) {
-    state_->discard(shard->get(), place.file, *file);
-    return rejected(decoded.error().message);
+    discard(shard->get(), place.file, *file);
+    return decoded.error();
   }
-  if (decoded->generator != state_->generator || decoded->entry.key_text != key_text) {
-    return rejected("other key");
+  // Under this name, no other key can be right: the file was renamed or copied.
+  if (decoded->generator != generator || decoded->entry.key_text != key_text) {
+    discard(shard->get(), place.file, *file);
+    return Error{"other key"};
   }
-  if ((decoded->entry.required_isa & ~host_isa) != 0) return rejected("needs another CPU");
-  state_->touch(shard->get(), place.file, *file);
-  const std::lock_guard lock(state_->mutex);
-  ++state_->counters.hits;
+  if ((decoded->entry.required_isa & ~host_isa) != 0) return Error{"needs another CPU"};
+  touch(shard->get(), place.file, *file);
   return std::move(decoded->entry);
+}
+
+Status Store::State::write(const Entry& entry) {
+  const Result<std::vector<std::byte>> bytes = encode(entry, generator);
+  if (!bytes) return bytes.error();
+  if (max_bytes != 0 && bytes->size() > max_bytes) return Error{"larger than the cache"};
+  make_room(bytes->size());
+  const Place place = place_of(key_name(generator, entry.key_text));
+  const Result<FileDescriptor> shard = make_shard(place.shard);
+  if (!shard) return shard.error();
+  return publish_file(shard->get(), place.file, *bytes);
+}
+
+// Memory that the system refuses costs an entry, never the program.
+std::optional<Entry> Store::load(std::string_view key_text, IsaMask host_isa) {
+  std::string reason;
+  try {
+    if (std::optional<Entry> entry = state_->load_from_packs(key_text, host_isa)) return entry;
+    Result<Entry> entry = state_->read(key_text, host_isa);
+    if (entry) {
+      const std::lock_guard lock(state_->mutex);
+      ++state_->counters.hits;
+      return std::move(*entry);
+    }
+    reason = entry.error().message;
+  } catch (const std::bad_alloc&) {
+    reason = "out of memory";
+  }
+  state_->miss(reason);
+  return std::nullopt;
 }
 
 void Store::save(const Entry& entry) {
   if (!state_->root.valid() || state_->mode != Mode::read_write) return;
-  const Result<std::vector<std::byte>> bytes = encode(entry, state_->generator);
-  const Place place = place_of(key_name(state_->generator, entry.key_text));
-  bool written = false;
-  if (bytes && (state_->max_bytes == 0 || bytes->size() <= state_->max_bytes)) {
-    state_->make_room(bytes->size());
-    const Result<FileDescriptor> shard = state_->make_shard(place.shard);
-    written = shard.ok() && publish_file(shard->get(), place.file, *bytes).ok();
+  std::string reason;
+  try {
+    if (const Status written = state_->write(entry); !written) reason = written.error().message;
+  } catch (const std::bad_alloc&) {
+    reason = "out of memory";
   }
   const std::lock_guard lock(state_->mutex);
-  ++(written ? state_->counters.writes : state_->counters.write_failures);
+  if (reason.empty()) {
+    ++state_->counters.writes;
+  } else {
+    ++state_->counters.write_failures;
+    count(state_->counters.write_problems, reason);
+  }
+}
+
+void Store::remove(std::string_view key_text) {
+  if (!state_->root.valid() || state_->mode != Mode::read_write) return;
+  const Place place = place_of(key_name(state_->generator, key_text));
+  bool absent = false;
+  const Result<FileDescriptor> shard = state_->open_shard(place.shard, &absent);
+  if (shard) unlinkat(shard->get(), place.file.c_str(), 0);
 }
 
 // The total is measured before the first write and again when we have written a sixteenth of the

@@ -10,8 +10,8 @@
 //
 // Nothing here fails: whatever goes wrong is a miss, counted with its reason.
 //
-// Thread-safe, and any number of processes may share a directory. Tested by cache_test and
-// cache_trust_test.
+// Thread-safe, usable in a child after fork(), and any number of processes may share a directory.
+// Tested by cache_test, cache_trust_test, cache_mutation_test and cache_fault_test.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,8 @@ struct Counters {
   std::uint64_t hits = 0;       // of packs, too
   std::uint64_t pack_hits = 0;  // of these
   std::uint64_t misses = 0, writes = 0, write_failures = 0;
-  std::map<std::string, std::uint64_t> rejects;  // a file was there but not used, by reason
+  std::map<std::string, std::uint64_t> rejects;         // a file was there but not used, by reason
+  std::map<std::string, std::uint64_t> write_problems;  // why write_failures
 };
 
 // One file of the cache, verified.
@@ -68,6 +69,8 @@ class Store {
   std::optional<Entry> load(std::string_view key_text, IsaMask host_isa);
   // Keeps an entry for later processes. An entry that is there already stays as it is.
   void save(const Entry& entry);
+  // Removes the entry of this key, which was found to be wrong.
+  void remove(std::string_view key_text);
 
   std::vector<Listing> list() const;  // in order of file name
   // Removes the oldest entries until the rest fits, and what killed writers left behind. Returns

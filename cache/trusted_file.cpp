@@ -25,9 +25,10 @@ class BlockFileSizeSignal {
   BlockFileSizeSignal() {
     sigemptyset(&signal_);
     sigaddset(&signal_, SIGXFSZ);
-    pthread_sigmask(SIG_BLOCK, &signal_, &before_);
+    blocked_ = pthread_sigmask(SIG_BLOCK, &signal_, &before_) == 0;
   }
   ~BlockFileSizeSignal() {
+    if (!blocked_) return;
     // The signal that the write left pending goes to this thread; take it before unblocking.
     if (sigismember(&before_, SIGXFSZ) == 0) {
       const timespec now = {};
@@ -41,6 +42,7 @@ class BlockFileSizeSignal {
 
  private:
   sigset_t signal_, before_;
+  bool blocked_ = false;
 };
 
 // Why a file of this owner and mode must not be used, or nullptr.
@@ -59,7 +61,7 @@ Status write_all(int file, std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     const ssize_t count = write(file, bytes.data(), bytes.size());
     if (count < 0 && errno == EINTR) continue;
-    if (count < 0) return Error{system_reason("write")};
+    if (count <= 0) return Error{system_reason("write")};
     bytes = bytes.subspan(static_cast<std::size_t>(count));
   }
   return {};

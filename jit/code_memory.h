@@ -10,10 +10,10 @@
 #pragma once
 
 #include <cstddef>
-#include <mutex>
 #include <span>
 #include <vector>
 
+#include "jit/base/fork_mutex.h"
 #include "jit/base/result.h"
 #include "jit/emit.h"
 
@@ -35,7 +35,7 @@ class CodeMemory {
     void* address;
     std::size_t size;
   };
-  std::mutex mutex_;  // guards slabs_; no other lock is taken while it is held
+  ForkMutex mutex_;  // guards slabs_; no other lock is taken while it is held
   std::vector<Slab> slabs_;
 };
 

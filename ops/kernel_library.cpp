@@ -35,25 +35,44 @@ const Kernel* KernelLibrary::request(const std::string& specification,
                                      std::function<jit::vir::Function()> build) {
   std::string key = fmt::format("{}\nisa {}\n", specification, isa_mask_name(target_.isa));
   std::lock_guard lock(mutex_);
-  if (auto found = kernels_.find(key); found != kernels_.end()) return found->second.get();
+  const std::thread::id requester = std::this_thread::get_id();
+  if (auto found = kernels_.find(key); found != kernels_.end()) {
+    for (Pending& item : pending_) {
+      if (item.kernel == found->second.get()) item.requesters.push_back(requester);
+    }
+    return found->second.get();
+  }
   auto kernel = std::make_unique<Kernel>();
   kernel->key = key;
   kernel->name = name_of(specification);
   Kernel* stable = kernel.get();
   kernels_.emplace(std::move(key), std::move(kernel));
   order_.push_back(stable);
-  pending_.push_back({stable, std::move(build)});
+  pending_.push_back({stable, std::move(build), {requester}});
   return stable;
 }
 
 Status KernelLibrary::flush() {
-  std::lock_guard lock(mutex_);
-  if (pending_.empty()) return {};
+  std::vector<std::string> warnings;
+  std::string problem;
+  {
+    const std::lock_guard lock(mutex_);
+    flush_pending(warnings);
+    if (const auto told = problems_.find(std::this_thread::get_id()); told != problems_.end()) {
+      problem = std::move(told->second);
+      problems_.erase(told);
+    }
+  }
+  // A sink may take Python's lock, whose holder may be waiting for ours.
+  for (const std::string& warning : warnings) log_warning(warning);
+  return problem.empty() ? Status() : Status(Error{problem});
+}
+
+void KernelLibrary::flush_pending(std::vector<std::string>& warnings) {
   std::vector<Pending> pending = std::exchange(pending_, {});
   std::vector<cache::Entry> entries;
-  std::vector<Kernel*> ready;
-  std::string problem;
-  for (Pending& item : pending) {
+  std::vector<const Pending*> ready;
+  for (const Pending& item : pending) {
     auto start = std::chrono::steady_clock::now();
     std::optional<cache::Entry> entry = store_->load(item.kernel->key, target_.isa);
     item.kernel->loaded = entry.has_value();
@@ -67,16 +86,17 @@ Status KernelLibrary::flush() {
       Result<cache::Entry> fresh =
           emit_entry(item.kernel->key, item.kernel->name, item.build(), target_);
       if (!fresh) {
-        problem += (problem.empty() ? "" : "; ") + fresh.error().message;
-        abandon(item.kernel);
+        abandon(item, fresh.error().message);
         continue;
       }
       if (entry && entry->code != fresh->code) {
-        log_warning(fmt::format(
+        warnings.push_back(fmt::format(
             "cache check: {} differs from what this generator emits; using the fresh code",
             item.kernel->name));
         entry.reset();
+        store_->remove(item.kernel->key);
         counters_.loaded -= 1;
+        counters_.check_failures += 1;
       }
       if (!entry) {
         counters_.emitted += 1;
@@ -90,25 +110,29 @@ Status KernelLibrary::flush() {
     item.kernel->required_isa = entry->required_isa;
     counters_.code_bytes += entry->code.size();
     entries.push_back(std::move(*entry));
-    ready.push_back(item.kernel);
+    ready.push_back(&item);
   }
   std::vector<std::span<const std::byte>> codes;
   for (const cache::Entry& entry : entries) codes.emplace_back(entry.code);
   Result<std::vector<jit::KernelFunction>> functions = memory_.publish(codes);
   if (!functions) {
-    for (Kernel* kernel : ready) abandon(kernel);
-    return functions.error();
+    for (const Pending* item : ready) abandon(*item, functions.error().message);
+    return;
   }
-  for (std::size_t i = 0; i < ready.size(); ++i) ready[i]->function = (*functions)[i];
-  return problem.empty() ? Status() : Status(Error{problem});
+  for (std::size_t i = 0; i < ready.size(); ++i) ready[i]->kernel->function = (*functions)[i];
 }
 
-// Asked for again, it is tried again; who holds the pointer keeps a kernel without a function.
-void KernelLibrary::abandon(Kernel* kernel) {
-  auto found = kernels_.find(kernel->key);
+// Asked for again, it is tried again; who holds the pointer keeps a kernel without a function, and
+// learns of it from flush().
+void KernelLibrary::abandon(const Pending& item, const std::string& problem) {
+  for (std::thread::id requester : item.requesters) {
+    std::string& told = problems_[requester];
+    if (told.find(problem) == std::string::npos) told += (told.empty() ? "" : "; ") + problem;
+  }
+  auto found = kernels_.find(item.kernel->key);
   abandoned_.push_back(std::move(found->second));
   kernels_.erase(found);
-  std::erase(order_, kernel);
+  std::erase(order_, item.kernel);
 }
 
 KernelCounters KernelLibrary::counters() const {

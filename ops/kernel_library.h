@@ -5,7 +5,8 @@
 // the generator's hash. request() only notes what is needed; flush() loads or emits all of it and
 // publishes it in one slab of executable memory.
 //
-// Thread-safe. Tested by kernel_library_test.
+// Thread-safe, and usable in a child after fork(). Tested by kernel_library_test and
+// kernel_library_fault_test.
 #pragma once
 
 #include <bit>
@@ -13,11 +14,12 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cache/store.h"
+#include "jit/base/fork_mutex.h"
 #include "jit/base/result.h"
 #include "jit/base/target.h"
 #include "jit/code_memory.h"
@@ -38,6 +40,7 @@ inline std::int64_t argument(const void* address) { return std::bit_cast<std::in
 
 struct KernelCounters {
   std::uint64_t emitted = 0, loaded = 0, code_bytes = 0;
+  std::uint64_t check_failures = 0;  // loaded code that was not what is emitted now
   double emit_seconds = 0, load_seconds = 0;
 };
 
@@ -60,7 +63,8 @@ class KernelLibrary {
   // stable. build is called at most once, in flush(), and only if the cache has no such kernel.
   const Kernel* request(const std::string& specification,
                         std::function<jit::vir::Function()> build);
-  // Error: a kernel that could not be emitted or published, and why; the others are there.
+  // Error: a kernel that this thread requested could not be emitted or published, by this call or
+  // by that of another thread, and why; the others are there.
   Status flush();
 
   KernelCounters counters() const;
@@ -70,20 +74,24 @@ class KernelLibrary {
   struct Pending {
     Kernel* kernel;
     std::function<jit::vir::Function()> build;
+    std::vector<std::thread::id> requesters;
   };
 
-  void abandon(Kernel* kernel);
+  // These hold the mutex.
+  void flush_pending(std::vector<std::string>& warnings);
+  void abandon(const Pending& item, const std::string& problem);
 
   Target target_;
   std::shared_ptr<cache::Store> store_;
   bool check_cache_;
   std::function<void(const cache::Entry&)> observer_;
   std::function<bool(const Kernel&)> admission_;
-  mutable std::mutex mutex_;
+  mutable ForkMutex mutex_;
   std::map<std::string, std::unique_ptr<Kernel>, std::less<>> kernels_;
   std::vector<std::unique_ptr<Kernel>> abandoned_;
   std::vector<Kernel*> order_;
   std::vector<Pending> pending_;
+  std::map<std::thread::id, std::string> problems_;  // not yet told to these threads
   jit::CodeMemory memory_;
   KernelCounters counters_;
 };

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "graph/type.h"
+#include "jit/base/fork_mutex.h"
 #include "jit/base/result.h"
 #include "ops/gemm/pack.h"
 #include "ops/weight_memory.h"
@@ -92,7 +93,7 @@ class WeightStore {
   PackedForm assumed_form(const Item& item, bool twelve_bits) const;
 
   const std::optional<AssumedValues> assumed_;
-  mutable std::mutex mutex_;
+  mutable ForkMutex mutex_;
   WeightMemory memory_;
   std::vector<Item> items_;
   std::uintptr_t last_token_ = 0, trimmed_token_ = 0;

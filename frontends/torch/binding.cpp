@@ -367,6 +367,7 @@ nb::dict kernel_counters(const Engine& engine) {
   result["code_bytes"] = kernels.code_bytes;
   result["emit_seconds"] = kernels.emit_seconds;
   result["load_seconds"] = kernels.load_seconds;
+  result["check_failures"] = kernels.check_failures;
   return result;
 }
 

@@ -196,6 +196,7 @@ nb::dict cache_state(const ops::Engine& engine) {
   result["writes"] = counted.writes;
   result["write_failures"] = counted.write_failures;
   result["rejects"] = counted.rejects;
+  result["write_problems"] = counted.write_problems;
   return result;
 }
 

@@ -10,6 +10,8 @@
 #include <mutex>
 #include <utility>
 
+#include "jit/base/fork_mutex.h"
+
 namespace tilewright {
 
 // A number whose object is gone finds nothing.
@@ -32,7 +34,7 @@ class Handles {
   }
 
  private:
-  mutable std::mutex mutex_;
+  mutable ForkMutex mutex_;
   std::int64_t last_ = 0;
   std::map<std::int64_t, std::weak_ptr<T>> objects_;
 };

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "jit/base/env.h"
+#include "jit/base/fork_mutex.h"
 
 namespace tilewright {
 namespace {
@@ -21,7 +22,7 @@ void write_to_stderr(LogLevel, std::string_view message) {
 }
 
 struct Log {
-  std::mutex mutex;
+  ForkMutex mutex;
   std::shared_ptr<const LogSink> sink = std::make_shared<const LogSink>(write_to_stderr);
   std::atomic<int> level{environment().verbose};
 };
