@@ -87,6 +87,9 @@ def test_verify_finds_damage(command, places: list[str]) -> None:
     done = command("cache", "verify", directory, "--json", code=1)
     bad = json.loads(done.stdout)["bad"]
     assert [e["problem"] for e in bad] == ["wrong digest"] and victim.name in done.stderr
+    listed = command("cache", "ls", "--at", directory, "--json").stdout
+    assert json.loads(listed)["rejects"] == {"wrong digest": 1}
+    assert "not used: wrong digest (1)" in command("cache", "ls", "--at", directory).stdout
 
     Path(pack).chmod(0o644)
     damaged = bytearray(Path(pack).read_bytes())

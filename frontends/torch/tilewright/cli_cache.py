@@ -8,6 +8,7 @@ Tested by tests/python/test_prewarm.py, tests/python/test_cache_commands.py.
 
 from __future__ import annotations
 
+import collections
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,7 +183,11 @@ def ls(at: Place = "", as_json: Json = False) -> None:
         table.add_row(entry["id"][:12], entry["name"], entry["isa"], str(entry["code_bytes"]), made)
     total = sum(entry["bytes"] for entry in entries)
     table.caption = f"{len(entries)} kernels, {total} bytes in {place}"
-    show({"directory": place, "entries": entries}, as_json, table)
+    rejects = dict(collections.Counter(e["problem"] for e in entries if e["problem"]))
+    if rejects:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(rejects.items()))
+        table.caption += f"\nnot used: {reasons}"
+    show({"directory": place, "rejects": rejects, "entries": entries}, as_json, table)
 
 
 def chosen(entries: list[dict[str, Any]], key: str) -> dict[str, Any]:
