@@ -4,7 +4,7 @@ The tests of the cache, at full size (CAMPAIGN is set, see tests/fault_count.h),
 under ThreadSanitizer and the readers of files under libFuzzer. Each is one row: how many cases, how
 many went wrong. Rows are merged into perf/results/campaign-cache.json.
 
-    ./dev campaign cache                     everything: about 20 minutes on 2 cores
+    ./dev campaign cache                     everything
     ./dev campaign cache mutation fuzz       some parts
     ./dev campaign cache --summary           the recorded rows as a table, nothing runs
 
