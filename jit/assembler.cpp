@@ -43,6 +43,7 @@ class PlainBuffer {
 Xbyak::Reg64 reg64(Gpr a) { return Xbyak::Reg64(a.id); }
 Xbyak::Reg32 reg32(Gpr a) { return Xbyak::Reg32(a.id); }
 Xbyak::Opmask opmask(Opmask k) { return Xbyak::Opmask(k.id); }
+Xbyak::Tmm tmm(Tile a) { return Xbyak::Tmm(a.id); }
 
 // Xbyak's instruction methods take `const Xmm&` or `const Ymm&` and look at the kind inside, so the
 // static type Ymm stands for every width.
@@ -457,6 +458,33 @@ void Assembler::korw(Opmask d, Opmask a, Opmask b) {
 void Assembler::kandnw(Opmask d, Opmask a, Opmask b) {
   require(Isa::avx512, {});
   generator_->kandnw(opmask(d), opmask(a), opmask(b));
+}
+
+// --- tiles
+
+void Assembler::ldtilecfg(const Memory& a) {
+  require(Isa::amx_bf16, {});
+  generator_->ldtilecfg(generator_->address(a));
+}
+void Assembler::sttilecfg(const Memory& d) {
+  require(Isa::amx_bf16, {});
+  generator_->sttilecfg(generator_->address(d));
+}
+void Assembler::tilezero(Tile d) {
+  require(Isa::amx_bf16, {});
+  generator_->tilezero(tmm(d));
+}
+void Assembler::tileloadd(Tile d, const Memory& a) {
+  require(Isa::amx_bf16, {});
+  generator_->tileloadd(tmm(d), generator_->address(a));
+}
+void Assembler::tilestored(const Memory& d, Tile a) {
+  require(Isa::amx_bf16, {});
+  generator_->tilestored(generator_->address(d), tmm(a));
+}
+void Assembler::tdpbf16ps(Tile d, Tile a, Tile b) {
+  require(Isa::amx_bf16, {});
+  generator_->tdpbf16ps(tmm(d), tmm(a), tmm(b));
 }
 
 }  // namespace tilewright::jit

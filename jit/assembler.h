@@ -37,6 +37,9 @@ struct Vec {
 struct Opmask {
   int id = -1;
 };
+struct Tile {
+  int id = -1;
+};
 
 constexpr Gpr rax{0}, rcx{1}, rdx{2}, rbx{3}, rsp{4}, rbp{5}, rsi{6}, rdi{7};
 constexpr Gpr r8{8}, r9{9}, r10{10}, r11{11}, r12{12}, r13{13}, r14{14}, r15{15};
@@ -180,6 +183,14 @@ class Assembler {
   void kandw(Opmask d, Opmask a, Opmask b);
   void korw(Opmask d, Opmask a, Opmask b);
   void kandnw(Opmask d, Opmask a, Opmask b);  // ~a & b
+
+  // Tiles: amx_bf16. The index of a tile's memory operand is the stride of its rows.
+  void ldtilecfg(const Memory& a);
+  void sttilecfg(const Memory& d);
+  void tilezero(Tile d);
+  void tileloadd(Tile d, const Memory& a);
+  void tilestored(const Memory& d, Tile a);
+  void tdpbf16ps(Tile d, Tile a, Tile b);
 
  private:
   class Generator;

@@ -26,6 +26,8 @@ namespace tilewright::jit::emission {
 // Never allocated: within one op it belongs to the op's function.
 inline constexpr Gpr kScratch = rax;
 
+inline constexpr int kTiles = 8;
+
 // One instruction with physical operands; spilled ones are loaded already.
 struct Site {
   Assembler& as;
@@ -52,6 +54,8 @@ struct Site {
   Vec temp() const { return {temporary[0], 32 * lanes}; }
   Opmask kd() const { return {destination}; }
   Opmask k(int i) const { return {source[static_cast<std::size_t>(i)]}; }
+  Tile td() const { return {destination}; }
+  Tile t(int i) const { return {source[static_cast<std::size_t>(i)]}; }
 };
 
 // Vector registers that an instruction overwrites besides its destination.

@@ -48,6 +48,7 @@ vir::RegisterFile register_file(int lanes) {
   for (Gpr gpr : kGprs) file.gpr.push_back(gpr.id);
   file.vec = numbers(0, lanes == 16 ? 32 : 16);
   if (lanes == 16) file.mask = numbers(1, 7);  // k0 means "no mask" as an operand
+  file.tile = numbers(0, kTiles);
   return file;
 }
 
@@ -68,6 +69,9 @@ Status check_target(const vir::Function& function, const Target& target) {
   if (function.lanes == 16 && !target.has(Isa::avx512)) return missing("lanes=16", Isa::avx512);
   const bool dots = std::any_of(function.code.begin(), function.code.end(),
                                 [](const Instruction& in) { return in.op == Op::vdpbf16; });
+  if (function.tile_count > 0 && !target.has(Isa::amx_bf16)) {
+    return missing("tiles", Isa::amx_bf16);
+  }
   if (dots && !target.has(Isa::avx512_bf16)) return missing("vdpbf16", Isa::avx512_bf16);
   return {};
 }
@@ -253,6 +257,9 @@ Result<CodeObject> emit_with(const vir::Function& function, const Target& target
   if (Status status = vir::verify(function); !status.ok()) return status.error();
   if (Status status = check_target(function, target); !status.ok()) return status.error();
   const vir::Allocation allocation = allocate_registers(function);
+  if (allocation.tile_spills > 0) {
+    return Error{fmt::format("emit {}: it needs more than {} tiles", function.name, kTiles)};
+  }
   Result<Assembler::Code> code =
       assemble([&](Assembler& as) { FunctionWriter(as, function, allocation).write(); });
   if (!code.ok()) return Error{fmt::format("emit {}: {}", function.name, code.error().message)};

@@ -16,6 +16,7 @@
 #include <string>
 
 #include "graph/graph.h"
+#include "jit/base/env.h"
 #include "jit/base/result.h"
 #include "jit/base/target.h"
 #include "ops/choices.h"
@@ -34,6 +35,7 @@ struct CompileOptions {
   bool exact_weights = true;     // fp32 weights whose values fit 16 bits are stored in 16 bits
   bool fallback_onednn = false;  // try oneDNN before the front end's fallback
   bool profile = false;          // measure each step (RegionTime)
+  Fp32Mode fp32 = Fp32Mode::automatic;  // what multiplies fp32 (ops/gemm/arithmetic.h)
 };
 
 // constants: every `const` source named by the graph; the memory must stay valid and unchanged

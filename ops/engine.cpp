@@ -96,6 +96,7 @@ Result<Program> Engine::compile(const std::string& text,
     options.choices.twelve_bits_from = CompileOptions::kNever;
   }
   options.profile = settings.profile;
+  options.fp32 = settings.fp32;
   options.fallback_onednn = settings.fallback == Fallback::onednn;
   return ops::compile(*graph, constants, target_, options, kernels_, std::move(weights), packed);
 }

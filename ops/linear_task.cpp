@@ -7,11 +7,14 @@
 #include <bit>
 #include <cstring>
 
+#include "ops/gemm/arithmetic.h"
 #include "ops/rope_kernel.h"
 #include "ops/threads.h"
 
 namespace tilewright::ops {
 namespace {
+
+using graph::DataType;
 
 std::int64_t padded_bytes(std::int64_t columns, graph::DataType type) {
   return (columns * graph::size_in_bytes(type) + 63) / 64 * 64;
@@ -21,40 +24,78 @@ std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Of packed x: f32.
-std::int64_t stretch_bytes() { return partial_sum_length() * 4; }
+// Of packed x.
+std::int64_t stretch_bytes(const LinearKernel& spec) {
+  return partial_sum_length() * size_in_bytes(input_type(spec));
+}
 
-// All rows, one thread's panels.
+// Pairs of k need both: a row of an odd k ends with a zero.
+bool is_padded(const LinearKernel& spec) {
+  return spec.arithmetic == Arithmetic::dot && spec.k % 2 != 0;
+}
+
+// Of a gathered row of x.
+std::int64_t row_bytes(const LinearKernel& spec) {
+  return padded_bytes(spec.k + (is_padded(spec) ? 1 : 0), input_type(spec));
+}
+
+// Of scratch, for rows by vectors.
+std::int64_t vector_scratch_bytes(const LinearTask& task, std::int64_t rows) {
+  const std::int64_t stretches = round_up(task.spec.k, partial_sum_length()) / partial_sum_length();
+  const std::int64_t x_bytes = packs(task, rows) ? stretches * stretch_bytes(task.spec) : 0;
+  return chunk_rows(task, rows) * (kPartialSumsBytesPerRow + x_bytes) + unpacked_bytes();
+}
+
+void put_zero(char* to) { std::memset(to, 0, sizeof(std::uint16_t)); }
+
+// Where rows of x, y and the residual begin.
+struct RowPlaces {
+  const char* x;
+  char* y;
+  const char* residual = nullptr;
+  std::int64_t x_stride, y_stride, residual_stride = 0;  // bytes
+
+  RowPlaces(const LinearTask& task, const Frame& frame)
+      : x(task.x.address(frame)),
+        y(task.y.address(frame)),
+        x_stride(frame.dim(task.x_stride) * task.x.element_bytes),
+        y_stride(frame.dim(task.y_stride) * task.y.element_bytes) {
+    if (!task.spec.epilogue.residual) return;
+    residual = task.residual.address(frame);
+    residual_stride = frame.dim(task.residual_stride) * task.residual.element_bytes;
+  }
+
+  RowPlaces from(std::int64_t row) const {
+    RowPlaces places = *this;
+    places.x += row * x_stride;
+    places.y += row * y_stride;
+    places.residual += row * residual_stride;
+    return places;
+  }
+};
+
+// Rows from `places` on, one thread's panels, by vectors.
 class LinearRun {
  public:
-  LinearRun(const LinearTask& task, const Frame& frame, int thread, WorkRange panels)
-      : task_(task),
-        panels_(panels),
-        x_(task.x.address(frame)),
-        y_(task.y.address(frame)),
-        x_stride_(frame.dim(task.x_stride) * task.x.element_bytes),
-        y_stride_(frame.dim(task.y_stride) * task.y.element_bytes) {
-    const std::int64_t rows = frame.dim(task.rows);
+  LinearRun(const LinearTask& task, const Frame& frame, int thread, WorkRange panels,
+            const RowPlaces& places, std::int64_t rows)
+      : task_(task), panels_(panels), places_(places), rows_(rows) {
     char* scratch = frame.scratch[static_cast<std::size_t>(thread)];
     packed_ = scratch + chunk_rows(task, rows) * kPartialSumsBytesPerRow;
     arguments_[LinearArgs::partial_sums] = argument(scratch);
     arguments_[LinearArgs::weight] = argument(task.weight->data.get());
     arguments_[LinearArgs::unpacked] =
-        argument(scratch + scratch_bytes(task, rows) - unpacked_bytes());
-    arguments_[LinearArgs::y_row_stride] = y_stride_;
+        argument(scratch + vector_scratch_bytes(task, rows) - unpacked_bytes());
+    arguments_[LinearArgs::y_row_stride] = places.y_stride;
+    arguments_[LinearArgs::residual_row_stride] = places.residual_stride;
     if (task.spec.epilogue.bias) arguments_[LinearArgs::bias] = argument(task.bias.address(frame));
-    if (task.spec.epilogue.residual) {
-      residual_ = task.residual.address(frame);
-      residual_stride_ = frame.dim(task.residual_stride) * task.residual.element_bytes;
-      arguments_[LinearArgs::residual_row_stride] = residual_stride_;
-    }
   }
 
-  void run(std::int64_t rows) {
-    const std::int64_t chunk = chunk_rows(task_, rows);
-    const bool pack = packs(task_, rows);
-    for (std::int64_t first = 0; first < rows; first += chunk) {
-      run_chunk(first, std::min(chunk, rows - first), pack);
+  void run() {
+    const std::int64_t chunk = chunk_rows(task_, rows_);
+    const bool pack = packs(task_, rows_);
+    for (std::int64_t first = 0; first < rows_; first += chunk) {
+      run_chunk(first, std::min(chunk, rows_ - first), pack);
     }
   }
 
@@ -78,9 +119,9 @@ class LinearRun {
             } else {
               point_to_rows(first + begin, variant.rows);
             }
-            arguments_[LinearArgs::y] = argument(y_ + (first + begin) * y_stride_);
-            arguments_[LinearArgs::residual] =
-                argument(residual_ + (first + begin) * residual_stride_);
+            const RowPlaces places = places_.from(first + begin);
+            arguments_[LinearArgs::y] = argument(places.y);
+            arguments_[LinearArgs::residual] = argument(places.residual);
             arguments_[LinearArgs::block_count] = blocks;
             variant.kernel->function(arguments_);
           });
@@ -88,41 +129,158 @@ class LinearRun {
   }
 
   void point_to_rows(std::int64_t first, int block) {
-    arguments_[LinearArgs::x] = argument(x_ + first * x_stride_);
-    arguments_[LinearArgs::x_row_stride] = x_stride_;
-    arguments_[LinearArgs::x_block_stride] = block * x_stride_;
-    arguments_[LinearArgs::x_stretch_stride] = stretch_bytes();
+    arguments_[LinearArgs::x] = argument(places_.from(first).x);
+    arguments_[LinearArgs::x_row_stride] = places_.x_stride;
+    arguments_[LinearArgs::x_block_stride] = block * places_.x_stride;
+    arguments_[LinearArgs::x_stretch_stride] = stretch_bytes(task_.spec);
   }
 
   void point_to_packed(std::int64_t begin, int block, std::int64_t rows) {
-    arguments_[LinearArgs::x] = argument(packed_ + begin * stretch_bytes());
-    arguments_[LinearArgs::x_row_stride] = stretch_bytes();
-    arguments_[LinearArgs::x_block_stride] = block * stretch_bytes();
-    arguments_[LinearArgs::x_stretch_stride] = rows * stretch_bytes();
+    arguments_[LinearArgs::x] = argument(packed_ + begin * stretch_bytes(task_.spec));
+    arguments_[LinearArgs::x_row_stride] = stretch_bytes(task_.spec);
+    arguments_[LinearArgs::x_block_stride] = block * stretch_bytes(task_.spec);
+    arguments_[LinearArgs::x_stretch_stride] = rows * stretch_bytes(task_.spec);
   }
 
   void pack_rows(std::int64_t first, std::int64_t rows) const {
     std::int64_t arguments[CopyArgs::count];
     arguments[CopyArgs::rows] = rows;
-    arguments[CopyArgs::x_row_stride] = x_stride_;
-    arguments[CopyArgs::y_row_stride] = stretch_bytes();
+    arguments[CopyArgs::x_row_stride] = places_.x_stride;
+    arguments[CopyArgs::y_row_stride] = stretch_bytes(task_.spec);
     char* to = packed_;
     for (std::int64_t k = 0; k < task_.spec.k; k += partial_sum_length()) {
       arguments[CopyArgs::columns] = std::min(partial_sum_length(), task_.spec.k - k);
-      arguments[CopyArgs::x] = argument(x_ + first * x_stride_ + k * task_.x.element_bytes);
+      arguments[CopyArgs::x] = argument(places_.from(first).x + k * task_.x.element_bytes);
       arguments[CopyArgs::y] = argument(to);
       task_.copy->function(arguments);
-      to += rows * stretch_bytes();
+      to += rows * stretch_bytes(task_.spec);
+    }
+    if (!is_padded(task_.spec)) return;
+    const std::int64_t pad = task_.spec.k % partial_sum_length() * size_in_bytes(DataType::bf16);
+    for (to = to - rows * stretch_bytes(task_.spec) + pad; rows > 0; --rows) {
+      put_zero(to);
+      to += stretch_bytes(task_.spec);
     }
   }
 
   const LinearTask& task_;
   WorkRange panels_;
-  const char* x_;
-  char* y_;
-  const char* residual_ = nullptr;
-  std::int64_t x_stride_, y_stride_, residual_stride_ = 0;
+  RowPlaces places_;
+  std::int64_t rows_;
   char* packed_;  // x of a chunk
+  std::int64_t arguments_[LinearArgs::count] = {};
+};
+
+TilePack pack_of(const LinearTask& task, int rows) {
+  return {task.tiles->arithmetic, rows, task.spec.k};
+}
+
+// A thread's scratch for chunks of so many rows by tiles, piece by piece.
+struct TileScratch {
+  std::int64_t sums, magnitudes, unpacked, x, bytes;  // offsets, all multiples of 64
+
+  TileScratch(const LinearTask& task, std::int64_t rows) {
+    const std::int64_t padded = round_up(rows, 2 * kTileRows);
+    const bool splits = task.tiles->arithmetic == Arithmetic::split_tiles;
+    sums = kTileStateBytes;
+    magnitudes = sums + padded * kPartialSumsBytesPerRow;
+    unpacked = magnitudes + (splits ? padded * kMagnitudeBytes : 0);
+    x = unpacked + (task.spec.twelve_bits ? tile_unpacked_bytes() : 0);
+    bytes = x + padded / kTileRows * block_bytes(pack_of(task, kTileRows));
+  }
+};
+
+// All rows, one thread's panels, by tiles.
+class TileRun {
+ public:
+  TileRun(const LinearTask& task, const Frame& frame, int thread, WorkRange panels)
+      : task_(task),
+        frame_(frame),
+        thread_(thread),
+        panels_(panels),
+        places_(task, frame),
+        chunk_(tile_chunk_rows(task, frame.dim(task.rows))),
+        scratch_(frame.scratch[static_cast<std::size_t>(thread)]),
+        offsets_(task, chunk_) {
+    arguments_[LinearArgs::tile_state] = argument(scratch_);
+    arguments_[LinearArgs::partial_sums] = argument(scratch_ + offsets_.sums);
+    arguments_[LinearArgs::unpacked] = argument(scratch_ + offsets_.unpacked);
+    arguments_[LinearArgs::weight] = argument(task.weight->data.get());
+    arguments_[LinearArgs::y_row_stride] = places_.y_stride;
+    arguments_[LinearArgs::residual_row_stride] = places_.residual_stride;
+    if (task.spec.epilogue.bias) arguments_[LinearArgs::bias] = argument(task.bias.address(frame));
+  }
+
+  void run() {
+    const std::int64_t rows = frame_.dim(task_.rows);
+    for (std::int64_t first = 0; first < rows; first += chunk_) {
+      run_chunk(places_.from(first), std::min(chunk_, rows - first));
+    }
+  }
+
+ private:
+  // A block's x, of packed x.
+  char* packed(std::int64_t row) const {
+    const std::int64_t row_bytes = block_bytes(pack_of(task_, kTileRows)) / kTileRows;
+    return scratch_ + offsets_.x + row * row_bytes;
+  }
+
+  void run_chunk(const RowPlaces& places, std::int64_t rows) {
+    pack(places, rows);
+    if (!is_in_range(rows)) {
+      return LinearRun(task_, frame_, thread_, panels_, places, rows).run();
+    }
+    int parts = 0;
+    for_tile_blocks(rows, [&](std::size_t, std::int64_t, std::int64_t) { ++parts; });
+    // As by vectors: a second kernel finds each panel in cache.
+    const std::int64_t panels_at_once = parts == 1 ? panels_.end - panels_.begin : 1;
+    arguments_[LinearArgs::panel_count] = panels_at_once;
+    for (std::int64_t panel = panels_.begin; panel < panels_.end; panel += panels_at_once) {
+      arguments_[LinearArgs::panel_begin] = panel;
+      for_tile_blocks(rows, [&](std::size_t index, std::int64_t first, std::int64_t count) {
+        const LinearTask::Variant& variant = task_.tiles->variants[index];
+        const RowPlaces begin = places.from(first);
+        arguments_[LinearArgs::x] = argument(packed(first));
+        arguments_[LinearArgs::y] = argument(begin.y);
+        arguments_[LinearArgs::residual] = argument(begin.residual);
+        arguments_[LinearArgs::row_count] = count;
+        arguments_[LinearArgs::block_count] = round_up(count, variant.rows) / variant.rows;
+        variant.kernel->function(arguments_);
+      });
+    }
+  }
+
+  void pack(const RowPlaces& places, std::int64_t rows) const {
+    for_tile_blocks(rows, [&](std::size_t index, std::int64_t first, std::int64_t count) {
+      const std::int64_t block = task_.tiles->variants[index].rows;
+      std::int64_t arguments[TilePackArgs::count];
+      arguments[TilePackArgs::x_row_stride] = places.x_stride;
+      for (std::int64_t row = first; row < first + count; row += block) {
+        arguments[TilePackArgs::x] = argument(places.from(row).x);
+        arguments[TilePackArgs::row_count] = std::min(block, first + count - row);
+        arguments[TilePackArgs::y] = argument(packed(row));
+        arguments[TilePackArgs::magnitudes] =
+            argument(scratch_ + offsets_.magnitudes + row * kMagnitudeBytes);
+        task_.tiles->packs[index]->function(arguments);
+      }
+    });
+  }
+
+  bool is_in_range(std::int64_t rows) const {
+    if (task_.tiles->arithmetic != Arithmetic::split_tiles) return true;
+    const auto* magnitudes = reinterpret_cast<const std::uint32_t*>(scratch_ + offsets_.magnitudes);
+    const auto count = static_cast<std::size_t>(rows * kMagnitudeBytes / 4);
+    return in_range({magnitudes, count}, task_.weight->largest, task_.spec.k);
+  }
+
+  const LinearTask& task_;
+  const Frame& frame_;
+  int thread_;
+  WorkRange panels_;
+  RowPlaces places_;
+  std::int64_t chunk_;
+  char* scratch_;
+  TileScratch offsets_;
   std::int64_t arguments_[LinearArgs::count] = {};
 };
 
@@ -135,7 +293,7 @@ class ExpertRun {
     rows_ = reinterpret_cast<std::int64_t*>(frame.scratch[static_cast<std::size_t>(thread)]);
     const std::int64_t rows = frame.dim(task.rows);
     x_ = reinterpret_cast<char*>(rows_) + (rows * 8 + 63) / 64 * 64;
-    y_ = x_ + task.variants[0].rows * padded_bytes(task.spec.k, graph::DataType::f32);
+    y_ = x_ + task.variants[0].rows * row_bytes(task.spec);
     char* sums = y_ + task.variants[0].rows * padded_bytes(task.spec.n, task.spec.output);
     arguments_[LinearArgs::partial_sums] = argument(sums);
     arguments_[LinearArgs::weight] = argument(task.weight->data.get());
@@ -169,7 +327,7 @@ class ExpertRun {
 
  private:
   void multiply(const LinearTask::Variant& variant, const std::int64_t* rows) {
-    const std::int64_t x_pitch = padded_bytes(task_.spec.k, graph::DataType::f32);
+    const std::int64_t x_pitch = row_bytes(task_.spec);
     const std::int64_t x_stride = frame_.dim(task_.x_stride) * task_.x.element_bytes;
     std::int64_t copy[CopyArgs::count];
     copy[CopyArgs::rows] = 1;
@@ -179,12 +337,13 @@ class ExpertRun {
       copy[CopyArgs::x] = argument(task_.x.address(frame_) + rows[i] / choice_.choices * x_stride);
       copy[CopyArgs::y] = argument(x_ + i * x_pitch);
       task_.copy->function(copy);
+      if (is_padded(task_.spec)) put_zero(x_ + i * x_pitch + task_.spec.k * 2);
     }
     const std::int64_t pitch = padded_bytes(task_.spec.n, task_.spec.output);
     arguments_[LinearArgs::x] = argument(x_);
     arguments_[LinearArgs::x_row_stride] = x_pitch;
     arguments_[LinearArgs::x_block_stride] = variant.rows * x_pitch;
-    arguments_[LinearArgs::x_stretch_stride] = stretch_bytes();
+    arguments_[LinearArgs::x_stretch_stride] = stretch_bytes(task_.spec);
     // The kernel puts a panel where it lies in the stack of all experts.
     arguments_[LinearArgs::y] =
         argument(y_) - first_panel_ * panel_columns() * task_.y.element_bytes;
@@ -228,7 +387,13 @@ void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
   const WorkRange panels = share(panel_count(task.spec.n), thread, threads);
   if (panels.begin == panels.end) return;
   if (task.experts) return run_experts(task, frame, thread, panels);
-  LinearRun(task, frame, thread, panels).run(frame.dim(task.rows));
+  const std::int64_t rows = frame.dim(task.rows);
+  if (uses_tiles(task, rows)) return TileRun(task, frame, thread, panels).run();
+  LinearRun(task, frame, thread, panels, RowPlaces(task, frame), rows).run();
+}
+
+bool uses_tiles(const LinearTask& task, std::int64_t rows) {
+  return task.tiles && rows > most_rows_without_tiles;
 }
 
 std::int64_t chunk_rows(const LinearTask& task, std::int64_t rows) {
@@ -237,24 +402,29 @@ std::int64_t chunk_rows(const LinearTask& task, std::int64_t rows) {
   return round_up((rows + chunks - 1) / chunks, task.many.rows);
 }
 
+std::int64_t tile_chunk_rows(const LinearTask& task, std::int64_t rows) {
+  const std::int64_t chunks = (rows + task.tiles->most_rows - 1) / task.tiles->most_rows;
+  return round_up((rows + chunks - 1) / chunks, 2 * kTileRows);
+}
+
 // A copy costs about as much as half a panel, and must be paid back by the others.
 bool packs(const LinearTask& task, std::int64_t rows) {
-  if (task.x_type != graph::DataType::f32) return true;
+  if (task.x_type != input_type(task.spec) || is_padded(task.spec)) return true;
   return rows >= task.many_blocks * task.many.rows && panel_count(task.spec.n) >= task.pack_panels;
 }
 
 std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {
   if (!task.experts) {
-    const std::int64_t stretches =
-        round_up(task.spec.k, partial_sum_length()) / partial_sum_length();
-    return chunk_rows(task, rows) *
-               (kPartialSumsBytesPerRow + (packs(task, rows) ? stretches * stretch_bytes() : 0)) +
-           unpacked_bytes();
+    if (!uses_tiles(task, rows)) return vector_scratch_bytes(task, rows);
+    const std::int64_t chunk = tile_chunk_rows(task, rows);
+    const std::int64_t by_vectors = std::max(vector_scratch_bytes(task, std::min(chunk, rows)),
+                                             vector_scratch_bytes(task, rows % chunk));
+    return std::max(TileScratch(task, chunk).bytes, by_vectors);
   }
   return (rows * 8 + 63) / 64 * 64 +
          task.variants[0].rows *
-             (padded_bytes(task.spec.k, graph::DataType::f32) +
-              padded_bytes(task.spec.n, task.spec.output) + kPartialSumsBytesPerRow) +
+             (row_bytes(task.spec) + padded_bytes(task.spec.n, task.spec.output) +
+              kPartialSumsBytesPerRow) +
          unpacked_bytes();
 }
 

@@ -1,11 +1,12 @@
 // Runs a linear task: which rows and panels of the weight meet when.
 //
 // Threads share the panels, so each weight is read by one core. Many rows are cut into chunks whose
-// x stays in cache while the panels pass by. A chunk's x is packed first: copied, as f32, into the
-// order in which the kernel reads it: all rows' first stretch, all rows' second ... (Goto and van
-// de Geijn, "Anatomy of High-Performance Matrix Multiplication", section 4). In place, rows whose
-// stride is a multiple of a page share few sets of L1, and 16-bit values are widened for every
-// panel anew: they are packed even if they are few. The bits of y do not depend on any of this.
+// x stays in cache while the panels pass by. A chunk's x is packed first: copied, in the kernel's
+// type, into the order in which the kernel reads it: all rows' first stretch, all rows' second ...
+// (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", section 4). In
+// place, rows whose stride is a multiple of a page share few sets of L1, and 16-bit values are
+// widened for every panel anew: they are packed even if they are few. The bits of y do not depend
+// on any of this, but on whether the rows are so many that tiles multiply them (gemm/arithmetic.h).
 //
 // Tested by program_test and task_test.
 #pragma once
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "ops/gemm/tile_kernel.h"
 #include "ops/task.h"
 
 namespace tilewright::ops {
@@ -37,9 +39,24 @@ void for_row_blocks(Task& task, std::int64_t rows, Part&& part) {
   }
 }
 
-// Calls visit(variant) for each kernel that a run with `rows` rows calls.
+// Whether that many rows are multiplied by tiles.
+bool uses_tiles(const LinearTask& task, std::int64_t rows);
+// As chunk_rows, of tiles.
+std::int64_t tile_chunk_rows(const LinearTask& task, std::int64_t rows);
+
+// Calls part(index of the variant, first row, rows) for pieces that cover `rows` rows of a chunk;
+// the last piece need not fill its last block.
+template <class Part>
+void for_tile_blocks(std::int64_t rows, Part&& part) {
+  constexpr std::int64_t block = 2 * kTileRows;
+  const std::int64_t rest = rows % block, few = rest > kTileRows ? 0 : rest;
+  if (rows > few) part(std::size_t{0}, std::int64_t{0}, rows - few);
+  if (few > 0) part(std::size_t{1}, rows - few, few);
+}
+
+// Calls visit(variant) for each kernel with vectors that `rows` rows may need.
 template <class Task, class Visit>
-void for_needed_variants(Task& task, std::int64_t rows, Visit&& visit) {
+void for_needed_vectors(Task& task, std::int64_t rows, Visit&& visit) {
   if (task.experts) {  // an expert may get any number of the rows
     for (auto& variant : task.variants) {
       if (variant.rows <= rows) visit(variant);
@@ -52,11 +69,28 @@ void for_needed_variants(Task& task, std::int64_t rows, Visit&& visit) {
   }
 }
 
+// Calls visit(variant) for each kernel that a run with `rows` rows may call: of fp32 by tiles also
+// those for what is not in their range.
+template <class Task, class Visit>
+void for_needed_variants(Task& task, std::int64_t rows, Visit&& visit) {
+  if (!uses_tiles(task, rows)) return for_needed_vectors(task, rows, visit);
+  const std::int64_t chunk = tile_chunk_rows(task, rows);
+  for (std::int64_t part : {std::min(chunk, rows), rows % chunk}) {
+    for_tile_blocks(part, [&](std::size_t index, std::int64_t, std::int64_t) {
+      visit(task.tiles->variants[index]);
+    });
+    if (task.tiles->arithmetic != Arithmetic::split_tiles) continue;
+    if (part > 0) for_needed_vectors(task, part, visit);
+  }
+}
+
 // Calls visit(variant) for each kernel that any run may call.
 template <class Visit>
 void for_all_variants(LinearTask& task, Visit&& visit) {
   for (LinearTask::Variant& variant : task.variants) visit(variant);
   if (!task.experts) visit(task.many);
+  if (!task.tiles) return;
+  for (LinearTask::Variant& variant : task.tiles->variants) visit(variant);
 }
 
 // Bytes of scratch that a thread needs: partial sums, packed x, the gathered rows of one expert.

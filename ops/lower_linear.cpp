@@ -4,7 +4,9 @@
 
 #include <algorithm>
 
+#include "ops/gemm/arithmetic.h"
 #include "ops/gemm/linear_kernel.h"
+#include "ops/gemm/tile_kernel.h"
 #include "ops/lowering.h"
 #include "ops/rope_kernel.h"
 
@@ -30,11 +32,31 @@ std::int64_t prefetch(const LinearKernel& spec, int rows, const Choices& choices
   return single ? choices.prefetch_row : choices.prefetch;
 }
 
+// A core's L2 holds them beside a piece of the weights, and each chunk reads all weights again.
+// Not measured.
+std::int64_t most_rows_of_tiles(const TilePack& pack) {
+  constexpr std::int64_t packed_x_bytes = 3 << 19, block = 2 * kTileRows;
+  const std::int64_t rows = packed_x_bytes / (block_bytes(pack) / pack.rows);
+  return std::clamp<std::int64_t>(rows / block * block, 2 * block, 16 * block);
+}
+
+// The kernels of a task, for people.
+std::string describe(const LinearTask& task) {
+  std::string text = print(task.spec);
+  if (!task.tiles) return text;
+  return fmt::format("{}, more than {} rows: {}", text, most_rows_without_tiles,
+                     name(task.tiles->arithmetic));
+}
+
 }  // namespace
 
 // Blocks of rows that kernels exist for, largest first. Fewer kernels than one per remainder
 // (emission time), and any number of rows is covered: 5 = 4 + 1.
 void Lowering::add_kernels(LinearTask& task) {
+  const ArithmeticChoice choice = choose_arithmetic(target_, options_.fp32, task.x_type,
+                                                    task.weight->form, task.weight->largest);
+  task.spec.arithmetic = choice.few_rows;
+  if (choice.many_rows && !task.experts) add_tiles(task, *choice.many_rows);
   const Choices& choices = options_.choices;
   for (int rows : choices.row_blocks(task.spec.lanes)) {
     task.variants.push_back({rows, nullptr, prefetch(task.spec, rows, choices)});
@@ -44,8 +66,19 @@ void Lowering::add_kernels(LinearTask& task) {
   task.most_rows = most_rows(task.spec, choices);
   task.many_blocks = choices.many_blocks;
   task.pack_panels = choices.pack_panels;
-  const CopyKernel copy{task.spec.lanes, task.x_type, graph::DataType::f32};
+  const CopyKernel copy{task.spec.lanes, task.x_type, input_type(task.spec)};
   task.copy = kernels_->request(print(copy), [copy] { return build(copy); });
+}
+
+void Lowering::add_tiles(LinearTask& task, Arithmetic arithmetic) {
+  LinearTask::Tiles tiles{arithmetic, {{{2 * kTileRows}, {kTileRows}}}};
+  for (std::size_t i = 0; i < tiles.variants.size(); ++i) {
+    tiles.variants[i].tiles = true;
+    const TilePack pack{arithmetic, tiles.variants[i].rows, task.spec.k};
+    tiles.packs[i] = kernels_->request(print(pack), [pack] { return build(pack); });
+  }
+  tiles.most_rows = most_rows_of_tiles({arithmetic, kTileRows, task.spec.k});
+  task.tiles = tiles;
 }
 
 Status Lowering::lower_linear(const graph::Node& node) {
@@ -149,7 +182,7 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   task.y = y->operand;
   task.y_stride = dim(y->stride);
   add_kernels(task);
-  const std::string specification = print(task.spec);
+  const std::string specification = describe(task);
   const std::int64_t bytes = task.weight->bytes;
   add_task(std::move(task), reads, {y->buffer}, work_of(graph_, node), specification);
   state_->regions.back().weight_bytes += static_cast<std::uint64_t>(bytes);

@@ -49,6 +49,7 @@ class Lowering {
   Status lower_linear(const graph::Node& node);
   Status lower_gated_mlp(const graph::Node& node);
   void add_kernels(LinearTask& task);
+  void add_tiles(LinearTask& task, Arithmetic arithmetic);
   Status lower_expert_linear(const graph::Node& node);
   Status lower_contraction(const graph::Node& node, Epilogue epilogue,
                            const std::vector<graph::ValueId>& weights, graph::ValueId bias,

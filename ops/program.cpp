@@ -115,6 +115,7 @@ void request_kernel(State& state, const LinearTask& linear, LinearTask::Variant&
   spec.rows = variant.rows;
   spec.prefetch = variant.prefetch;
   spec.many_blocks = &variant == &linear.many;
+  if (variant.tiles) spec.arithmetic = linear.tiles->arithmetic;
   variant.kernel = state.kernels->request(print(spec), [spec] { return build(spec); });
 }
 

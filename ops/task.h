@@ -8,6 +8,7 @@
 // Tested by program_test.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -71,11 +72,20 @@ struct LinearTask {
     int rows;
     const Kernel* kernel = nullptr;  // until a run needs it
     std::int64_t prefetch = 0;       // as the kernel's
+    bool tiles = false;
+  };
+  // Many rows, where tiles multiply them.
+  struct Tiles {
+    Arithmetic arithmetic;                 // the rest of the kernels is as the specification
+    std::array<Variant, 2> variants;       // 32 and 16 rows
+    std::array<const Kernel*, 2> packs{};  // x of their blocks (tile_kernel.h)
+    std::int64_t most_rows = 0;            // multiplied at once: their x stays in L2
   };
   std::vector<Variant> variants;  // rows descending, the last has 1
   Variant many;                   // blocks of as many rows as the first
   const Kernel* copy = nullptr;   // rows of x to packed x
-  graph::DataType x_type;         // the kernels read f32: another type is always packed
+  std::optional<Tiles> tiles;
+  graph::DataType x_type;  // another than the kernels' is always packed
   std::shared_ptr<const PackedWeight> weight;
   std::int64_t most_rows;    // multiplied at once: their x stays in cache
   std::int64_t many_blocks;  // of the most rows: from so many on `many` computes them

@@ -4,12 +4,30 @@
 #include <fmt/format.h>
 #include <malloc.h>  // glibc
 
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <optional>
+
+#include "jit/vir/float_bits.h"
 #include "ops/gemm/exact.h"
 #include "ops/gemm/linear_kernel.h"
 #include "ops/gemm/twelve_bits.h"
 #include "ops/threads.h"
 
 namespace tilewright::ops {
+namespace {
+
+// The largest magnitude among bf16 values: patterns without their sign are ordered as these are.
+std::uint16_t largest_pattern(const std::uint16_t* values, std::int64_t count) {
+  std::uint16_t largest = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    largest = std::max(largest, static_cast<std::uint16_t>(values[i] & 0x7fff));
+  }
+  return largest;
+}
+
+}  // namespace
 
 std::string WeightStore::identify(const Item& item) {
   std::string text = fmt::format("{} {} {} {}", graph::name(item.source), item.k,
@@ -82,6 +100,14 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item
     pack_panel(item.blocks, item.k, item.source, dtype, item.gated, panel, pairs.data());
     visit(pairs.data());
   };
+  std::atomic<std::uint16_t> largest{0};
+  const auto note = [&](const std::uint16_t* pairs) {
+    if (!narrows || dtype != graph::DataType::bf16) return;
+    const std::uint16_t found = largest_pattern(pairs, panel_bytes / 2);
+    std::uint16_t known = largest.load();
+    while (known < found && !largest.compare_exchange_weak(known, found)) {
+    }
+  };
   std::optional<twelve_bits::Packer> packer;
   if (forms.twelve_bits && dtype == graph::DataType::bf16) {
     packer.emplace(panel_count(n), item.k);
@@ -100,13 +126,20 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item
   auto* to = reinterpret_cast<std::byte*>(weight->data.get());
   if (weight->form.twelve_bits) {
     each_panel([&](std::int64_t i) {
-      with_pairs(i, [&](const std::uint16_t* pairs) { packer->pack(i, pairs, to); });
+      with_pairs(i, [&](const std::uint16_t* pairs) {
+        packer->pack(i, pairs, to);
+        note(pairs);
+      });
     });
   } else {
     each_panel([&](std::int64_t i) {
       pack_panel(item.blocks, item.k, item.source, dtype, item.gated, i, to + i * panel_bytes);
+      note(reinterpret_cast<const std::uint16_t*>(to + i * panel_bytes));
     });
   }
+  const std::uint16_t finite = 0x7f7f;
+  weight->largest =
+      largest > finite ? std::numeric_limits<float>::infinity() : jit::vir::bf16_to_float(largest);
   return std::shared_ptr<const PackedWeight>(weight);
 }
 

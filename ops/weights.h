@@ -31,6 +31,7 @@ struct PackedWeight {
   WeightBytes data;
   std::int64_t n = 0, k = 0, bytes = 0;
   PackedForm form;
+  float largest = 0;  // of the magnitudes, of fp32 in bf16; infinity if any is no number
 };
 
 // Which forms a weight may be stored in, all without loss.

@@ -49,7 +49,7 @@ std::string code_members(const jit::vir::Function& function, std::string_view ru
 
 void dump_case(const testing::VirCase& vir_case) {
   const testing::VirCaseResult expected = testing::interpret_case(vir_case);
-  const char* rung = vir_case.function.lanes == 16 ? "avx512_bf16" : "avx2";
+  const char* rung = vir_case.function.lanes == 16 ? "amx_bf16" : "avx2";
   fmt::print(R"({{{}, "input": "{}", "area": "{}", "output_size": {}, "expected_area": "{}", )"
              R"("expected_output": "{}", "float_result": {}}})"
              "\n",

@@ -28,7 +28,7 @@ using testing::VirCase;
 using testing::VirCaseResult;
 
 Target rung(std::string_view name) { return Target::for_rung(name).value(); }
-Target target_for(int lanes) { return rung(lanes == 16 ? "avx512_bf16" : "avx2"); }
+Target target_for(int lanes) { return rung(lanes == 16 ? "amx_bf16" : "avx2"); }
 
 #define SKIP_WITHOUT_ISA(lanes)                                                      \
   if ((lanes) == 16 && !Target::host().has(Isa::avx512)) {                           \
@@ -77,6 +77,7 @@ TEST_P(EveryOp, DoesWhatTheInterpreterDoes) {
   const bool has_bf16 = Target::host().has(Isa::avx512_bf16);
   for (const VirCase& vir_case : testing::op_cases(GetParam(), 4)) {
     if (vir_case.name.starts_with("vdpbf16") && !has_bf16) continue;
+    if (vir_case.function.tile_count > 0 && !Target::host().has(Isa::amx_bf16)) continue;
     expect_equal(vir_case);
     if (HasFatalFailure()) return;
   }
@@ -97,7 +98,7 @@ TEST_P(EveryOp, CasesCoverTheTable) {
     const std::string_view op = vir::op_name(vir::Op::name);                                \
     const bool structure = op == "loop" || op == "endloop" || op == "if" || op == "else" || \
                            op == "endif" || op == "garg";                                   \
-    const bool wide_only = op == "vscalef" || op == "vdpbf16";                              \
+    const bool wide_only = op == "vscalef" || op == "vdpbf16" || op.starts_with('t');       \
     if (!structure && (GetParam() == 16 || !wide_only)) {                                   \
       EXPECT_TRUE(covered(op)) << op;                                                       \
     }                                                                                       \
@@ -261,6 +262,28 @@ TEST(Refusals, NameTheIsa) {
   EXPECT_TRUE(emit(dot_function(), rung("avx512_bf16")).ok());
 }
 
+vir::Function tile_function(int tiles) {
+  vir::Builder b("tiles", 16, 1);
+  const vir::Reg memory = b.arg(0), stride = b.constant(64);
+  b.save_tiles(b.at(memory));
+  b.configure_tiles();
+  std::vector<vir::Reg> zeros;
+  for (int i = 0; i < tiles; ++i) zeros.push_back(b.tile_zero());
+  for (vir::Reg zero : zeros) b.tile_store(b.at(memory, 64), stride, zero);
+  b.restore_tiles(b.at(memory));
+  return std::move(b).finish();
+}
+
+TEST(Refusals, TilesAreNotSpilled) {
+  EXPECT_TRUE(emit(tile_function(8), rung("amx_bf16")).ok());
+  const Result<CodeObject> nine = emit(tile_function(9), rung("amx_bf16"));
+  ASSERT_FALSE(nine.ok());
+  EXPECT_EQ(nine.error().message, "emit tiles: it needs more than 8 tiles");
+  const Result<CodeObject> lower = emit(tile_function(1), rung("avx512_fp16"));
+  ASSERT_FALSE(lower.ok());
+  EXPECT_NE(lower.error().message.find("amx_bf16"), std::string::npos) << lower.error().message;
+}
+
 TEST(Refusals, InvalidFunctions) {
   vir::Function function;
   function.name = "bad";
@@ -284,6 +307,7 @@ TEST(RequiredIsa, IsWhatWasEmitted) {
   wide.splat(1.0f);
   EXPECT_EQ(isa_of(std::move(wide).finish()), bit(Isa::avx2) | bit(Isa::avx512));
   EXPECT_EQ(isa_of(dot_function()), bit(Isa::avx2) | bit(Isa::avx512) | bit(Isa::avx512_bf16));
+  EXPECT_EQ(isa_of(tile_function(1)), bit(Isa::amx_bf16));
 }
 
 TEST(BigFunctions, GrowTheBuffer) {

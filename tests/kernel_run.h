@@ -19,9 +19,9 @@ namespace tilewright {
 
 enum class Engine : std::uint8_t { interpreter, machine };
 
-// The rung whose vectors have that many lanes.
+// A rung with that many lanes; a higher one does not change the code.
 inline Target target_with_lanes(int lanes) {
-  return Target::for_rung(lanes == 16 ? "avx512" : "avx2").value();
+  return Target::for_rung(lanes == 16 ? "amx_bf16" : "avx2").value();
 }
 
 inline bool host_runs(int lanes) {

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -113,6 +114,60 @@ struct Step {
     return integers({batch, tokens}, [this](std::int64_t i) { return past + i % tokens; });
   }
 };
+
+// The kernels that a decoder gets for a CPU that this one need not be; nothing is executed.
+// exact: fp32 weights have the values of bf16 ones.
+std::vector<std::string> kernels_for(const char* rung, graph::DataType dtype, bool exact = false,
+                                     const CompileOptions& options = {}) {
+  LlamaShape shape;
+  shape.head_dim = 16;
+  Model model(llama_graph(shape, true, std::string(graph::name(dtype))), dtype);
+  for (auto& [name, tensor] : model.constants) {
+    for (std::int64_t i = 0; exact && i < tensor.count(); ++i) {
+      std::uint16_t bits;
+      write_scalar(graph::DataType::bf16, &bits, tensor.get(i));
+      tensor.set(i, read_scalar(graph::DataType::bf16, &bits));
+    }
+  }
+  const Target target = *Target::for_rung(rung);
+  auto store = std::make_shared<cache::Store>(cache::Store::open("", cache::Mode::off, 0));
+  auto kernels = std::make_shared<KernelLibrary>(target, store);
+  auto program =
+      ops::compile(model.optimized, model.views, target, options, kernels, model.weights);
+  if (!program) ADD_FAILURE() << program.error().message;
+  const Status prepared = program->prepare();
+  EXPECT_TRUE(prepared.ok()) << prepared.error().message;
+  std::vector<std::string> names;
+  for (const Kernel& kernel : kernels->kernels()) {
+    names.push_back(kernel.name);
+    if (kernel.name.find("_amx_") != std::string::npos) {
+      EXPECT_NE(kernel.required_isa & bit(Isa::amx_bf16), 0u) << kernel.key;
+    }
+  }
+  return names;
+}
+
+TEST(Rungs, HaveTheirMatrixKernels) {
+  const auto has = [](const std::vector<std::string>& names, const char* name) {
+    return std::find(names.begin(), names.end(), name) != names.end();
+  };
+  const auto bf16 = graph::DataType::bf16, f32 = graph::DataType::f32;
+  const auto dots = kernels_for("avx512_bf16", bf16);
+  EXPECT_TRUE(has(dots, "tilewright_linear_avx512_bf16"));
+  EXPECT_FALSE(has(dots, "tilewright_linear")) << "all linear layers";
+  EXPECT_TRUE(has(kernels_for("avx512_bf16", f32), "tilewright_linear"));
+  const auto tiles = kernels_for("amx_bf16", bf16);
+  EXPECT_TRUE(has(tiles, "tilewright_linear_amx_bf16"));
+  EXPECT_TRUE(has(tiles, "tilewright_tile_pack"));
+  EXPECT_TRUE(has(tiles, "tilewright_linear")) << "for few rows";
+  EXPECT_FALSE(has(kernels_for("avx512_fp16", bf16), "tilewright_linear_amx_bf16"));
+  CompileOptions amx;
+  amx.fp32 = Fp32Mode::amx;
+  EXPECT_TRUE(has(kernels_for("amx_bf16", f32, true, amx), "tilewright_linear_amx_fp32"));
+  EXPECT_FALSE(has(kernels_for("amx_bf16", f32, true), "tilewright_linear_amx_fp32"));
+  EXPECT_FALSE(has(kernels_for("amx_bf16", f32, false, amx), "tilewright_linear_amx_fp32"))
+      << "weights that are not exact in bf16";
+}
 
 double tolerance(graph::DataType dtype) { return dtype == graph::DataType::f32 ? 2e-4 : 0.15; }
 

@@ -69,7 +69,7 @@ class ProgramWriter {
 
   // Exact for all bits, no address that depends on where memory is.
   bool usable(Op op) const {
-    if (is_structure(op)) return false;
+    if (is_structure(op) || is_tile_op(op)) return false;
     switch (op) {
       case Op::glea:
       case Op::vdpbf16:

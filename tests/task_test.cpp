@@ -1,17 +1,26 @@
 // Which kernels a task calls, and how often: counted by stand-ins, because a kernel that is never
-// called gives no wrong result.
+// called gives no wrong result. And what a task computes on a machine that lacks its instructions:
+// stand-ins that interpret the kernels.
 #include "ops/task.h"
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
+#include <limits>
+#include <random>
+#include <utility>
 #include <vector>
 
 #include "ops/attention/prefill_kernel.h"
 #include "ops/attention_task.h"
+#include "ops/gemm/tile_kernel.h"
 #include "ops/linear_task.h"
+#include "ops/scalar_type.h"
+#include "ops/weights.h"
 
 namespace tilewright::ops {
 namespace {
@@ -139,6 +148,180 @@ TEST(LinearTask, FourBlocksOfRowsArePacked) {
   task.x_type = graph::DataType::bf16;
   EXPECT_EQ(calls(1), (std::vector{3, 0, 1})) << "16 bits are widened once";
   EXPECT_EQ(calls(5), (std::vector{3, 0, 7})) << "many blocks of one row have no kernel for many";
+}
+
+// --- tasks whose kernels the interpreter runs
+
+using graph::DataType;
+
+constexpr std::size_t kSlots = 16;
+std::array<jit::vir::Function, kSlots> functions;
+std::array<int, kSlots> calls;
+
+// A function for each slot, because a pointer to a function carries nothing else.
+template <std::size_t... slot>
+constexpr std::array<jit::KernelFunction, kSlots> interpreters(std::index_sequence<slot...>) {
+  return {[](const std::int64_t* args) {
+    ++calls[slot];
+    interpret(functions[slot], args);
+  }...};
+}
+
+// y = x @ w.T of one type with bf16 weights, by tiles for many rows.
+class TiledTask {
+ public:
+  TiledTask(DataType type, std::int64_t n, std::int64_t k) : type_(type) {
+    LinearKernel& spec = task_.spec;
+    spec.lanes = 16;
+    spec.n = n;
+    spec.k = k;
+    spec.weight = DataType::bf16;
+    spec.output = type;
+    std::normal_distribution<double> normal;
+    w_ = std::vector<char>(static_cast<std::size_t>(n * k * size_in_bytes(type)));
+    for (std::int64_t i = 0; i < n * k; ++i) {
+      write_scalar(
+          type, w_.data() + i * size_in_bytes(type),
+          std::bit_cast<float>(std::bit_cast<std::uint32_t>(static_cast<float>(normal(random_))) &
+                               0xffff0000u));
+    }
+    const WeightBlock block{w_.data(), n, k * size_in_bytes(type)};
+    task_.weight = *weights_.pack({block}, k, type, false, WeightForms{});
+    for (int rows : {12, 4, 2, 1}) task_.variants.push_back({rows, kernel(spec, rows)});
+    task_.many = {12, task_.variants[0].kernel};
+    const CopyKernel copy{16, type, DataType::f32};
+    task_.copy = add(build(copy));
+    task_.x_type = type;
+    task_.most_rows = 24;
+    task_.many_blocks = 4;
+    task_.pack_panels = 8;
+    const bool fp32 = type == DataType::f32;
+    LinearTask::Tiles tiles{fp32 ? Arithmetic::split_tiles : Arithmetic::tiles, {{{32}, {16}}}};
+    first_tile_slot_ = used_;
+    LinearKernel tiled = spec;
+    tiled.arithmetic = tiles.arithmetic;
+    for (std::size_t i = 0; i < 2; ++i) {
+      tiles.variants[i].tiles = true;
+      tiles.variants[i].kernel = kernel(tiled, tiles.variants[i].rows);
+    }
+    for (std::size_t i = 0; i < 2; ++i) {
+      tiles.packs[i] = add(build(TilePack{tiles.arithmetic, tiles.variants[i].rows, k}));
+    }
+    tiles.most_rows = 64;
+    task_.tiles = tiles;
+    task_.x = {0, DimIndex{0}, size_in_bytes(type)};
+    task_.y = {1, DimIndex{0}, size_in_bytes(type)};
+    task_.rows = DimIndex{1};
+    task_.x_stride = DimIndex{2};
+    task_.y_stride = DimIndex{3};
+  }
+
+  // x is drawn; `change` may put other values into it.
+  void run(std::int64_t rows, int threads, std::pair<std::int64_t, float> change = {-1, 0}) {
+    const std::int64_t size = size_in_bytes(type_), n = task_.spec.n, k = task_.spec.k;
+    std::normal_distribution<double> normal;
+    x_.assign(static_cast<std::size_t>(rows * k * size), 0);
+    y_.assign(static_cast<std::size_t>(rows * n * size), 0);
+    for (std::int64_t i = 0; i < rows * k; ++i) {
+      write_scalar(type_, x_.data() + i * size, normal(random_));
+    }
+    if (change.first >= 0) write_scalar(type_, x_.data() + change.first * size, change.second);
+    calls = {};
+    const std::vector<std::int64_t> dims{0, rows, k, n};
+    std::vector<char> scratch(static_cast<std::size_t>(scratch_bytes(task_, rows) * threads));
+    std::vector<char*> buffers{x_.data(), y_.data()}, parts;
+    for (int i = 0; i < threads; ++i)
+      parts.push_back(scratch.data() + i * scratch_bytes(task_, rows));
+    const Frame frame{dims, buffers, {}, parts, nullptr};
+    for (int thread = 0; thread < threads; ++thread) ops::run(task_, frame, thread, threads);
+  }
+
+  int tile_calls() const { return calls[first_tile_slot_] + calls[first_tile_slot_ + 1]; }
+  int vector_calls() const {
+    int count = 0;
+    for (std::size_t i = 0; i < task_.variants.size(); ++i) count += calls[i];
+    return count;
+  }
+  double y(std::int64_t row, std::int64_t column) const {
+    return value(y_, row * task_.spec.n + column);
+  }
+
+  // The largest error of rows [begin, end), relative to what rounding may do.
+  double error(std::int64_t begin, std::int64_t end) const {
+    double largest = 0;
+    for (std::int64_t row = begin; row < end; ++row) {
+      for (std::int64_t column = 0; column < task_.spec.n; ++column) {
+        double sum = 0, magnitude = 0;
+        for (std::int64_t i = 0; i < task_.spec.k; ++i) {
+          const double term =
+              value(x_, row * task_.spec.k + i) * value(w_, column * task_.spec.k + i);
+          sum += term;
+          magnitude += std::abs(term);
+        }
+        const double unit = type_ == DataType::f32 ? 0x1p-24 : 0x1p-8;
+        const double bound =
+            static_cast<double>(task_.spec.k) * 0x1p-24 * magnitude + unit * std::abs(sum);
+        const double relative = std::abs(y(row, column) - sum) / bound;
+        if (!(relative <= largest)) largest = relative;
+      }
+    }
+    return largest;
+  }
+
+ private:
+  double value(const std::vector<char>& values, std::int64_t index) const {
+    return read_scalar(type_, values.data() + index * size_in_bytes(type_));
+  }
+
+  const Kernel* add(jit::vir::Function function) {
+    static constexpr auto table = interpreters(std::make_index_sequence<kSlots>());
+    functions[used_] = std::move(function);
+    kernels_[used_].function = table[used_];
+    return &kernels_[used_++];
+  }
+  const Kernel* kernel(LinearKernel spec, int rows) {
+    spec.rows = rows;
+    return add(build(spec));
+  }
+
+  DataType type_;
+  LinearTask task_{};
+  WeightStore weights_;
+  std::array<Kernel, kSlots> kernels_;
+  std::size_t used_ = 0, first_tile_slot_ = 0;
+  std::vector<char> x_, y_, w_;
+  std::mt19937 random_{5};
+};
+
+TEST(LinearTask, TilesMultiplyManyRows) {
+  for (DataType type : {DataType::bf16, DataType::f32}) {
+    TiledTask task(type, 100, 75);
+    for (std::int64_t rows : {1, 8, 9, 16, 20, 32, 45, 70, 130}) {
+      for (int threads : {1, 3}) {
+        task.run(rows, threads);
+        EXPECT_LE(task.error(0, rows), 1) << rows << " rows of " << graph::name(type);
+        EXPECT_EQ(task.tile_calls() > 0, rows > 8) << rows;
+        EXPECT_EQ(task.vector_calls() > 0, rows <= 8) << rows;
+      }
+    }
+  }
+}
+
+TEST(LinearTask, Fp32OutOfTheRangeOfTilesIsMultipliedByVectors) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (float outsider : {infinity, 1e37f}) {
+    TiledTask task(DataType::f32, 64, 75);
+    task.run(70, 2, {40 * 75 + 3, outsider});  // chunks of 64 and 6 rows: row 40 is in the first
+    EXPECT_GT(task.tile_calls(), 0);
+    EXPECT_GT(task.vector_calls(), 0);
+    EXPECT_LE(task.error(0, 40), 1);
+    EXPECT_LE(task.error(41, 70), 1);
+    if (outsider == infinity) {
+      EXPECT_TRUE(std::isinf(task.y(40, 0)));
+    } else {
+      EXPECT_LE(task.error(40, 41), 1);
+    }
+  }
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "vir_case_writer.h"
@@ -117,6 +118,13 @@ bool is_structure(Op op) {
     default:
       return false;
   }
+}
+
+bool is_tile_op(Op op) {
+  const Signature& signature = jit::vir::signature(op);
+  return op == Op::tsave || op == Op::tconfig || op == Op::trestore ||
+         signature.definition == 'X' ||
+         signature.operands.find_first_of("XY") != std::string_view::npos;
 }
 
 namespace {
@@ -262,6 +270,38 @@ VirCase tail_case(Op op, Element element, int count, int lanes, Random& random) 
   return std::move(writer).finish(random, kAreaOffset + size, op == Op::vloadm);
 }
 
+// The thread's tiles are saved in the area's first bytes; behind them lie what three tiles are
+// loaded from, whose rows are further apart than their bytes. The last is the result.
+VirCase tile_case(Op op, Random& random) {
+  Writer writer(std::string(op_name(op)), 16);
+  const std::int32_t row_bytes = 64, stride_bytes = 72;
+  const Reg stride = writer.fresh(Kind::gpr), output_stride = writer.fresh(Kind::gpr);
+  for (const auto& [reg, bytes] : {std::pair{stride, stride_bytes}, {output_stride, row_bytes}}) {
+    Instruction& constant = writer.add(Op::gconst);
+    constant.dst = reg;
+    constant.immediate = bytes;
+  }
+  writer.add(Op::tsave).address = writer.at(kArea, 0);
+  writer.add(Op::tconfig);
+  std::array<Reg, 3> tiles;
+  std::int32_t from = kAreaOffset;
+  for (Reg& tile : tiles) {
+    tile = writer.fresh(Kind::tile);
+    Instruction& load = writer.add(Op::tload);
+    load.dst = tile;
+    load.address = writer.at(kArea, from);
+    load.src[0] = stride;
+    from += 15 * stride_bytes + row_bytes;
+  }
+  if (op == Op::tzero) writer.add(op).dst = tiles[2];
+  if (op == Op::tdpbf16) writer.add(op).src = {tiles[2], tiles[0], tiles[1]};
+  Instruction& store = writer.add(Op::tstore);
+  store.address = writer.at(kOutput, writer.output_bytes(16 * 64));
+  store.src = {output_stride, tiles[2], {}};
+  writer.add(Op::trestore).address = writer.at(kArea, 0);
+  return std::move(writer).finish(random, static_cast<std::size_t>(from), op == Op::tdpbf16);
+}
+
 }  // namespace
 
 std::vector<VirCase> op_cases(int lanes, int rounds) {
@@ -269,7 +309,11 @@ std::vector<VirCase> op_cases(int lanes, int rounds) {
   for (int round = 0; round < rounds; ++round) {
     Random random(static_cast<std::uint64_t>(round) + 1);
     for (Op op : kAllOps) {
-      if (!is_structure(op)) add_op_cases(op, lanes, random, cases);
+      if (is_tile_op(op)) {
+        if (lanes == 16) cases.push_back(tile_case(op, random));
+      } else if (!is_structure(op)) {
+        add_op_cases(op, lanes, random, cases);
+      }
     }
   }
   Random random(0);

@@ -89,6 +89,8 @@ class Random {
 // Immediates that matter, and what else the table's rows do not say.
 std::vector<std::int64_t> immediates(Op op, int lanes);
 bool is_structure(Op op);
+// An op whose case must configure tiles first.
+bool is_tile_op(Op op);
 // The op's results are floats that the machine may give with another NaN.
 bool computes_floats(Op op);
 Kind kind_of_destination(const Signature& signature);
@@ -113,9 +115,10 @@ class Writer {
     return function_.code.back();
   }
   Reg fresh(Kind kind) {
-    int& count = kind == Kind::gpr   ? function_.gpr_count
-                 : kind == Kind::vec ? function_.vec_count
-                                     : function_.mask_count;
+    int& count = kind == Kind::gpr    ? function_.gpr_count
+                 : kind == Kind::vec  ? function_.vec_count
+                 : kind == Kind::mask ? function_.mask_count
+                                      : function_.tile_count;
     return {kind, count++};
   }
   Address at(VirCaseArg slot, std::int32_t disp) const {
@@ -178,6 +181,12 @@ class Writer {
     in.src[0] = vector;
     in.address = at(kOutput, static_cast<std::int32_t>(output_size_));
     output_size_ += static_cast<std::size_t>(4 * lanes());
+  }
+
+  // More of it, written by raw instructions.
+  std::int32_t output_bytes(std::size_t bytes) {
+    output_size_ += bytes;
+    return static_cast<std::int32_t>(output_size_ - bytes);
   }
 
   VirCase finish(Random& random, std::size_t area_size, bool float_result) &&;

@@ -424,6 +424,12 @@ TEST(VirBuilder, ReachesEveryOp) {
   b.store_one(Element::f32, at, b.load_one(Element::u8, at));
   b.store(Element::i32, at, b.broadcast(Element::f32, at));
   b.prefetch(at, 2);
+  b.save_tiles(at);
+  b.configure_tiles();
+  const Reg tile = b.tile_zero();
+  b.tile_dot_bf16(tile, b.tile_load(at, g), b.tile_load(at, g));
+  b.tile_store(at, g, tile);
+  b.restore_tiles(at);
   const Function function = std::move(b).finish();
   EXPECT_EQ(error_of(function), "");
   std::set<Op> seen;

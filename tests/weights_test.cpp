@@ -124,6 +124,26 @@ TEST(WeightStore, TakesTwelveBitsWhereTheySave) {
   EXPECT_EQ(packed(regular, false), packed(regular, true));
 }
 
+// What tiles ask of the weights of fp32 layers, in 16 bits and in 12.
+TEST(WeightStore, KnowsTheLargestMagnitudeOfExactFp32) {
+  for (const bool twelve_bits : {false, true}) {
+    std::vector<float> values(100 * 64, 0.5f);
+    values[70 * 64 + 3] = -3.0f;
+    const auto largest = [&] {
+      WeightStore store;  // a new one, which has not seen these addresses
+      const auto weight =
+          *store.pack({{values.data(), 100, 256}}, 64, DataType::f32, false, {true, twelve_bits});
+      EXPECT_EQ(weight->form.twelve_bits, twelve_bits);
+      return weight->largest;
+    };
+    EXPECT_EQ(largest(), 3.0f);
+    values[5] = std::numeric_limits<float>::infinity();
+    EXPECT_EQ(largest(), values[5]);
+    values[5] = std::numeric_limits<float>::quiet_NaN();
+    EXPECT_TRUE(std::isinf(largest()));
+  }
+}
+
 TEST(WeightStore, OnlyWhatIsPackedOnceIsReleased) {
   const std::vector<float> values(64 * 8, 1.1f);
   const std::vector<WeightBlock> block = {{values.data(), 64, 32}};

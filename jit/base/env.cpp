@@ -180,7 +180,8 @@ std::vector<Variable> make_table() {
          const bool known = v.empty() || v == "float32" || v == "bfloat16" || v == "float16";
          return known && read_text(v, e.run_dtype);
        }},
-      {"FP32", "auto", "auto, fma, amx", "Arithmetic of fp32 matrix products.",
+      {"FP32", "auto", "auto, fma, amx",
+       "fp32 products of many rows: amx uses AMX where weights fit bf16.",
        [](Text v, E& e) {
          return read_choice<Fp32Mode>(
              v, {{"auto", Fp32Mode::automatic}, {"fma", Fp32Mode::fma}, {"amx", Fp32Mode::amx}},

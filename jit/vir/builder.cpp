@@ -34,6 +34,8 @@ Reg Builder::fresh(Kind kind) {
       return {kind, function_.vec_count++};
     case Kind::mask:
       return {kind, function_.mask_count++};
+    case Kind::tile:
+      return {kind, function_.tile_count++};
   }
   return {};
 }
@@ -105,12 +107,13 @@ Reg Builder::constant(std::int64_t value) {
 Reg Builder::arg(int slot) { return with_immediate(Op::garg, Kind::gpr, {}, slot); }
 
 Reg Builder::copy(Reg source) {
-  assert(source.kind != Kind::mask);
+  assert(source.kind == Kind::gpr || source.kind == Kind::vec);
   return unary(source.kind == Kind::gpr ? Op::gmov : Op::vmov, source.kind, source);
 }
 
 void Builder::assign(Reg destination, Reg source) {
-  assert(destination.kind == source.kind && source.kind != Kind::mask);
+  assert(destination.kind == source.kind);
+  assert(source.kind == Kind::gpr || source.kind == Kind::vec);
   Instruction& i = append(source.kind == Kind::gpr ? Op::gmov : Op::vmov);
   i.dst = destination;
   i.src[0] = source;
@@ -293,6 +296,37 @@ Reg Builder::select(Reg mask, Reg a, Reg b) {
   Instruction& i = append(Op::vselect);
   i.src = {mask, a, b};
   return i.dst = fresh(Kind::vec);
+}
+
+// --- tiles
+
+void Builder::save_tiles(Address to) { append(Op::tsave).address = to; }
+void Builder::configure_tiles() { append(Op::tconfig); }
+void Builder::restore_tiles(Address from) { append(Op::trestore).address = from; }
+Reg Builder::tile_zero() { return append(Op::tzero).dst = fresh(Kind::tile); }
+
+Reg Builder::tile_load(Address address, Reg row_stride) {
+  Instruction& i = append(Op::tload);
+  i.address = address;
+  i.src[0] = row_stride;
+  return i.dst = fresh(Kind::tile);
+}
+
+void Builder::tile_load_into(Reg tile, Address address, Reg row_stride) {
+  Instruction& i = append(Op::tload);
+  i.address = address;
+  i.src[0] = row_stride;
+  i.dst = tile;
+}
+
+void Builder::tile_store(Address address, Reg row_stride, Reg tile) {
+  Instruction& i = append(Op::tstore);
+  i.address = address;
+  i.src = {row_stride, tile, {}};
+}
+
+void Builder::tile_dot_bf16(Reg accumulator, Reg a, Reg b) {
+  accumulate(Op::tdpbf16, accumulator, a, b);
 }
 
 void Builder::prefetch(Address address, int level) {

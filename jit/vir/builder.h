@@ -141,6 +141,17 @@ class Builder {
   Reg mask_andn(Reg a, Reg b);
   Reg select(Reg mask, Reg a, Reg b);  // mask ? a : b
 
+  // Tiles: between configure_tiles and restore_tiles, with what save_tiles wrote. The address has
+  // no index.
+  void save_tiles(Address to);
+  void configure_tiles();
+  void restore_tiles(Address from);
+  Reg tile_zero();
+  Reg tile_load(Address address, Reg row_stride);
+  void tile_load_into(Reg tile, Address address, Reg row_stride);
+  void tile_store(Address address, Reg row_stride, Reg tile);
+  void tile_dot_bf16(Reg accumulator, Reg a, Reg b);
+
   void prefetch(Address address, int level = 0);
 
   // Composites made of the above.

@@ -23,6 +23,8 @@ namespace {
 using Bits = std::uint32_t;
 using Vector = std::array<Bits, 16>;
 using Mask = std::uint32_t;  // bit i is lane i
+using Tile = std::array<Vector, 16>;
+using TileConfiguration = std::array<std::uint8_t, 64>;
 
 float as_float(Bits bits) { return std::bit_cast<float>(bits); }
 Bits as_bits(float value) { return std::bit_cast<Bits>(value); }
@@ -161,6 +163,34 @@ Bits dot_bf16(Bits accumulator, Bits a, Bits b) {
   return as_bits(sum);
 }
 
+// tdpbf16ps: see op_list.def.
+void add_tile_product(Tile& y, const Tile& a, const Tile& b) {
+  const auto high = [](Bits pair) { return flush_denormal(as_float(pair & 0xffff0000u)); };
+  const auto low = [](Bits pair) { return flush_denormal(as_float(pair << 16)); };
+  for (std::size_t m = 0; m < y.size(); ++m) {
+    for (std::size_t n = 0; n < y[m].size(); ++n) {
+      float even = 0, odd = 0;
+      for (std::size_t k = 0; k < b.size(); ++k) {
+        even = flush_denormal(std::fma(low(a[m][k]), low(b[k][n]), even));
+        odd = flush_denormal(std::fma(high(a[m][k]), high(b[k][n]), odd));
+      }
+      const float sum = flush_denormal(even + odd);
+      y[m][n] = as_bits(flush_denormal(flush_denormal(as_float(y[m][n])) + sum));
+    }
+  }
+}
+
+// Palette 1; the bytes of a row at 16 and the rows at 48, for each of 8 tiles.
+TileConfiguration full_tiles() {
+  TileConfiguration configuration{};
+  configuration[0] = 1;
+  for (std::size_t tile = 0; tile < 8; ++tile) {
+    configuration[16 + 2 * tile] = 64;
+    configuration[48 + tile] = 16;
+  }
+  return configuration;
+}
+
 // The 16-byte runs of a vector, as in memory.
 constexpr std::size_t kRunBytes = 16;
 using Run = std::array<std::uint8_t, kRunBytes>;
@@ -205,7 +235,8 @@ class Machine {
         partner_(find_partners(function.code)),
         g_(static_cast<std::size_t>(function.gpr_count)),
         v_(static_cast<std::size_t>(function.vec_count)),
-        m_(static_cast<std::size_t>(function.mask_count)) {}
+        m_(static_cast<std::size_t>(function.mask_count)),
+        t_(static_cast<std::size_t>(function.tile_count)) {}
 
   void run() {
     for (std::size_t i = 0; i < function_.code.size();) i = step(i);
@@ -215,6 +246,7 @@ class Machine {
   std::int64_t& g(Reg reg) { return g_[static_cast<std::size_t>(reg.id)]; }
   Vector& v(Reg reg) { return v_[static_cast<std::size_t>(reg.id)]; }
   Mask& m(Reg reg) { return m_[static_cast<std::size_t>(reg.id)]; }
+  Tile& t(Reg reg) { return t_[static_cast<std::size_t>(reg.id)]; }
 
   // 64-bit arithmetic wraps.
   std::uint64_t u(Reg reg) { return static_cast<std::uint64_t>(g(reg)); }
@@ -335,6 +367,17 @@ class Machine {
     const Vector a = v(i.src[1]), b = v(i.src[2]);
     set_lanes(i.dst, [&](std::size_t k) { return (mask >> k & 1) != 0 ? a[k] : b[k]; });
   }
+  void load_tile(const Instruction& i) {
+    for (std::size_t row = 0; row < 16; ++row) {
+      t(i.dst)[row] = read<Vector>(tile_row(i, row));
+    }
+  }
+  void store_tile(const Instruction& i) {
+    for (std::size_t row = 0; row < 16; ++row) write(tile_row(i, row), t(i.src[1])[row]);
+  }
+  std::byte* tile_row(const Instruction& i, std::size_t row) {
+    return memory(i.address) + g(i.src[0]) * static_cast<std::int64_t>(row);
+  }
   void splat(const Instruction& i, Bits value) {
     set_lanes(i.dst, [&](std::size_t) { return value; });
   }
@@ -349,6 +392,8 @@ class Machine {
   std::vector<std::int64_t> g_;
   std::vector<Vector> v_;
   std::vector<Mask> m_;
+  std::vector<Tile> t_;
+  TileConfiguration tiles_{};  // nothing is configured
 };
 
 std::size_t Machine::step(std::size_t at) {
@@ -447,6 +492,14 @@ std::size_t Machine::step(std::size_t at) {
     case Op::mor: m(i.dst) = m(s0) | m(s1); break;
     case Op::mandn: m(i.dst) = ~m(s0) & m(s1); break;
     case Op::vselect: select(i); break;
+
+    case Op::tsave: write(memory(i.address), tiles_); break;
+    case Op::tconfig: tiles_ = full_tiles(); break;
+    case Op::trestore: tiles_ = read<TileConfiguration>(memory(i.address)); break;
+    case Op::tzero: t(i.dst) = {}; break;
+    case Op::tload: load_tile(i); break;
+    case Op::tstore: store_tile(i); break;
+    case Op::tdpbf16: add_tile_product(t(s0), t(s1), t(s2)); break;
 
     case Op::prefetch: break;
       // clang-format on

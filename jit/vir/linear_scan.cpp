@@ -107,7 +107,7 @@ class Scan {
   std::span<const int> pool_;
   std::vector<Item*> active_;
   std::uint64_t taken_ = 0;                            // registers of active_
-  std::array<std::vector<const Item*>, 3> by_number_;  // by kind and virtual number
+  std::array<std::vector<const Item*>, 4> by_number_;  // by kind and virtual number
 };
 
 // Both attempts for one class. The scratch registers are the last of the pool.
@@ -125,6 +125,21 @@ ClassResult allocate_class(std::vector<Item> items, std::span<const int> pool, i
   return result;
 }
 
+// Allocation, or const Allocation.
+template <class AnyAllocation>
+auto& homes(AnyAllocation& allocation, Kind kind) {
+  switch (kind) {
+    case Kind::gpr:
+      return allocation.gpr;
+    case Kind::vec:
+      return allocation.vec;
+    case Kind::mask:
+      return allocation.mask;
+    default:
+      return allocation.tile;
+  }
+}
+
 class Allocator {
  public:
   Allocator(const Function& function, const RegisterFile& file)
@@ -132,14 +147,18 @@ class Allocator {
     result_.gpr.resize(static_cast<std::size_t>(function.gpr_count));
     result_.vec.resize(static_cast<std::size_t>(function.vec_count));
     result_.mask.resize(static_cast<std::size_t>(function.mask_count));
+    result_.tile.resize(static_cast<std::size_t>(function.tile_count));
   }
 
   Allocation run(const std::vector<Interval>& intervals, std::span<const std::uint8_t> temps) {
-    std::vector<Item> gprs, vectors, masks;
+    std::vector<Item> gprs, vectors, masks, tiles;
     for (const Interval& interval : intervals) {
       const Kind kind = interval.reg.kind;
       const bool in_vectors = kind == Kind::vec || (kind == Kind::mask && file_.mask.empty());
-      auto& items = kind == Kind::gpr ? gprs : in_vectors ? vectors : masks;
+      auto& items = kind == Kind::gpr    ? gprs
+                    : kind == Kind::tile ? tiles
+                    : in_vectors         ? vectors
+                                         : masks;
       items.push_back({interval});
     }
     result_.temporaries.assign(temps.size() * kTemporaries, -1);
@@ -151,6 +170,7 @@ class Allocator {
     result_.vec_scratch =
         settle(allocate_class(std::move(vectors), file_.vec, kVecScratch), vector_bytes_);
     result_.mask_scratch = settle(allocate_class(std::move(masks), file_.mask, kMaskScratch), 8);
+    settle(allocate_class(std::move(tiles), file_.tile, 0), 0);
     result_.used_gprs.assign(used_gprs_.begin(), used_gprs_.end());
     result_.frame_bytes =
         (result_.frame_bytes + kFrameAlignment - 1) / kFrameAlignment * kFrameAlignment;
@@ -168,10 +188,7 @@ class Allocator {
 
   Home& home(Reg reg) {
     if (reg == kArgsPointer) return result_.args;
-    auto& homes = reg.kind == Kind::gpr   ? result_.gpr
-                  : reg.kind == Kind::vec ? result_.vec
-                                          : result_.mask;
-    return homes[static_cast<std::size_t>(reg.id)];
+    return homes(result_, reg.kind)[static_cast<std::size_t>(reg.id)];
   }
 
   // Records what a class got; returns its scratch registers.
@@ -190,6 +207,7 @@ class Allocator {
       home(interval.reg).slot = result_.frame_bytes;
       result_.frame_bytes += slot_bytes;
       ++result_.spills;
+      if (interval.reg.kind == Kind::tile) ++result_.tile_spills;
       if (interval.in_inner_loop) ++result_.inner_loop_spills;
     }
     return result.scratch;
@@ -205,8 +223,7 @@ class Allocator {
 
 const Home& Allocation::home(Reg reg) const {
   if (reg == kArgsPointer) return args;
-  const auto& homes = reg.kind == Kind::gpr ? gpr : reg.kind == Kind::vec ? vec : mask;
-  return homes[static_cast<std::size_t>(reg.id)];
+  return homes(*this, reg.kind)[static_cast<std::size_t>(reg.id)];
 }
 
 Allocation allocate(const Function& function, const RegisterFile& file,

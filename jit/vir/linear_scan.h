@@ -21,6 +21,7 @@ struct RegisterFile {
   std::vector<int> gpr;  // in order of preference; the arguments' pointer arrives in gpr[0]
   std::vector<int> vec;
   std::vector<int> mask;  // empty: masks take vectors (AVX2)
+  std::vector<int> tile;
 };
 
 struct Home {
@@ -36,13 +37,14 @@ inline constexpr int kVecScratch = 3;
 inline constexpr int kMaskScratch = 2;
 
 struct Allocation {
-  std::vector<Home> gpr, vec, mask;  // by virtual number
+  std::vector<Home> gpr, vec, mask, tile;  // by virtual number
   Home args;
   std::vector<int> temporaries;  // vector registers that instruction i may overwrite: 2 x i, + 1
   std::vector<int> gpr_scratch, vec_scratch, mask_scratch;  // empty unless the class spills
   std::vector<int> used_gprs;                               // sorted
   int frame_bytes = 0;
   int spills = 0, inner_loop_spills = 0;
+  int tile_spills = 0;  // of the spills; no code can be made for these
 
   const Home& home(Reg reg) const;
 };

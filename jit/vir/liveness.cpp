@@ -4,6 +4,7 @@
 #include "jit/vir/liveness.h"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <limits>
 
@@ -12,30 +13,33 @@
 namespace tilewright::jit::vir {
 namespace {
 
-// All registers of a function in one dense numbering: the arguments' pointer, gprs, vectors, masks.
+// All registers of a function in one dense numbering: the arguments' pointer, gprs, vectors, masks,
+// tiles.
 class Numbering {
  public:
   explicit Numbering(const Function& f)
       : first_vec_(1 + f.gpr_count),
         first_mask_(first_vec_ + f.vec_count),
-        count_(first_mask_ + f.mask_count) {}
+        first_tile_(first_mask_ + f.mask_count),
+        count_(first_tile_ + f.tile_count) {}
 
   std::size_t count() const { return static_cast<std::size_t>(count_); }
   std::size_t index(Reg reg) const {
     if (reg == kArgsPointer) return 0;
-    const int first = reg.kind == Kind::gpr ? 1 : reg.kind == Kind::vec ? first_vec_ : first_mask_;
-    return static_cast<std::size_t>(first + reg.id);
+    const std::array first = {1, first_vec_, first_mask_, first_tile_};  // by kind
+    return static_cast<std::size_t>(first[static_cast<std::size_t>(reg.kind)] + reg.id);
   }
   Reg reg(std::size_t index) const {
     const int i = static_cast<int>(index);
     if (i == 0) return kArgsPointer;
     if (i < first_vec_) return {Kind::gpr, i - 1};
     if (i < first_mask_) return {Kind::vec, i - first_vec_};
-    return {Kind::mask, i - first_mask_};
+    if (i < first_tile_) return {Kind::mask, i - first_mask_};
+    return {Kind::tile, i - first_tile_};
   }
 
  private:
-  int first_vec_, first_mask_, count_;
+  int first_vec_, first_mask_, first_tile_, count_;
 };
 
 class BitSet {

@@ -29,7 +29,7 @@ struct Interval {
 };
 
 // One interval for each register that is used or defined: kArgsPointer first, then general
-// registers, vectors and masks in the order of their numbers.
+// registers, vectors, masks and tiles in the order of their numbers.
 // REQUIRES: verify(function) is ok.
 std::vector<Interval> live_intervals(const Function& function);
 

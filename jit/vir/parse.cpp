@@ -88,7 +88,7 @@ class Cursor {
 
   std::optional<Reg> take_register() {
     skip_blanks();
-    constexpr std::string_view kLetters = "gvm";
+    constexpr std::string_view kLetters = "gvmt";
     if (text_.size() < 3 || text_[0] != '%') return std::nullopt;
     const std::size_t kind = kLetters.find(text_[1]);
     std::int64_t id = 0;
@@ -292,9 +292,10 @@ class Parser {
 
   void count(Reg reg) {
     if (!reg.valid()) return;
-    int& total = reg.kind == Kind::gpr   ? function_.gpr_count
-                 : reg.kind == Kind::vec ? function_.vec_count
-                                         : function_.mask_count;
+    int& total = reg.kind == Kind::gpr    ? function_.gpr_count
+                 : reg.kind == Kind::vec  ? function_.vec_count
+                 : reg.kind == Kind::mask ? function_.mask_count
+                                          : function_.tile_count;
     total = std::max(total, reg.id + 1);
   }
 

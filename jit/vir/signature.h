@@ -12,8 +12,8 @@
 namespace tilewright::jit::vir {
 
 struct Signature {
-  std::string_view operands;     // in printed order: G N V W M for registers, A, I
-  char definition = 0;           // 'G', 'V', 'M', or 0
+  std::string_view operands;     // in printed order: G N V W M X Y for registers, A, I
+  char definition = 0;           // 'G', 'V', 'M', 'X', or 0
   std::array<char, 3> source{};  // the letter of each Instruction::src, 0 when unused
   int source_count = 0;
   bool has_address = false;
@@ -22,17 +22,20 @@ struct Signature {
 };
 
 constexpr bool is_register_letter(char letter) {
-  return letter == 'G' || letter == 'N' || letter == 'V' || letter == 'W' || letter == 'M';
+  return std::string_view("GNVWMXY").find(letter) != std::string_view::npos;
 }
 
 // REQUIRES: is_register_letter(letter)
 constexpr Kind kind_of(char letter) {
   if (letter == 'G' || letter == 'N') return Kind::gpr;
+  if (letter == 'X' || letter == 'Y') return Kind::tile;
   return letter == 'M' ? Kind::mask : Kind::vec;
 }
 
 // A source that the op also writes.
-constexpr bool is_read_write(char letter) { return letter == 'W' || letter == 'N'; }
+constexpr bool is_read_write(char letter) {
+  return letter == 'W' || letter == 'N' || letter == 'Y';
+}
 
 constexpr Signature decode(std::string_view text) {
   Signature result;

@@ -26,6 +26,8 @@ constexpr std::string_view kind_name(Kind kind) {
       return "a vector register";
     case Kind::mask:
       return "a mask register";
+    case Kind::tile:
+      return "a tile";
   }
   return "?";
 }
@@ -91,14 +93,30 @@ Range legal_immediates(Op op, const Function& function) {
   }
 }
 
+bool is_tile_op(Op op) {
+  switch (op) {
+    case Op::tsave:
+    case Op::tconfig:
+    case Op::trestore:
+    case Op::tzero:
+    case Op::tload:
+    case Op::tstore:
+    case Op::tdpbf16:
+      return true;
+    default:
+      return false;
+  }
+}
+
 // Which registers are defined at a point.
 struct Defined {
-  std::array<std::vector<bool>, 3> of_kind;
+  std::array<std::vector<bool>, 4> of_kind;
 
   explicit Defined(const Function& f)
       : of_kind{std::vector<bool>(static_cast<std::size_t>(f.gpr_count)),
                 std::vector<bool>(static_cast<std::size_t>(f.vec_count)),
-                std::vector<bool>(static_cast<std::size_t>(f.mask_count))} {}
+                std::vector<bool>(static_cast<std::size_t>(f.mask_count)),
+                std::vector<bool>(static_cast<std::size_t>(f.tile_count))} {}
 
   std::vector<bool>& kind(Kind kind) { return of_kind[static_cast<std::size_t>(kind)]; }
   bool in_range(Reg reg) {
@@ -131,6 +149,7 @@ class Verifier {
       return Error{fmt::format("{}: {} is never closed", open_.back().line,
                                open_.back().op == Op::loop ? "loop" : "if")};
     }
+    if (has_tiles_) return fail("the thread's tiles are never restored");
     return {};
   }
 
@@ -179,6 +198,7 @@ class Verifier {
     }
     if (Status status = check_element(instruction); !status.ok()) return status;
     if (Status status = check_lanes(op); !status.ok()) return status;
+    if (Status status = check_tiles(instruction); !status.ok()) return status;
     if (form.definition != 0) {
       if (Status status = check_kind(op, kind_of(form.definition), instruction.dst); !status.ok()) {
         return status;
@@ -249,8 +269,32 @@ class Verifier {
   }
 
   Status check_lanes(Op op) const {
-    if ((op == Op::vscalef || op == Op::vdpbf16) && function_.lanes != 16) {
+    if ((op == Op::vscalef || op == Op::vdpbf16 || is_tile_op(op)) && function_.lanes != 16) {
       return fail("{} exists with 16 lanes only", op_name(op));
+    }
+    return {};
+  }
+
+  // The thread's tiles are saved, configured, used, restored: in this order on every path.
+  Status check_tiles(const Instruction& instruction) {
+    const Op op = instruction.op;
+    if (!is_tile_op(op)) return {};
+    if (op == Op::tsave || op == Op::tconfig || op == Op::trestore) {
+      if (!open_.empty()) return fail("{} inside a loop or if", op_name(op));
+      if (op == Op::tconfig && !saved_tiles_) return fail("tconfig without tsave before it");
+      if (op == Op::trestore && !has_tiles_) return fail("trestore without tconfig before it");
+      if (op == Op::tsave && has_tiles_) return fail("tsave after tconfig");
+      if (op == Op::tsave) saved_tiles_ = true;
+      has_tiles_ = op == Op::tconfig;
+      return {};
+    }
+    if (!has_tiles_) return fail("{} without tconfig before it", op_name(op));
+    const auto& [y, a, b] = instruction.src;
+    if (op == Op::tdpbf16 && (y == a || y == b || a == b)) {
+      return fail("tdpbf16 takes three different tiles");
+    }
+    if (instruction.address.index.valid()) {
+      return fail("{}: the row stride takes the place of an index", op_name(op));
     }
     return {};
   }
@@ -288,6 +332,7 @@ class Verifier {
   const Function& function_;
   int line_ = 1;  // of print(): the header is line 1
   Defined defined_;
+  bool saved_tiles_ = false, has_tiles_ = false;
   std::vector<Open> open_;
 };
 

@@ -27,7 +27,7 @@ enum class Op : std::uint8_t {
 };
 
 // Kinds of registers, and element types in memory.
-enum class Kind : std::uint8_t { gpr, vec, mask };
+enum class Kind : std::uint8_t { gpr, vec, mask, tile };
 enum class Element : std::uint8_t {
   none,
   f32,
@@ -41,7 +41,7 @@ enum class Element : std::uint8_t {
   i64_high,
 };
 
-// A virtual register: its number within its kind. Strong type, printed %g3, %v7, %m0.
+// A virtual register: its number within its kind. Strong type, printed %g3, %v7, %m0, %t1.
 struct Reg {
   Kind kind = Kind::gpr;
   std::int32_t id = -1;
@@ -60,8 +60,8 @@ struct Address {
 struct Instruction {
   Op op;
   Element element = Element::none;
-  Reg dst;                     // the definition ("V=", "G=", "M="), if any
-  std::array<Reg, 3> src;      // uses in printed order, W and N included, addresses not
+  Reg dst;                     // the definition ("V=", "G=", "M=", "X="), if any
+  std::array<Reg, 3> src;      // uses in printed order, W, N, Y included, addresses not
   Address address;             // if the signature has A
   std::int64_t immediate = 0;  // if the signature has I
 };
@@ -70,7 +70,7 @@ struct Function {
   std::string name;
   int lanes = 8;
   int arg_count = 0;  // 64-bit slots read through garg
-  int gpr_count = 0, vec_count = 0, mask_count = 0;
+  int gpr_count = 0, vec_count = 0, mask_count = 0, tile_count = 0;
   std::vector<Instruction> code;
 };
 

@@ -3,6 +3,8 @@
 // Tested by linear_test.
 #include "ops/gemm/epilogue.h"
 
+#include <algorithm>
+
 #include "jit/math.h"
 #include "ops/columns.h"
 
@@ -76,6 +78,51 @@ void finish_vector(Builder& b, const LinearKernel& spec, const OutputVector& vec
     value = b.vadd(value, load_columns(b, spec.output, row.residual, vector.first, vector.count));
   }
   store_columns(b, spec.output, row.y, vector.first, vector.count, value);
+}
+
+namespace {
+
+// Stores `width` outputs of each row, `offset` bytes from the rows' beginnings.
+void finish_rows(Builder& b, const LinearKernel& spec, Reg offset, int width, Reg rows) {
+  OutputRow row;
+  row.y = b.add(b.arg(LinearArgs::y), offset);
+  if (spec.epilogue.residual) row.residual = b.add(b.arg(LinearArgs::residual), offset);
+  if (spec.epilogue.bias) row.bias = b.add(b.arg(LinearArgs::bias), offset);
+  const int vectors = static_cast<int>(panel_columns()) / spec.lanes;
+  const int stored = vectors / (spec.epilogue.gated ? 2 : 1);
+  const Reg sums = b.arg(LinearArgs::partial_sums);
+  const auto sum = [&](int i) {
+    return b.load(jit::vir::Element::f32, b.at(sums, i * b.vector_bytes()));
+  };
+  b.loop(rows, [&] {
+    for (int j = 0; j < stored; ++j) {
+      OutputVector vector;
+      vector.first = j * spec.lanes;
+      vector.count = std::clamp(width - j * spec.lanes, 0, spec.lanes);
+      if (vector.count == 0) continue;
+      vector.value = sum(j);
+      if (spec.epilogue.gated) vector.up = sum(j + stored);
+      finish_vector(b, spec, vector, row);
+    }
+    b.add_to(row.y, b.arg(LinearArgs::y_row_stride));
+    if (spec.epilogue.residual) b.add_to(row.residual, b.arg(LinearArgs::residual_row_stride));
+    b.add_to(sums, kPartialSumsBytesPerRow);
+  });
+}
+
+}  // namespace
+
+void finish_panel(Builder& b, const LinearKernel& spec, Reg panel, Reg rows) {
+  const int runs = spec.epilogue.gated ? 2 : 1;
+  const std::int64_t outputs = spec.n / runs, panel_outputs = panel_columns() / runs;
+  const std::int64_t panel_bytes = panel_outputs * graph::size_in_bytes(spec.output);
+  const Reg offset = b.mul(panel, panel_bytes);
+  const auto width = static_cast<int>(panel_outputs), tail = static_cast<int>(outputs % width);
+  if (tail == 0) return finish_rows(b, spec, offset, width, rows);
+  b.if_nonzero(
+      b.add(offset, -(outputs / panel_outputs * panel_bytes)),
+      [&] { finish_rows(b, spec, offset, width, rows); },
+      [&] { finish_rows(b, spec, offset, tail, rows); });
 }
 
 }  // namespace tilewright::ops

@@ -30,4 +30,9 @@ struct OutputRow {
 void finish_vector(jit::vir::Builder& builder, const LinearKernel& spec, const OutputVector& vector,
                    const OutputRow& row);
 
+// Finishes and stores the first `rows` rows of a panel, whose sums lie one row below the other at
+// LinearArgs::partial_sums. Consumes `rows`.
+void finish_panel(jit::vir::Builder& builder, const LinearKernel& spec, jit::vir::Reg panel,
+                  jit::vir::Reg rows);
+
 }  // namespace tilewright::ops

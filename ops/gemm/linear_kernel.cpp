@@ -24,9 +24,9 @@
 #include <vector>
 
 #include "jit/vir/builder.h"
-#include "ops/columns.h"
 #include "ops/gemm/epilogue.h"
 #include "ops/gemm/pack.h"
+#include "ops/gemm/tile_kernel.h"
 #include "ops/gemm/twelve_bits.h"
 #include "ops/gemm/twelve_bits_reader.h"
 
@@ -42,7 +42,6 @@ using jit::vir::Reg;
 constexpr int kPanelColumns = 32;
 constexpr int kStepBytes = kPanelColumns * 4;  // of a panel, for one k (f32) or two (16-bit types)
 constexpr int kLineBytes = 64;
-constexpr int kInputBytes = 4;
 constexpr int kHalfLength = twelve_bits::kStepLength / 2;
 
 // Rows that one address register reaches with an index of one stride, scaled by 1 or 2.
@@ -65,7 +64,10 @@ constexpr std::int64_t kPartialSumLength = 128;
 class LinearBuilder {
  public:
   explicit LinearBuilder(const LinearKernel& spec)
-      : spec_(spec), rows_(spec.rows), b_(name(spec), spec.lanes, LinearArgs::count), reader_(b_) {
+      : spec_(spec),
+        rows_(spec.rows),
+        b_(function_name(spec), spec.lanes, LinearArgs::count),
+        reader_(b_) {
     const int most = is_f32() ? 12 : 8;
     vectors_ = panel_vectors();
     while (vectors_ * rows_ > most && vectors_ > 2) vectors_ /= 2;
@@ -78,21 +80,12 @@ class LinearBuilder {
   }
 
  private:
-  static std::string name(const LinearKernel& spec) {
-    std::string text = print(spec);
-    std::replace(text.begin(), text.end(), ' ', '.');
-    return text;
-  }
-
   bool unpacks() const { return spec_.twelve_bits && rows_ > kMostRowsInRegisters; }
   bool is_f32() const { return spec_.weight == DataType::f32; }
+  bool dots() const { return spec_.arithmetic == Arithmetic::dot; }
+  int input_bytes() const { return size_in_bytes(input_type(spec_)); }
   int panel_vectors() const { return kPanelColumns / spec_.lanes; }
-  int panel_outputs() const { return spec_.epilogue.gated ? kPanelColumns / 2 : kPanelColumns; }
-  std::int64_t outputs() const { return spec_.epilogue.gated ? spec_.n / 2 : spec_.n; }
   std::int64_t panel_bytes() const { return packed_bytes(kPanelColumns, spec_.k, spec_.weight); }
-  std::int64_t panel_output_bytes() const {
-    return panel_outputs() * graph::size_in_bytes(spec_.output);
-  }
   int pointer_count() const { return (rows_ + kRowsPerPointer - 1) / kRowsPerPointer; }
 
   // The panel's vectors that a part computes. Gated: the gates' in the first half of the list, the
@@ -129,7 +122,7 @@ class LinearBuilder {
       });
     }
     emit_stretch(rest, b_.constant(stretches), stretches > 0);
-    emit_epilogue();
+    finish_panel(b_, spec_, panel(), b_.mul(b_.arg(LinearArgs::block_count), rows_));
   }
 
   // The panel's number.
@@ -163,18 +156,7 @@ class LinearBuilder {
   // The next `count` of k in 16 bits, with weight_ at them.
   void emit_unpack(std::int64_t count) {
     weight_ = b_.arg(LinearArgs::unpacked);
-    reader_.each_step(count, [&](bool plain, int) {
-      reader_.prefetch(prefetch_distance(), 1);
-      for (int half = 0; half < 2; ++half) {
-        for (int vector = 0; vector < panel_vectors(); ++vector) {
-          const std::array<Reg, 2> pairs = reader_.pairs(plain, half, vector);
-          b_.store(Element::i32, weight_address(vector, 2 * half), pairs[0]);
-          b_.store(Element::i32, weight_address(vector, 2 * half + 1), pairs[1]);
-        }
-      }
-      b_.add_to(weight_, twelve_bits::kPlainStepBytes);
-    });
-    reader_.end_stretch();
+    reader_.unpack_stretch(count, weight_, prefetch_distance());
     weight_ = b_.arg(LinearArgs::unpacked);
   }
 
@@ -182,17 +164,9 @@ class LinearBuilder {
 
   void clear_sums() {
     Reg zero = b_.zero();
-    each_row([&] {
-      for (int i = 0; i < panel_vectors(); ++i) b_.store(Element::f32, sum_address(0, i), zero);
-    });
-  }
-
-  // The body for each row, with sums_ at it.
-  template <class Body>
-  void each_row(const Body& body) {
     sums_ = b_.arg(LinearArgs::partial_sums);
     b_.loop(b_.mul(b_.arg(LinearArgs::block_count), rows_), [&] {
-      body();
+      for (int i = 0; i < panel_vectors(); ++i) b_.store(Element::f32, sum_address(0, i), zero);
       b_.add_to(sums_, kPartialSumsBytesPerRow);
     });
   }
@@ -218,7 +192,7 @@ class LinearBuilder {
   }
 
   void advance_x(std::int64_t count) {
-    for (Reg pointer : x_) b_.add_to(pointer, count * kInputBytes);
+    for (Reg pointer : x_) b_.add_to(pointer, count * input_bytes());
   }
 
   std::int64_t stretch_bytes() const { return kPartialSumLength / step_length() * kStepBytes; }
@@ -234,7 +208,7 @@ class LinearBuilder {
     while (static_cast<int>(x_.size()) < pointer_count()) {
       x_.push_back(b_.add(x_.back(), b_.mul(x_stride_, kRowsPerPointer)));
     }
-    if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
+    if (spec_.weight == DataType::bf16 && !dots()) odd_mask_ = b_.splat_bits(0xffff0000u);
     accumulators_.assign(static_cast<std::size_t>(rows_), {});
     for (auto& row : accumulators_) {
       for (int j = 0; j < vectors_; ++j) row.push_back(b_.zero());
@@ -268,6 +242,10 @@ class LinearBuilder {
       if (part == 0) reader_.prefetch(prefetch_distance(), 0);
       for (int k = 0; k < length; k += kHalfLength) {
         const int end = std::min(k + kHalfLength, length);
+        if (dots()) {
+          emit_twelve_bits_dots(columns, plain, k, end);
+          continue;
+        }
         std::vector<Reg> x;  // of a single row, for all vectors
         for (int i = k; i < end && rows_ == 1; ++i) x.push_back(broadcast(0, i));
         for (std::size_t j = 0; j < columns.size(); ++j) {
@@ -287,11 +265,25 @@ class LinearBuilder {
     advance_x(-count);
   }
 
+  // The pairs of k in [k, end), a half of a step.
+  void emit_twelve_bits_dots(const std::vector<int>& columns, bool plain, int k, int end) {
+    for (std::size_t j = 0; j < columns.size(); ++j) {
+      const std::array<Reg, 2> pairs = reader_.pairs(plain, k / kHalfLength, columns[j]);
+      for (int pair = 0; k + 2 * pair < end; ++pair) {
+        for (int row = 0; row < rows_; ++row) {
+          b_.dot_bf16(accumulators_[static_cast<std::size_t>(row)][j],
+                      pairs[static_cast<std::size_t>(pair)], broadcast(row, k + 2 * pair));
+        }
+      }
+    }
+  }
+
   // Step `step` from the pointers: `count` values of k.
   void emit_step(int part, int step, int count) {
     const std::vector<int> columns = part_vectors(part);
     prefetch_step(part, step);
     const int first_k = is_f32() ? step : 2 * step;
+    if (dots()) return emit_dots(columns, step);
     if (rows_ > kFewRows) {
       for (int i = 0; i < count; ++i) emit_many_rows(columns, step, first_k + i, i != 0);
       return;
@@ -303,6 +295,18 @@ class LinearBuilder {
       }
     }
     for (std::size_t j = 0; j < columns.size(); ++j) emit_few_rows(x, columns[j], j, step);
+  }
+
+  // A pair of k for all rows and the part's columns.
+  void emit_dots(const std::vector<int>& columns, int step) {
+    std::vector<Reg> w;
+    for (int vector : columns) w.push_back(load_weight(vector, step));
+    for (int row = 0; row < rows_; ++row) {
+      const Reg x = broadcast(row, 2 * step);
+      for (std::size_t j = 0; j < w.size(); ++j) {
+        b_.dot_bf16(accumulators_[static_cast<std::size_t>(row)][j], w[j], x);
+      }
+    }
   }
 
   // How far ahead of the loads the weights are asked for: a choice of speed (ops/choices.def), but
@@ -367,48 +371,14 @@ class LinearBuilder {
     return odd ? b_.vand(loaded, odd_mask_) : b_.vshift_left(loaded, 16);
   }
 
+  // x of one k, or of a pair.
   Reg broadcast(int row, int k) {
     Reg pointer = x_[static_cast<std::size_t>(row / kRowsPerPointer)];
     const int strides = row % kRowsPerPointer;
-    const std::int64_t offset = k * kInputBytes;
+    const std::int64_t offset = k * input_bytes();
     const Address address =
         strides == 0 ? b_.at(pointer, offset) : b_.at(pointer, x_stride_, strides, offset);
-    return b_.broadcast(Element::f32, address);
-  }
-
-  // --- the epilogue
-
-  void emit_epilogue() {
-    const Reg offset = b_.mul(panel(), panel_output_bytes());
-    const std::int64_t tail = outputs() % panel_outputs();
-    if (tail == 0) return emit_stores(offset, panel_outputs());
-    const std::int64_t last = outputs() / panel_outputs() * panel_output_bytes();
-    b_.if_nonzero(
-        b_.add(offset, -last), [&] { emit_stores(offset, panel_outputs()); },
-        [&] { emit_stores(offset, static_cast<int>(tail)); });
-  }
-
-  // Finishes and stores all rows of the panel, which has `width` outputs, `offset` bytes from their
-  // beginnings.
-  void emit_stores(Reg offset, int width) {
-    OutputRow row;
-    row.y = b_.add(b_.arg(LinearArgs::y), offset);
-    if (spec_.epilogue.residual) row.residual = b_.add(b_.arg(LinearArgs::residual), offset);
-    if (spec_.epilogue.bias) row.bias = b_.add(b_.arg(LinearArgs::bias), offset);
-    const int stored = panel_vectors() / (spec_.epilogue.gated ? 2 : 1);
-    each_row([&] {
-      for (int j = 0; j < stored; ++j) {
-        OutputVector vector;
-        vector.first = j * spec_.lanes;
-        vector.count = std::clamp(width - j * spec_.lanes, 0, spec_.lanes);
-        if (vector.count == 0) continue;
-        vector.value = b_.load(Element::f32, sum_address(0, j));
-        if (spec_.epilogue.gated) vector.up = b_.load(Element::f32, sum_address(0, j + stored));
-        finish_vector(b_, spec_, vector, row);
-      }
-      b_.add_to(row.y, b_.arg(LinearArgs::y_row_stride));
-      if (spec_.epilogue.residual) b_.add_to(row.residual, b_.arg(LinearArgs::residual_row_stride));
-    });
+    return b_.broadcast(dots() ? Element::i32 : Element::f32, address);
   }
 
   const LinearKernel& spec_;
@@ -430,6 +400,16 @@ bool one_of(DataType type) {
 
 }  // namespace
 
+DataType input_type(const LinearKernel& spec) {
+  const bool fp32 =
+      spec.arithmetic == Arithmetic::fma || spec.arithmetic == Arithmetic::split_tiles;
+  return fp32 ? DataType::f32 : DataType::bf16;
+}
+
+bool is_tiled(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::tiles || arithmetic == Arithmetic::split_tiles;
+}
+
 int max_rows(int lanes) { return lanes == 16 ? 12 : 6; }
 
 std::int64_t panel_columns() { return kPanelColumns; }
@@ -440,10 +420,24 @@ std::int64_t unpacked_bytes() { return kPartialSumLength / 2 * kStepBytes; }
 
 std::int64_t panel_count(std::int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
 
+std::string_view name(Arithmetic arithmetic) {
+  switch (arithmetic) {
+    case Arithmetic::fma:
+      return "linear";
+    case Arithmetic::dot:
+      return "linear_avx512_bf16";
+    case Arithmetic::tiles:
+      return "linear_amx_bf16";
+    case Arithmetic::split_tiles:
+      return "linear_amx_fp32";
+  }
+  return "";
+}
+
 std::string print(const LinearKernel& spec) {
-  std::string text =
-      fmt::format("linear lanes={} rows={} n={} k={} weight={} output={}", spec.lanes, spec.rows,
-                  spec.n, spec.k, graph::name(spec.weight), graph::name(spec.output));
+  std::string text = fmt::format("{} lanes={} rows={} n={} k={} weight={} output={}",
+                                 name(spec.arithmetic), spec.lanes, spec.rows, spec.n, spec.k,
+                                 graph::name(spec.weight), graph::name(spec.output));
   const Epilogue& epilogue = spec.epilogue;
   if (epilogue.bias) text += " bias";
   if (!epilogue.activation.empty()) text += " activation=" + epilogue.activation;
@@ -454,9 +448,17 @@ std::string print(const LinearKernel& spec) {
   return text;
 }
 
+std::string function_name(const LinearKernel& spec) {
+  std::string text = print(spec);
+  std::replace(text.begin(), text.end(), ' ', '.');
+  return text;
+}
+
 Status supported(const LinearKernel& spec) {
   if (spec.lanes != 8 && spec.lanes != 16) return Error{fmt::format("{} lanes", spec.lanes)};
-  if (spec.rows < 1 || spec.rows > max_rows(spec.lanes)) {
+  const bool tiled = is_tiled(spec.arithmetic);
+  if (tiled ? spec.rows != kTileRows && spec.rows != 2 * kTileRows
+            : spec.rows < 1 || spec.rows > max_rows(spec.lanes)) {
     return Error{fmt::format("a block of {} rows", spec.rows)};
   }
   if (spec.n < 1 || spec.k < 1) return Error{"an empty weight"};
@@ -467,6 +469,9 @@ Status supported(const LinearKernel& spec) {
     if (!one_of(type)) return Error{fmt::format("linear in {}", graph::name(type))};
   }
   if (spec.twelve_bits && spec.weight != DataType::bf16) return Error{"12 bits of another type"};
+  if (spec.arithmetic != Arithmetic::fma && (spec.lanes != 16 || spec.weight != DataType::bf16)) {
+    return Error{"products of bf16 without AVX-512 or of another weight than bf16"};
+  }
   const std::string& activation = spec.epilogue.activation;
   const std::array known{"", "silu", "gelu", "gelu_tanh", "relu"};
   if (std::find(known.begin(), known.end(), activation) == known.end()) {
@@ -476,6 +481,8 @@ Status supported(const LinearKernel& spec) {
   return {};
 }
 
-jit::vir::Function build(const LinearKernel& spec) { return LinearBuilder(spec).run(); }
+jit::vir::Function build(const LinearKernel& spec) {
+  return is_tiled(spec.arithmetic) ? build_tiled(spec) : LinearBuilder(spec).run();
+}
 
 }  // namespace tilewright::ops

@@ -1,5 +1,5 @@
 // The linear kernel: y[rows, n] = epilogue(x[rows, k] @ w[n, k].T) of fp32 x, for a few rows at a
-// time (1 is the GEMV).
+// time (1 is the GEMV); with vdpbf16ps of bf16 x.
 //
 // One VIR builder for every weight type, number of lanes and epilogue; the block of `rows`
 // accumulators is baked in, everything else about M is a run-time argument. Weights are packed once
@@ -8,7 +8,9 @@
 // Every output is a sum of partial sums, each one chain of fused multiply-adds over
 // partial_sum_length() of k in order, whatever the rows of a block, the lanes and the weight's
 // type. So y has the same bits for every way to cut M into blocks and into threads, with AVX2 and
-// AVX-512, and for a weight stored exactly in 16 bits or 12. One chain over all of k would be
+// AVX-512, and for a weight stored exactly in 16 bits or 12. (With vdpbf16ps a chain's steps are
+// pairs of k, the odd one first, and subnormals are zero: other bits, no larger error.) One chain
+// over all of k would be
 // simpler, but its error grows with the chain's length: twice that of a blocked library at k = 576.
 // The price is that the GEMV has only as many chains as a panel has vectors; it is bound by memory,
 // not by them.
@@ -18,6 +20,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "graph/type.h"
 #include "jit/base/result.h"
@@ -35,9 +38,18 @@ struct Epilogue {
   friend bool operator==(const Epilogue&, const Epilogue&) = default;
 };
 
+// What multiplies and adds.
+enum class Arithmetic : std::uint8_t {
+  fma,          // fp32 x, weights widened to fp32
+  dot,          // vdpbf16ps: pairs of bf16 x and bf16 weights, sums in fp32
+  tiles,        // tdpbf16ps, likewise: tile_kernel.h
+  split_tiles,  // tdpbf16ps of fp32 x, which is the sum of three bf16 x
+};
+
 struct LinearKernel {
+  Arithmetic arithmetic = Arithmetic::fma;
   int lanes = 8;              // fp32 lanes of a vector
-  int rows = 1;               // rows of a block: 1..max_rows(lanes)
+  int rows = 1;               // rows of a block: 1..max_rows(lanes); tiles: 16 or 32
   std::int64_t n = 0, k = 0;  // of the packed weight (both gate and up counted when gated)
   graph::DataType weight = graph::DataType::f32;  // f32, bf16, f16: as stored; arithmetic is fp32
   bool twelve_bits = false;                       // the weight is bf16 stored as twelve_bits.h says
@@ -49,9 +61,10 @@ struct LinearKernel {
 
 // Argument slots. Strides in bytes. A panel is panel_columns() columns of the packed weight.
 // x[block b, row r of it, k] is at x + b * x_block_stride + r * x_row_stride
-// + k / partial_sum_length() * x_stretch_stride + k % partial_sum_length() * 4: rows in place
-// have x_block_stride = rows * x_row_stride and stretches that follow each other; packed x
-// (linear_task.h) has its pieces in the order in which the kernel reads them.
+// + k / partial_sum_length() * x_stretch_stride + k % partial_sum_length() * its size: rows in
+// place have x_block_stride = rows * x_row_stride and stretches that follow each other; packed x
+// (linear_task.h) has its pieces in the order in which the kernel reads them. Of bf16 x with an odd
+// k one zero follows each row.
 // The kernel computes, for each panel in [panel_begin, panel_begin + panel_count) and each of
 // block_count blocks of `rows` rows, its piece of y. Panels are the outer loop, so that the weights
 // are read from memory once.
@@ -72,6 +85,8 @@ struct LinearArgs {
     block_count,
     partial_sums,  // kPartialSumsBytesPerRow for each row, aligned to 64, of this thread alone
     unpacked,  // unpacked_bytes(), aligned to 64, of this thread alone; only for weights in 12 bits
+    row_count,   // only for tiles: the rows of y; the last block may have more
+    tile_state,  // only for tiles: 64 bytes of this thread alone
     count
   };
 };
@@ -80,15 +95,19 @@ inline constexpr int kPartialSumsBytesPerRow = 32 * 4;  // a panel's columns
 std::int64_t partial_sum_length();
 std::int64_t unpacked_bytes();  // a panel's stretch of k in 16 bits
 
+graph::DataType input_type(const LinearKernel& spec);  // of x
 int max_rows(int lanes);       // 6 with AVX2 (6 x 16), 12 with AVX-512 (12 x 32)
 std::int64_t panel_columns();  // 32: the packed layout depends neither on lanes nor on the type
-std::int64_t panel_count(std::int64_t n);     // n rounded up
+std::int64_t panel_count(std::int64_t n);  // n rounded up
+bool is_tiled(Arithmetic arithmetic);
+std::string_view name(Arithmetic arithmetic);  // of kernels: "linear_amx_bf16"
+std::string function_name(const LinearKernel& spec);
 std::string print(const LinearKernel& spec);  // canonical: the kernel's identity in the cache key
 // Error: why there is no kernel for this.
 Status supported(const LinearKernel& spec);
 // REQUIRES: supported(spec)
 jit::vir::Function build(const LinearKernel& spec);
-// The scalar reference, in double; args as the kernel's.
+// The scalar reference, in double; args as the kernel's. Not of tiles.
 void reference(const LinearKernel& spec, const std::int64_t* args);
 
 }  // namespace tilewright::ops

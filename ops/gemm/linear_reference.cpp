@@ -98,7 +98,7 @@ class Reference {
     for (std::int64_t k = 0; k < spec_.k; ++k) {
       const std::int64_t stretch = k / partial_sum_length();
       sum += element(LinearArgs::x, begin + stretch * args_[LinearArgs::x_stretch_stride],
-                     k % partial_sum_length(), graph::DataType::f32) *
+                     k % partial_sum_length(), input_type(spec_)) *
              w[static_cast<std::size_t>(k)];
     }
     if (spec_.epilogue.bias) sum += element(LinearArgs::bias, 0, stacked_column, spec_.output);

@@ -68,6 +68,25 @@ void TwelveBitsReader::prefetch(std::int64_t distance, int level) {
   }
 }
 
+void TwelveBitsReader::unpack_stretch(std::int64_t count, Reg to, std::int64_t distance) {
+  const int vectors = kPairBytes / b_.vector_bytes();
+  each_step(count, [&](bool plain, int) {
+    prefetch(distance, 1);
+    for (int half = 0; half < 2; ++half) {
+      for (int vector = 0; vector < vectors; ++vector) {
+        const std::array<Reg, 2> loaded = pairs(plain, half, vector);
+        for (int pair = 0; pair < 2; ++pair) {
+          b_.store(Element::i32,
+                   b_.at(to, (2 * half + pair) * kPairBytes + vector * b_.vector_bytes()),
+                   loaded[static_cast<std::size_t>(pair)]);
+        }
+      }
+    }
+    b_.add_to(to, twelve_bits::kPlainStepBytes);
+  });
+  end_stretch();
+}
+
 std::array<jit::vir::Reg, 2> TwelveBitsReader::pairs(bool plain, int half, int vector) {
   const auto load = [&](int offset) {
     return b_.load(Element::i32, b_.at(step_, offset + vector * b_.vector_bytes()));

@@ -34,6 +34,10 @@ class TwelveBitsReader {
   // panel's vector of columns. A lane is a pair: the even k in its low 16 bits.
   std::array<Reg, 2> pairs(bool plain, int half, int vector);
 
+  // The next stretch's first `count` of k, in steps of 8, as the 16-bit layout has them: written to
+  // `to`, which is moved behind them. Asks for what follows `distance` bytes behind each step.
+  void unpack_stretch(std::int64_t count, Reg to, std::int64_t distance);
+
  private:
   void step(bool plain, int length, const std::function<void(bool, int)>& body);
 

@@ -1,9 +1,9 @@
-"""A small machine that executes the AVX-512 code that emission produces, on any computer.
+"""A small machine that executes the AVX-512 and AMX code that emission produces, on any computer.
 
 Machines without AVX-512 cannot run that code, and its emitter cannot judge itself. So iced-x86
-decodes the bytes, and this machine executes them: general registers, zmm and mask registers,
+decodes the bytes, and this machine executes them: general registers, zmm, mask and tile registers,
 flags, and memory in which every byte that a kernel may touch is named. What each instruction does
-is in avx512_instructions.py, written after Intel's manual.
+is in avx512_instructions.py and amx_instructions.py, written after Intel's manual.
 
 Tested by test_avx512_machine.py.
 """
@@ -80,6 +80,8 @@ class Machine:
         self.gpr = [0x1111_1111 * (i + 1) for i in range(16)]
         self.zmm = [[0xFFFF_FFFF] * 16 for _ in range(32)]  # NaN: nothing may be assumed
         self.k = [0xFFFF] * 8
+        self.tile_configuration = bytes(64)  # nothing is configured
+        self.tiles: list[list[Lanes]] = []
         self.zero = self.sign = self.overflow = False
         self.ip = CODE_BASE
 
@@ -103,6 +105,8 @@ class Machine:
             raise FaultError("a callee-saved register has changed")
         if self.gpr[RSP] != before[RSP] + 8:
             raise FaultError("rsp has changed")
+        if any(self.tile_configuration):
+            raise FaultError("the thread's tiles are not as they were")
 
     def execute(self, instruction: Instruction) -> None:
         name = MNEMONICS[instruction.mnemonic]

@@ -35,13 +35,20 @@ class EmittedCode:
     float_result: bool = False
 
 
-def emit_dump(*arguments: str) -> Iterator[EmittedCode]:
-    """Runs emit_dump from TILEWRIGHT_BUILD_DIR, or from the build directory of ./dev test."""
+def tool(name: str) -> Path:
+    """A C++ tool from TILEWRIGHT_BUILD_DIR, or from the build directory of ./dev test."""
     build = Path(os.environ.get("TILEWRIGHT_BUILD_DIR", SOURCE / "build" / "dev"))
-    tool = build / "tests" / "emit_dump"
-    if not tool.exists():
-        pytest.skip(f"{tool} is not built: run ./dev test, or name TILEWRIGHT_BUILD_DIR")
-    output = subprocess.run([tool, *arguments], stdout=subprocess.PIPE, check=True).stdout
+    path = build / "tests" / name
+    if not path.exists():
+        pytest.skip(f"{path} is not built: run ./dev test, or name TILEWRIGHT_BUILD_DIR")
+    return path
+
+
+def emit_dump(*arguments: str) -> Iterator[EmittedCode]:
+    """Runs emit_dump."""
+    output = subprocess.run(
+        [tool("emit_dump"), *arguments], stdout=subprocess.PIPE, check=True
+    ).stdout
     for line in output.splitlines():
         fields = json.loads(line)
         for key in ("code", "input", "area", "expected_area", "expected_output"):

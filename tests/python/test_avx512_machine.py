@@ -12,8 +12,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from amx_instructions import STEPS
 from avx512_floats import fused, round_to_f32
-from avx512_instructions import STEPS
 from avx512_machine import FaultError, Machine
 from emitted_code import EmittedCode, emit_dump
 

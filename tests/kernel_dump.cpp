@@ -1,0 +1,217 @@
+// kernel_dump: linear kernels of the 16-bit instructions with their memory before and after a run
+// by the interpreter, one JSON object per line, for a machine in Python that executes the bytes.
+//
+// Fields: name, rung, isa, code (hex), code_size, spills; memory: a list of regions with before
+// and after (hex); args: a list of [region, number], where region -1 makes the number a plain
+// value and another the address of that byte of the region. Linear kernels have shape [m, n, k]
+// and operands x, w, y as the values of f32, row-major. Tested by
+// tests/python/test_matrix_kernels.py, which reads it.
+#include <fmt/format.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "jit/emit.h"
+#include "ops/gemm/linear_kernel.h"
+#include "ops/gemm/pack.h"
+#include "ops/gemm/tile_kernel.h"
+#include "ops/gemm/twelve_bits.h"
+#include "ops/scalar_type.h"
+
+namespace tilewright {
+namespace {
+
+using graph::DataType;
+using ops::Arithmetic;
+using ops::LinearArgs;
+using ops::LinearKernel;
+
+std::string hex(std::span<const std::byte> bytes) {
+  std::string text;
+  for (std::byte byte : bytes) text += fmt::format("{:02x}", static_cast<unsigned>(byte));
+  return text;
+}
+
+// Regions of memory that the slots of a kernel's arguments point into, or plain numbers.
+class Call {
+ public:
+  explicit Call(int slots) : args_(static_cast<std::size_t>(slots), {-1, 0}) {}
+
+  void number(int slot, std::int64_t value) { args_[static_cast<std::size_t>(slot)] = {-1, value}; }
+  // Returns the region's index.
+  int memory(int slot, std::size_t bytes) {
+    regions_.emplace_back(bytes, std::byte{0xff});
+    args_[static_cast<std::size_t>(slot)] = {static_cast<int>(regions_.size()) - 1, 0};
+    return args_[static_cast<std::size_t>(slot)].region;
+  }
+  std::vector<std::byte>& region(int index) { return regions_[static_cast<std::size_t>(index)]; }
+
+  // Runs the kernel and describes it; `more` are further members of the object.
+  template <class More>
+  void dump(const jit::vir::Function& function, const char* rung, More&& more) {
+    const Result<jit::CodeObject> code = jit::emit(function, *Target::for_rung(rung));
+    if (!code.ok()) {
+      fmt::print(stderr, "kernel_dump: {}\n", code.error().message);
+      std::exit(2);
+    }
+    std::string memory, args;
+    const std::vector<std::vector<std::byte>> before = regions_;
+    std::vector<std::int64_t> values;
+    for (const auto& [region, number] : args_) {
+      values.push_back(region < 0 ? number
+                                  : reinterpret_cast<std::int64_t>(this->region(region).data()));
+      args += fmt::format("{}[{}, {}]", args.empty() ? "" : ", ", region, number);
+    }
+    interpret(function, values.data());
+    for (std::size_t i = 0; i < before.size(); ++i) {
+      memory += fmt::format(R"({}{{"before": "{}", "after": "{}"}})", i == 0 ? "" : ", ",
+                            hex(before[i]), hex(regions_[i]));
+    }
+    fmt::print(R"({{"name": "{}", "rung": "{}", "isa": "{}", "code": "{}", "code_size": {}, )"
+               R"("spills": {}, "memory": [{}], "args": [{}]{}}})"
+               "\n",
+               code->name, rung, isa_mask_name(code->required_isa), hex(code->bytes),
+               code->code_size, code->spills, memory, args, more());
+  }
+
+ private:
+  struct Arg {
+    int region;
+    std::int64_t number;
+  };
+  std::vector<Arg> args_;
+  std::vector<std::vector<std::byte>> regions_;
+};
+
+struct Problem {
+  LinearKernel spec;
+  std::int64_t m;
+  std::vector<float> x, w;
+
+  Problem(LinearKernel kernel, std::int64_t rows, unsigned seed)
+      : spec(std::move(kernel)), m(rows) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    const auto fill = [&](std::int64_t count, DataType type) {
+      std::vector<float> values;
+      for (std::int64_t i = 0; i < count; ++i) {
+        float rounded = normal(random);
+        char bytes[4];
+        ops::write_scalar(type, bytes, rounded);
+        values.push_back(static_cast<float>(ops::read_scalar(type, bytes)));
+      }
+      return values;
+    };
+    x = fill(m * spec.k, input_type(spec));
+    w = fill(spec.n * spec.k, DataType::bf16);
+  }
+
+  std::vector<std::byte> rows_of_x() const {
+    const std::int64_t size = size_in_bytes(input_type(spec));
+    std::vector<std::byte> bytes(x.size() * static_cast<std::size_t>(size));
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      ops::write_scalar(input_type(spec), bytes.data() + i * static_cast<std::size_t>(size), x[i]);
+    }
+    return bytes;
+  }
+
+  std::vector<std::byte> packed_weight() const {
+    std::vector<std::uint16_t> values;
+    for (float value : w) {
+      values.push_back(static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16));
+    }
+    const ops::WeightBlock block{values.data(), spec.n, spec.k * 2};
+    std::vector<std::byte> pairs(
+        static_cast<std::size_t>(ops::packed_bytes(spec.n, spec.k, DataType::bf16)));
+    const std::int64_t panels = ops::panel_count(spec.n);
+    ops::pack_panels({&block, 1}, spec.k, DataType::bf16, DataType::bf16, false, 0, panels,
+                     pairs.data());
+    if (!spec.twelve_bits) return pairs;
+    ops::twelve_bits::Packer packer(panels, spec.k);
+    const auto* from = reinterpret_cast<const std::uint16_t*>(pairs.data());
+    const std::int64_t panel_values = static_cast<std::int64_t>(pairs.size()) / 2 / panels;
+    for (std::int64_t i = 0; i < panels; ++i) packer.inspect(i, from + i * panel_values);
+    std::vector<std::byte> packed(static_cast<std::size_t>(packer.place()));
+    for (std::int64_t i = 0; i < panels; ++i) {
+      packer.pack(i, from + i * panel_values, packed.data());
+    }
+    return packed;
+  }
+
+  // Packs x by the kernel for that, which is dumped, too.
+  std::vector<std::byte> tiles_of_x() const {
+    const ops::TilePack pack{spec.arithmetic, spec.rows, spec.k};
+    Call call(ops::TilePackArgs::count);
+    const int from = call.memory(ops::TilePackArgs::x, 0);
+    call.region(from) = rows_of_x();
+    call.number(ops::TilePackArgs::x_row_stride, spec.k * size_in_bytes(input_type(spec)));
+    call.number(ops::TilePackArgs::row_count, m);
+    const int to = call.memory(ops::TilePackArgs::y, static_cast<std::size_t>(block_bytes(pack)));
+    call.memory(ops::TilePackArgs::magnitudes, static_cast<std::size_t>(m * ops::kMagnitudeBytes));
+    call.dump(build(pack), "amx_bf16", [] { return std::string(); });
+    return call.region(to);
+  }
+
+  void dump(const char* rung) const {
+    const bool tiled = is_tiled(spec.arithmetic);
+    Call call(LinearArgs::count);
+    const int from = call.memory(LinearArgs::x, 0);
+    call.region(from) = tiled ? tiles_of_x() : rows_of_x();
+    call.number(LinearArgs::x_row_stride, spec.k * 2);
+    call.number(LinearArgs::x_block_stride, spec.rows * spec.k * 2);
+    call.number(LinearArgs::x_stretch_stride, ops::partial_sum_length() * 2);
+    call.region(call.memory(LinearArgs::weight, 0)) = packed_weight();
+    const int y = call.memory(LinearArgs::y, static_cast<std::size_t>(m * spec.n * 4));
+    call.number(LinearArgs::y_row_stride, spec.n * 4);
+    call.number(LinearArgs::panel_count, ops::panel_count(spec.n));
+    call.number(LinearArgs::block_count, 1);
+    const std::int64_t sums = spec.rows * ops::kPartialSumsBytesPerRow;
+    call.memory(LinearArgs::partial_sums, static_cast<std::size_t>(sums));
+    const std::int64_t unpacked = tiled ? ops::tile_unpacked_bytes() : ops::unpacked_bytes();
+    call.memory(LinearArgs::unpacked, static_cast<std::size_t>(unpacked));
+    call.number(LinearArgs::row_count, m);
+    call.memory(LinearArgs::tile_state, ops::kTileStateBytes);
+    call.dump(build(spec), rung, [&] {
+      return fmt::format(R"(, "shape": [{}, {}, {}], "x": "{}", "w": "{}", "y": "{}")", m, spec.n,
+                         spec.k, hex(std::as_bytes(std::span(x))), hex(std::as_bytes(std::span(w))),
+                         hex(call.region(y)));
+    });
+  }
+};
+
+void run() {
+  struct Case {
+    Arithmetic arithmetic;
+    int rows;
+    std::int64_t m, n, k;
+    bool twelve_bits;
+    const char* rung;
+  };
+  const Case cases[] = {{Arithmetic::dot, 12, 12, 45, 70, false, "avx512_bf16"},
+                        {Arithmetic::dot, 1, 1, 64, 130, false, "avx512_bf16"},
+                        {Arithmetic::dot, 2, 2, 32, 144, true, "avx512_bf16"},
+                        {Arithmetic::tiles, 16, 13, 45, 70, false, "amx_bf16"},
+                        {Arithmetic::tiles, 32, 30, 32, 40, true, "amx_bf16"},
+                        {Arithmetic::split_tiles, 16, 11, 32, 75, false, "amx_bf16"}};
+  for (const Case& each : cases) {
+    LinearKernel spec;
+    spec.arithmetic = each.arithmetic;
+    spec.lanes = 16;
+    spec.rows = each.rows;
+    spec.n = each.n;
+    spec.k = each.k;
+    spec.weight = DataType::bf16;
+    spec.twelve_bits = each.twelve_bits;
+    Problem(spec, each.m, 17).dump(each.rung);
+  }
+}
+
+}  // namespace
+}  // namespace tilewright
+
+int main() { tilewright::run(); }
