@@ -226,14 +226,14 @@ TEST(ArithmeticChoice, FollowsTheTargetAndTheTypes) {
   EXPECT_EQ(few("avx512", DataType::bf16, bf16), Arithmetic::fma);
   EXPECT_EQ(few("amx_bf16", DataType::bf16, bf16), Arithmetic::fma);
   Target intel = *Target::for_rung("avx512_bf16");
-  intel.vendor = "GenuineIntel";
+  intel.cpu.vendor = "GenuineIntel";
   const auto of = [&](const Target& target) {
     return choose_arithmetic(target, Fp32Mode::automatic, DataType::bf16, bf16, 1).few_rows;
   };
   EXPECT_EQ(of(intel), Arithmetic::fma) << "half the rate of the FMA on Granite Rapids";
   Target amd = intel;
-  amd.vendor = "AuthenticAMD";
-  amd.family = 0x1a;
+  amd.cpu.vendor = "AuthenticAMD";
+  amd.cpu.family = 0x1a;
   EXPECT_EQ(of(amd), Arithmetic::dot);
 
   const auto many = [&](const char* rung, DataType x, ops::PackedForm weight, Fp32Mode fp32,

@@ -20,10 +20,13 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -37,6 +40,7 @@
 #include "jit/base/log.h"
 #include "jit/base/target.h"
 #include "ops/engine.h"
+#include "ops/greedy_search.h"
 #include "ops/kernel_library.h"
 #include "ops/kv_cache.h"
 #include "ops/machine_profile.h"
@@ -53,7 +57,9 @@ namespace tilewright {
 namespace {
 
 using Address = std::uintptr_t;
+using Tokens = std::vector<std::int64_t>;
 using Shape = std::vector<std::int64_t>;
+using Tokens = std::vector<std::int64_t>;
 using TypedAddress = std::tuple<Address, std::string, Shape>;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
@@ -108,7 +114,8 @@ struct HostedProgram : ops::Program {
   explicit HostedProgram(ops::Program program) : ops::Program(std::move(program)) {}
 
   ops::HostFunction host;
-  std::mutex running;  // one step at a time uses it
+  std::mutex running;                       // one step at a time uses it
+  std::optional<ops::GreedySearch> search;  // once it was asked for
 
   // Of compare(): guarded by `running`.
   bool checked = false;
@@ -203,6 +210,22 @@ ops::HostFunction host_function(const nb::object& host) {
   };
 }
 
+// Caches that live while this does.
+struct HeldCaches {
+  std::vector<std::shared_ptr<Cache>> holders;
+  std::vector<ops::KvCache*> caches;
+};
+
+Result<HeldCaches> hold(std::span<const std::int64_t> handles) {
+  HeldCaches held;
+  for (std::int64_t handle : handles) {
+    held.holders.push_back(Cache::handles.find(handle));
+    if (!held.holders.back()) return Error{"a cache of this step is gone"};
+    held.caches.push_back(held.holders.back().get());
+  }
+  return held;
+}
+
 Status run(Program& program, const StepCall& call) {
   const std::vector<graph::DataType> types = input_types(program);
   if (types.size() != static_cast<std::size_t>(call.input_count)) {
@@ -213,13 +236,9 @@ Status run(Program& program, const StepCall& call) {
     const StepTensor& tensor = call.inputs[i];
     inputs.push_back({tensor.data, types[i], Shape(tensor.sizes, tensor.sizes + tensor.rank)});
   }
-  std::vector<std::shared_ptr<Cache>> holders;
-  std::vector<ops::KvCache*> caches;
-  for (std::int64_t i = 0; i < call.cache_count; ++i) {
-    holders.push_back(Cache::handles.find(call.caches[i]));
-    if (!holders.back()) return Error{"a cache of this step is gone"};
-    caches.push_back(holders.back().get());
-  }
+  const Result<HeldCaches> held =
+      hold(std::span(call.caches, static_cast<std::size_t>(call.cache_count)));
+  if (!held) return held.error();
   const Result<std::vector<Shape>> shapes = program.output_shapes(inputs);
   if (!shapes) return shapes.error();
   const graph::Graph& graph = program.graph();
@@ -233,7 +252,7 @@ Status run(Program& program, const StepCall& call) {
   }
   ops::RunArguments arguments;
   arguments.inputs = inputs;
-  arguments.caches = caches;
+  arguments.caches = held->caches;
   arguments.outputs = outputs;
   arguments.host = program.host ? &program.host : nullptr;
   arguments.phase = call.decode ? ops::Phase::decode : ops::Phase::prefill;
@@ -249,6 +268,33 @@ Status run(Program& program, const StepCall& call) {
   const auto& results = region_check.results();
   program.check_results.insert(program.check_results.end(), results.begin(), results.end());
   return done;
+}
+
+// Steps of decode after tokens [sequences] at positions: see ops/greedy_search.h. By handles, as
+// step(). Raises where a step alone would say why.
+Tokens greedy_search(Program& program, const Tokens& tokens, const Tokens& positions,
+                     const std::vector<std::int64_t>& caches, const Tokens& end_tokens,
+                     const std::vector<bool>& finished, std::int64_t pad, std::int64_t most_steps,
+                     double seconds, int threads) {
+  nb::gil_scoped_release unlocked;
+  const Result<HeldCaches> held = hold(caches);
+  if (!held) throw CoreError(held.error().message);
+  const std::unique_ptr<bool[]> flags(new bool[finished.size()]);
+  std::ranges::copy(finished, flags.get());
+  std::lock_guard lock(program.running);
+  if (program.checked) throw CoreError("each step is being checked");
+  if (!program.search) program.search = value_or_throw(ops::GreedySearch::make(program));
+  return value_or_throw(program.search->run(
+      {.tokens = tokens,
+       .positions = positions,
+       .caches = held->caches,
+       .end_tokens = end_tokens,
+       .finished = std::span(flags.get(), finished.size()),
+       .pad = pad,
+       .most_steps = most_steps,
+       .budget = std::chrono::nanoseconds(static_cast<std::int64_t>(seconds * 1e9)),
+       .host = program.host ? &program.host : nullptr,
+       .threads = threads}));
 }
 
 // What operators.cpp calls: see step_call.h.
@@ -521,6 +567,8 @@ void bind_program(nb::module_& module) {
       .def_prop_ro("text", [](const Program& self) { return graph::print(self.graph()); })
       .def("set_host",
            [](Program& self, const nb::object& host) { self.host = host_function(host); })
+      .def("greedy_search", &greedy_search, "tokens"_a, "positions"_a, "caches"_a, "end_tokens"_a,
+           "finished"_a, "pad"_a, "most_steps"_a, "seconds"_a, "threads"_a)
       .def("prepare",
            [](Program& self) {
              nb::gil_scoped_release unlocked;

@@ -15,7 +15,8 @@ namespace {
 // is a rung that somebody asked for by its name.
 bool has_fast_dots(const Target& target) {
   if (!target.has(Isa::avx512_bf16) || target.has(Isa::amx_bf16)) return false;
-  return target.vendor == "generic" || (target.vendor == "AuthenticAMD" && target.family >= 0x19);
+  return target.cpu.vendor == "generic" ||
+         (target.cpu.vendor == "AuthenticAMD" && target.cpu.family >= 0x19);
 }
 
 }  // namespace

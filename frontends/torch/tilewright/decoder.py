@@ -76,6 +76,15 @@ class Step:
 
 
 @dataclass
+class Ends:
+    """When sequences are finished, and which are."""
+
+    tokens: list[int]
+    pad: int
+    finished: list[bool]  # per sequence, or empty: none
+
+
+@dataclass
 class Prepared:
     """A step with what runs it; the next one differs in its tokens and positions only."""
 
@@ -259,6 +268,42 @@ class Decoder(InstalledForward):
             step.input_ids = input_ids.contiguous()
             self._check_rotary(step.position_ids)
             return self.execute(prepared)
+
+    def search(
+        self,
+        prepared: Prepared,
+        tokens: torch.Tensor,
+        ends: Ends,
+        most_steps: int,
+        seconds: float,
+    ) -> torch.Tensor:
+        """As `go_on` and an argmax for each step, without Python between them: the tokens [steps,
+        batch] that follow `tokens` [batch], until all sequences are finished, `most_steps` are done
+        or time is up. Raises NotRunnableError where there is no such search."""
+        with self._lock:
+            if self._growing:
+                raise NotRunnableError("its rotary table changes with the length")
+            step = prepared.step
+            positions = step.position_ids[:, -1:] + 1
+            try:
+                found = prepared.executable.program.greedy_search(
+                    tokens.tolist(),
+                    positions[:, 0].tolist(),
+                    [cache.handle for cache in prepared.blocks],
+                    ends.tokens,
+                    ends.finished or [False] * len(tokens),
+                    ends.pad,
+                    most_steps,
+                    seconds,
+                    core.threads(),
+                )
+            except core.CoreError as error:
+                raise NotRunnableError(f"the search failed: {error}") from None
+            rows = torch.tensor(found).view(-1, len(tokens))
+            step.position_ids = positions + (len(rows) - 1)
+            self.calls += len(rows)
+            self.tokens += rows.numel()
+            return rows
 
     def _prepared(self, arguments: dict[str, Any]) -> Prepared:
         input_ids, logits_to_keep = self._checked(arguments)

@@ -24,7 +24,10 @@ from torch.nn.modules import module as torch_module
 from transformers.generation import utils
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from tilewright.decoder import Decoder, NotRunnableError
+from tilewright.decoder import Decoder, Ends, NotRunnableError
+
+# Of greedy steps in the core, until Python can be interrupted.
+_SEARCH_SECONDS = 0.05
 
 # What the loop stands for: a model that overrides one of these keeps its own.
 _REPLACED = (
@@ -118,22 +121,30 @@ class Generate:
             return result
         stops = _Stops(stopping_criteria, generation_config._pad_token_tensor)
         steps = _Steps(self._decoder, model_kwargs)
-        logits = steps.prefill(input_ids, generation_config)
-        while True:
+
+        def choose(logits: torch.Tensor) -> torch.Tensor:
             scores = logits_processor(input_ids, logits.to(copy=True, dtype=torch.float32))
-            if generation_config.do_sample:
-                probabilities = torch.nn.functional.softmax(scores, dim=-1)
-                tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
-            else:
-                tokens = torch.argmax(scores, dim=-1)
-            tokens = stops.padded(tokens)
-            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            done = stops.all_done(input_ids, tokens)
-            if streamer is not None:
-                streamer.put(tokens)
+            if not generation_config.do_sample:
+                return stops.padded(torch.argmax(scores, dim=-1))
+            probabilities = torch.nn.functional.softmax(scores, dim=-1)
+            return stops.padded(torch.multinomial(probabilities, num_samples=1).squeeze(1))
+
+        searches = not generation_config.do_sample and not logits_processor and stops.usual
+        chosen = [choose(steps.prefill(input_ids, generation_config))]
+        done = False
+        while not done:
+            for tokens in chosen:
+                input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+                done = stops.all_done(input_ids, tokens)
+                if streamer is not None:
+                    streamer.put(tokens)
             if done:
                 break
-            logits = steps.next(input_ids)
+            # A streamer shows each token when it is there.
+            seconds = _SEARCH_SECONDS if streamer is None else 0.0
+            chosen = steps.search(input_ids, stops, seconds) if searches else []
+            if not chosen:
+                chosen = [choose(steps.next(input_ids))]
         if streamer is not None:
             streamer.end()
         return input_ids
@@ -156,12 +167,22 @@ class _Stops:
             for length in (each.max_length, (each.max_position_embeddings or 1 << 62) + 1)
         ]
         self._length = min(lengths) if usual and lengths else 0
+        self.usual = self._length > 0
         self._end_tokens = {
             int(token)
             for each in criteria
             if isinstance(each, EosTokenCriteria)
             for token in each.eos_token_id.reshape(-1)
         }
+
+    def left(self, length: int) -> int:
+        """How many tokens may follow before `all_done` has to look. REQUIRES: usual"""
+        return self._length - length
+
+    def ends(self) -> Ends:
+        """REQUIRES: usual"""
+        finished = [] if self._unfinished is None else (self._unfinished == 0).tolist()
+        return Ends(sorted(self._end_tokens), 0 if self._pad is None else int(self._pad), finished)
 
     def padded(self, tokens: torch.Tensor) -> torch.Tensor:
         if not self._ends or self._unfinished is None:
@@ -212,6 +233,20 @@ class _Steps:
         except NotRunnableError:
             self._prepared = None
         return self._call(self._inputs(input_ids))
+
+    def search(self, input_ids: torch.Tensor, stops: _Stops, seconds: float) -> list[torch.Tensor]:
+        """The tokens [batch] of some greedy steps after input_ids; none where only `next` can."""
+        if self._prepared is None:
+            return []
+        most = max(1, stops.left(input_ids.shape[1]))
+        try:
+            rows = self._decoder.search(
+                self._prepared, input_ids[:, -1], stops.ends(), most, seconds
+            )
+        except NotRunnableError:
+            return []  # the next step says what is wrong, if it is
+        self._behind += len(rows)
+        return list(rows)
 
     def _inputs(self, input_ids: torch.Tensor) -> dict[str, Any]:
         """The model's arguments, as transformers' loop makes them."""
