@@ -5,6 +5,7 @@
 #include <sys/auxv.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <array>
@@ -52,18 +53,40 @@ const char* distrust(const struct stat& status) {
   return nullptr;
 }
 
-Status write_all(int file, std::span<const std::byte> bytes) {
+using Pieces = std::span<const std::span<const std::byte>>;
+
+// What is published, and how.
+struct Content {
+  Pieces pieces;
+  mode_t mode = 0600;
+  bool synced = false;
+};
+
+Status write_all(int file, const Content& content) {
+  std::size_t size = 0;
+  for (const auto& piece : content.pieces) size += piece.size();
   // Space is claimed first: a full disk is found here and not half way.
-  if (int error = posix_fallocate(file, 0, static_cast<off_t>(bytes.size())); error != 0) {
+  if (int error = posix_fallocate(file, 0, static_cast<off_t>(size)); error != 0) {
     errno = error;
     if (error != EOPNOTSUPP && error != EINVAL) return Error{system_reason("fallocate")};
   }
-  while (!bytes.empty()) {
-    const ssize_t count = write(file, bytes.data(), bytes.size());
+  // In one call where that is possible: the size of a call decides the size of the page cache's
+  // pages, and those of a mapped file are best huge, from its beginning.
+  std::vector<iovec> left;
+  for (const auto& piece : content.pieces) {
+    left.push_back({const_cast<std::byte*>(piece.data()), piece.size()});
+  }
+  for (auto next = left.begin(); next != left.end();) {
+    const ssize_t count = writev(file, &*next, static_cast<int>(left.end() - next));
     if (count < 0 && errno == EINTR) continue;
     if (count <= 0) return Error{system_reason("write")};
-    bytes = bytes.subspan(static_cast<std::size_t>(count));
+    auto done = static_cast<std::size_t>(count);
+    for (; next != left.end() && done >= next->iov_len; ++next) done -= next->iov_len;
+    if (next == left.end()) break;
+    next->iov_base = static_cast<std::byte*>(next->iov_base) + done;
+    next->iov_len -= done;
   }
+  if (content.synced && fsync(file) != 0) return Error{system_reason("fsync")};
   return {};
 }
 
@@ -82,18 +105,30 @@ std::string temporary_name() {
 }
 
 // The way for file systems without O_TMPFILE (NFS, overlay on some kernels) or without /proc.
-Status publish_by_rename(int directory, const std::string& name, std::span<const std::byte> bytes) {
+Status publish_by_rename(int directory, const std::string& name, const Content& content) {
   const std::string temporary = temporary_name();
   if (temporary.empty()) return Error{system_reason("getrandom")};
   const int flags = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
-  FileDescriptor file(openat(directory, temporary.c_str(), flags, 0600));
+  FileDescriptor file(openat(directory, temporary.c_str(), flags, content.mode));
   if (!file.valid()) return Error{system_reason("open")};
-  Status status = write_all(file.get(), bytes);
+  Status status = write_all(file.get(), content);
   if (status && renameat(directory, temporary.c_str(), directory, name.c_str()) != 0) {
     status = Error{system_reason("rename")};
   }
   if (!status) unlinkat(directory, temporary.c_str(), 0);
   return status;
+}
+
+Status publish(int directory, const std::string& name, const Content& content) {
+  const BlockFileSizeSignal no_signal;
+  FileDescriptor file(openat(directory, ".", O_TMPFILE | O_WRONLY | O_CLOEXEC, content.mode));
+  if (!file.valid()) return publish_by_rename(directory, name, content);
+  if (Status status = write_all(file.get(), content); !status) return status;
+  // linkat of the descriptor itself (AT_EMPTY_PATH) needs a capability; its /proc name does not.
+  const std::string proc = "/proc/self/fd/" + std::to_string(file.get());
+  if (linkat(AT_FDCWD, proc.c_str(), directory, name.c_str(), AT_SYMLINK_FOLLOW) == 0) return {};
+  if (errno == EEXIST) return {};
+  return publish_by_rename(directory, name, content);
 }
 
 }  // namespace
@@ -157,34 +192,44 @@ Result<FileDescriptor> make_trusted_directory(int parent, const std::string& pat
 
 namespace {
 
-Result<TrustedFile> read_file(int directory, const std::string& name, std::size_t max_bytes,
-                              bool must_be_trusted, bool* absent) {
+Result<OpenedFile> open_file(int directory, const std::string& name, bool must_be_trusted,
+                             bool* absent) {
   // O_NONBLOCK: a FIFO in the place of a file must not hang the process.
   const int flags = O_RDONLY | O_NONBLOCK | O_CLOEXEC | (must_be_trusted ? O_NOFOLLOW : 0);
-  FileDescriptor descriptor(openat(directory, name.c_str(), flags));
-  *absent = !descriptor.valid() && errno == ENOENT;
-  if (!descriptor.valid()) {
+  OpenedFile file;
+  file.descriptor = FileDescriptor(openat(directory, name.c_str(), flags));
+  *absent = !file.descriptor.valid() && errno == ENOENT;
+  if (!file.descriptor.valid()) {
     if (errno == ELOOP) return Error{"symbolic link"};
     return Error{system_reason("open")};
   }
   struct stat status;
-  if (fstat(descriptor.get(), &status) != 0) return Error{system_reason("stat")};
+  if (fstat(file.descriptor.get(), &status) != 0) return Error{system_reason("stat")};
   if (!S_ISREG(status.st_mode)) return Error{"not a regular file"};
   if (const char* reason = distrust(status); reason != nullptr && must_be_trusted) {
     return Error{reason};
   }
-  if (static_cast<std::uint64_t>(status.st_size) > max_bytes) return Error{"too long"};
-
-  TrustedFile file;
   file.device = status.st_dev;
   file.inode = status.st_ino;
   file.own = status.st_uid == geteuid();
   file.modified = status.st_mtim.tv_sec;
-  file.bytes.resize(static_cast<std::size_t>(status.st_size));
+  file.size = static_cast<std::uint64_t>(status.st_size);
+  return file;
+}
+
+Result<TrustedFile> read_file(int directory, const std::string& name, std::size_t max_bytes,
+                              bool must_be_trusted, bool* absent) {
+  Result<OpenedFile> opened = open_file(directory, name, must_be_trusted, absent);
+  if (!opened) return opened.error();
+  if (opened->size > max_bytes) return Error{"too long"};
+
+  TrustedFile file;
+  static_cast<FileIdentity&>(file) = *opened;
+  file.bytes.resize(static_cast<std::size_t>(opened->size));
   std::size_t done = 0;
   while (done < file.bytes.size()) {
     const ssize_t count =
-        read(descriptor.get(), file.bytes.data() + done, file.bytes.size() - done);
+        read(opened->descriptor.get(), file.bytes.data() + done, file.bytes.size() - done);
     if (count < 0 && errno == EINTR) continue;
     if (count < 0) return Error{system_reason("read")};
     if (count == 0) break;  // shortened while we read: what is left fails its digest
@@ -195,6 +240,10 @@ Result<TrustedFile> read_file(int directory, const std::string& name, std::size_
 }
 
 }  // namespace
+
+Result<OpenedFile> open_trusted_file(int directory, const std::string& name, bool* absent) {
+  return open_file(directory, name, true, absent);
+}
 
 Result<TrustedFile> read_trusted_file(int directory, const std::string& name, std::size_t max_bytes,
                                       bool* absent) {
@@ -207,15 +256,11 @@ Result<TrustedFile> read_any_file(int directory, const std::string& name, std::s
 }
 
 Status publish_file(int directory, const std::string& name, std::span<const std::byte> bytes) {
-  const BlockFileSizeSignal no_signal;
-  FileDescriptor file(openat(directory, ".", O_TMPFILE | O_WRONLY | O_CLOEXEC, 0600));
-  if (!file.valid()) return publish_by_rename(directory, name, bytes);
-  if (Status status = write_all(file.get(), bytes); !status) return status;
-  // linkat of the descriptor itself (AT_EMPTY_PATH) needs a capability; its /proc name does not.
-  const std::string proc = "/proc/self/fd/" + std::to_string(file.get());
-  if (linkat(AT_FDCWD, proc.c_str(), directory, name.c_str(), AT_SYMLINK_FOLLOW) == 0) return {};
-  if (errno == EEXIST) return {};
-  return publish_by_rename(directory, name, bytes);
+  return publish(directory, name, {Pieces(&bytes, 1)});
+}
+
+Status publish_synced_file(int directory, const std::string& name, Pieces pieces) {
+  return publish(directory, name, {pieces, 0400, true});
 }
 
 }  // namespace tilewright::cache

@@ -43,12 +43,23 @@ Result<FileDescriptor> open_trusted_directory(int parent, const std::string& pat
 // The same, making it (mode 0700) if it does not exist.
 Result<FileDescriptor> make_trusted_directory(int parent, const std::string& path);
 
-struct TrustedFile {
-  std::vector<std::byte> bytes;
+struct FileIdentity {
   dev_t device = 0;
   ino_t inode = 0;
   bool own = false;  // owned by this user, not merely by root
   std::int64_t modified = 0;
+};
+
+struct OpenedFile : FileIdentity {
+  FileDescriptor descriptor;
+  std::uint64_t size = 0;
+};
+
+// Opens a file for reading. Error: the reason; `absent` is set if there is no such file.
+Result<OpenedFile> open_trusted_file(int directory, const std::string& name, bool* absent);
+
+struct TrustedFile : FileIdentity {
+  std::vector<std::byte> bytes;
 };
 
 // Reads a whole file. Error: the reason; `absent` is set if there is no such file.
@@ -63,6 +74,11 @@ Result<TrustedFile> read_any_file(int directory, const std::string& name, std::s
 // Makes `name` with these bytes: other processes see all of it or nothing. A file that exists
 // already is left alone, and that is success.
 Status publish_file(int directory, const std::string& name, std::span<const std::byte> bytes);
+
+// The same for several pieces, one after the other, of a file that is not verified whole when it is
+// used: it is on the disk before it has its name, and nobody can write it by mistake (mode 0400).
+Status publish_synced_file(int directory, const std::string& name,
+                           std::span<const std::span<const std::byte>> pieces);
 
 // Whether this process runs with somebody else's privileges (AT_SECURE): its environment is an
 // attacker's, and no file that it names may be read.

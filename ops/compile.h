@@ -20,6 +20,7 @@
 #include "jit/base/result.h"
 #include "jit/base/target.h"
 #include "ops/choices.h"
+#include "ops/kept_weights.h"
 #include "ops/kernel_library.h"
 #include "ops/program.h"
 #include "ops/weights.h"
@@ -32,9 +33,11 @@ struct CompileOptions {
   Choices choices;
   std::set<std::string>
       disabled;  // names of ops that must not run in our kernels ("linear", "norm" ...)
-  bool exact_weights = true;     // fp32 weights whose values fit 16 bits are stored in 16 bits
-  bool fallback_onednn = false;  // try oneDNN before the front end's fallback
-  bool profile = false;          // measure each step (RegionTime)
+  bool exact_weights = true;  // fp32 weights whose values fit 16 bits are stored in 16 bits
+  std::shared_ptr<KeptWeights> kept_weights = nullptr;  // null: all are packed
+  bool keep_weights = false;                            // write those that are packed
+  bool fallback_onednn = false;         // try oneDNN before the front end's fallback
+  bool profile = false;                 // measure each step (RegionTime)
   Fp32Mode fp32 = Fp32Mode::automatic;  // what multiplies fp32 (ops/gemm/arithmetic.h)
 };
 

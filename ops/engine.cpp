@@ -62,13 +62,21 @@ Engine::Engine(Target target, Decision decision, bool on_disk)
   const cache::Mode mode = settings.cache == CacheMode::off || !on_disk ? cache::Mode::off
                            : settings.cache == CacheMode::read_only     ? cache::Mode::read_only
                                                                         : cache::Mode::read_write;
-  store_ = std::make_shared<cache::Store>(cache::Store::open(
-      cache::default_directory(settings.cache_dir), mode, settings.cache_max_bytes));
+  const std::string directory = cache::default_directory(settings.cache_dir);
+  store_ =
+      std::make_shared<cache::Store>(cache::Store::open(directory, mode, settings.cache_max_bytes));
   for (const ConfiguredPack& item : configured_packs()) {
     if (on_disk && item.pack != nullptr)
       (void)store_->add_pack(item.pack);  // of this build, as was checked
   }
   kernels_ = std::make_shared<KernelLibrary>(target_, store_, settings.cache_check);
+  using Policy = KeptWeights::Policy;
+  const Policy policy = settings.cache_weights == CacheWeights::off  ? Policy::off
+                        : settings.cache_weights == CacheWeights::on ? Policy::on
+                                                                     : Policy::automatic;
+  kept_weights_ = std::make_shared<KeptWeights>(
+      cache::WeightDirectory::open(directory, mode, settings.cache_max_bytes), policy,
+      settings.cache_check);
 }
 
 Result<std::string> Engine::optimize(const std::string& text) const {
@@ -79,8 +87,8 @@ Result<std::string> Engine::optimize(const std::string& text) const {
 
 Result<Program> Engine::compile(const std::string& text,
                                 const std::map<std::string, TensorView>& constants,
-                                std::shared_ptr<WeightStore> weights,
-                                const PackedCallback& packed) const {
+                                std::shared_ptr<WeightStore> weights, const PackedCallback& packed,
+                                bool keep_weights) const {
   if (!target_.has(Isa::avx2)) return Error{"this CPU has no AVX2 and FMA"};
   Result<graph::Graph> graph = optimized(text);
   if (!graph) return graph.error();
@@ -95,6 +103,8 @@ Result<Program> Engine::compile(const std::string& text,
   } else if (weights_mode != WeightMode::automatic) {
     options.choices.twelve_bits_from = CompileOptions::kNever;
   }
+  options.kept_weights = kept_weights_;
+  options.keep_weights = keep_weights;
   options.profile = settings.profile;
   options.fp32 = settings.fp32;
   options.fallback_onednn = settings.fallback == Fallback::onednn;

@@ -16,6 +16,7 @@
 #include "jit/base/result.h"
 #include "jit/base/target.h"
 #include "ops/choices.h"
+#include "ops/kept_weights.h"
 #include "ops/kernel_library.h"
 #include "ops/program.h"
 #include "ops/tensor_view.h"
@@ -45,15 +46,17 @@ class Engine {
   const cache::Store& store() const { return *store_; }
   cache::Store& store() { return *store_; }
   const std::shared_ptr<KernelLibrary>& kernels() const { return kernels_; }
+  const std::shared_ptr<KeptWeights>& kept_weights() const { return kept_weights_; }
 
   // Text to text: parse, check, run the passes.
   Result<std::string> optimize(const std::string& text) const;
 
-  // constants, packed: see compile() in compile.h. Error: also a CPU below AVX2.
+  // constants, packed: see compile() in compile.h. keep_weights: on disk, as far as the environment
+  // allows. Error: also a CPU below AVX2.
   Result<Program> compile(const std::string& text,
                           const std::map<std::string, TensorView>& constants,
-                          std::shared_ptr<WeightStore> weights,
-                          const PackedCallback& packed = {}) const;
+                          std::shared_ptr<WeightStore> weights, const PackedCallback& packed = {},
+                          bool keep_weights = false) const;
 
  private:
   Engine(Target target, Decision decision, bool on_disk);
@@ -63,6 +66,7 @@ class Engine {
   Decision decision_;
   std::shared_ptr<cache::Store> store_;
   std::shared_ptr<KernelLibrary> kernels_;
+  std::shared_ptr<KeptWeights> kept_weights_;
 };
 
 }  // namespace tilewright::ops

@@ -147,7 +147,8 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
     return lower_contraction(node, epilogue, weights, bias, residual);
   }
   Result<std::shared_ptr<const PackedWeight>> packed =
-      weights_->pack(blocks, task.spec.k, task.spec.weight, epilogue.gated, weight_forms_);
+      weights_->pack(blocks, task.spec.k, task.spec.weight, epilogue.gated, weight_forms_,
+                     options_.kept_weights.get(), options_.keep_weights);
   if (!packed) return packed.error();
   // Only rows can be read back (WeightStore::unpack), so transposed weights keep their memory.
   for (ValueId weight : weights) {
@@ -230,7 +231,8 @@ Status Lowering::lower_expert_linear(const graph::Node& node) {
                       (transposed ? task.spec.n : task.spec.k) * element, transposed});
   }
   Result<std::shared_ptr<const PackedWeight>> packed =
-      weights_->pack(blocks, task.spec.k, task.spec.weight, false, weight_forms_);
+      weights_->pack(blocks, task.spec.k, task.spec.weight, false, weight_forms_,
+                     options_.kept_weights.get(), options_.keep_weights);
   if (!packed) return packed.error();
   read_in_place_.insert(sources[0]);  // experts keep their memory too
   task.weight = *packed;

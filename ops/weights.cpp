@@ -8,11 +8,13 @@
 #include <atomic>
 #include <limits>
 #include <optional>
+#include <utility>
 
 #include "jit/vir/float_bits.h"
 #include "ops/gemm/exact.h"
 #include "ops/gemm/linear_kernel.h"
 #include "ops/gemm/twelve_bits.h"
+#include "ops/kept_weights.h"
 #include "ops/threads.h"
 
 namespace tilewright::ops {
@@ -41,7 +43,7 @@ std::string WeightStore::identify(const Item& item) {
 
 Result<std::shared_ptr<const PackedWeight>> WeightStore::pack(
     const std::vector<WeightBlock>& blocks, std::int64_t k, graph::DataType source, bool gated,
-    WeightForms forms) {
+    WeightForms forms, KeptWeights* kept, bool keep) {
   Item item{{}, blocks, k, source, gated, forms.exact, nullptr};
   item.identity = identify(item);
   std::lock_guard lock(mutex_);
@@ -51,7 +53,9 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::pack(
   for (const WeightBlock& block : blocks) {
     if (is_token(block.data)) return Error{"its weight is packed in another form already"};
   }
-  Result<std::shared_ptr<const PackedWeight>> weight = packed(item, forms);
+  const auto make = [&] { return packed(item, forms); };
+  Result<std::shared_ptr<const PackedWeight>> weight =
+      kept == nullptr ? make() : kept->obtain({blocks, k, source, gated, forms}, keep, make);
   if (!weight) return weight;
   item.weight = *weight;
   items_.push_back(std::move(item));
@@ -119,11 +123,11 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item
     if (weight->form.twelve_bits) weight->bytes = bytes;
   }
 
-  weight->data = memory_.allocate(static_cast<std::size_t>(weight->bytes));
-  if (!weight->data) {
+  WeightBytes memory = memory_.allocate(static_cast<std::size_t>(weight->bytes));
+  if (!memory) {
     return Error{fmt::format("out of memory for {} bytes of packed weights", weight->bytes)};
   }
-  auto* to = reinterpret_cast<std::byte*>(weight->data.get());
+  auto* to = reinterpret_cast<std::byte*>(memory.get());
   if (weight->form.twelve_bits) {
     each_panel([&](std::int64_t i) {
       with_pairs(i, [&](const std::uint16_t* pairs) {
@@ -140,6 +144,7 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item
   const std::uint16_t finite = 0x7f7f;
   weight->largest =
       largest > finite ? std::numeric_limits<float>::infinity() : jit::vir::bf16_to_float(largest);
+  weight->data = std::move(memory);
   return std::shared_ptr<const PackedWeight>(weight);
 }
 

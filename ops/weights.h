@@ -28,7 +28,7 @@
 namespace tilewright::ops {
 
 struct PackedWeight {
-  WeightBytes data;
+  std::shared_ptr<const char> data;  // memory of its own, or pages of a file (kept_weights.h)
   std::int64_t n = 0, k = 0, bytes = 0;
   PackedForm form;
   float largest = 0;  // of the magnitudes, of fp32 in bf16; infinity if any is no number
@@ -52,6 +52,8 @@ struct AssumedValues {
 // memory twice.
 using PackedCallback = std::function<void(const std::string& name)>;
 
+class KeptWeights;
+
 class WeightStore {
  public:
   WeightStore() = default;
@@ -60,10 +62,12 @@ class WeightStore {
 
   // Packs (in parallel) or finds. blocks: row-major pieces of `source` stacked along n; gated: gate
   // and up. The result tells its form. Found in any form that `exact` allows: a weight that one
-  // program has in 12 bits is not packed again for another.
+  // program has in 12 bits is not packed again for another. kept: where else to look, may be null;
+  // keep: and to write what was packed.
   Result<std::shared_ptr<const PackedWeight>> pack(const std::vector<WeightBlock>& blocks,
                                                    std::int64_t k, graph::DataType source,
-                                                   bool gated, WeightForms forms);
+                                                   bool gated, WeightForms forms,
+                                                   KeptWeights* kept = nullptr, bool keep = false);
   // Drops what was packed from this source; programs that use it keep their copy. Values that only
   // the store has stay until the last token for them is forgotten.
   void forget(const void* source);

@@ -1,5 +1,6 @@
 // Tests of ops/weight_memory: pieces are zeroed, writable and apart, from a reservation and beyond
-// it; what is left of a reservation goes back; pieces outlive it.
+// it; what is left of a reservation goes back; pieces outlive it. And of ops/clean_pages: what was
+// read from a file goes, what was written stays.
 #include "ops/weight_memory.h"
 
 #include <gtest/gtest.h>
@@ -8,8 +9,14 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <span>
 #include <thread>
 #include <vector>
+
+#include "ops/clean_pages.h"
 
 namespace tilewright::ops {
 namespace {
@@ -81,6 +88,56 @@ TEST(WeightMemory, MoreThanThereIsIsRefused) {
   memory.reserve(std::size_t{1} << 60);
   EXPECT_FALSE(memory.allocate(std::size_t{1} << 60));
   EXPECT_TRUE(memory.allocate(100));
+}
+
+std::size_t resident_pages(const char* memory, std::size_t pages) {
+  // Of this process, where mincore would tell of the file's pages in the system's cache.
+  std::ifstream page_map("/proc/self/pagemap", std::ios::binary);
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < pages; ++i) {
+    std::uint64_t page = 0;
+    page_map.seekg(
+        static_cast<std::streamoff>((reinterpret_cast<std::uintptr_t>(memory) / 4096 + i) * 8));
+    page_map.read(reinterpret_cast<char*>(&page), sizeof page);
+    count += page >> 63;
+  }
+  return count;
+}
+
+TEST(CleanPages, GoUnlessSomethingWasWritten) {
+  constexpr std::size_t pages = 40, bytes = pages * 4096;
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::tmpfile(), &std::fclose);
+  ASSERT_NE(file, nullptr);
+  const std::vector<char> content(bytes, 'a');
+  ASSERT_EQ(std::fwrite(content.data(), 1, bytes, file.get()), bytes);
+  ASSERT_EQ(std::fflush(file.get()), 0);
+  void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, fileno(file.get()), 0);
+  ASSERT_NE(mapping, MAP_FAILED);
+  char* memory = static_cast<char*>(mapping);
+  const auto drop = [&](std::size_t begin, std::size_t size) {
+    return drop_clean_pages(std::as_bytes(std::span(memory + begin, size)));
+  };
+  const auto touch = [&] { return std::count(memory, memory + bytes, 'a'); };
+
+  ASSERT_EQ(touch(), bytes);
+  ASSERT_EQ(resident_pages(memory, pages), pages);
+  EXPECT_TRUE(drop(10, bytes - 10));  // the first page is not all of it
+  EXPECT_EQ(resident_pages(memory, pages), 1u);
+  EXPECT_EQ(touch(), bytes);
+  EXPECT_FALSE(drop(10, 4000));
+
+  memory[20 * 4096] = 'b';
+  EXPECT_FALSE(drop(0, bytes));
+  EXPECT_EQ(memory[20 * 4096], 'b');
+  EXPECT_TRUE(drop(0, 20 * 4096));
+  EXPECT_EQ(touch(), bytes - 1);
+  munmap(mapping, bytes);
+}
+
+TEST(CleanPages, AnonymousMemoryStays) {
+  std::vector<char> memory(1 << 20, 'a');
+  EXPECT_FALSE(drop_clean_pages(std::as_bytes(std::span(memory))));
+  EXPECT_EQ(std::count(memory.begin(), memory.end(), 'a'), 1 << 20);
 }
 
 }  // namespace

@@ -39,6 +39,7 @@
 #include "jit/base/env.h"
 #include "jit/base/log.h"
 #include "jit/base/target.h"
+#include "ops/clean_pages.h"
 #include "ops/engine.h"
 #include "ops/greedy_search.h"
 #include "ops/kernel_library.h"
@@ -163,7 +164,7 @@ class PagedCaches {
 std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
                                  const std::map<std::string, TypedAddress>& constants,
                                  std::shared_ptr<ops::WeightStore> weights,
-                                 const nb::object& packed) {
+                                 const nb::object& packed, bool keep_weights) {
   nb::gil_scoped_release unlocked;
   const auto call = [&packed](const std::string& name) {
     nb::gil_scoped_acquire locked;
@@ -173,9 +174,9 @@ std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
       error.discard_as_unraisable("a weight that was packed");  // it keeps its memory
     }
   };
-  return Program::make(value_or_throw(
-      engine.compile(text, views_of(constants), std::move(weights),
-                     packed.is_none() ? ops::PackedCallback() : ops::PackedCallback(call))));
+  return Program::make(value_or_throw(engine.compile(
+      text, views_of(constants), std::move(weights),
+      packed.is_none() ? ops::PackedCallback() : ops::PackedCallback(call), keep_weights)));
 }
 
 std::vector<graph::DataType> input_types(const ops::Program& program) {
@@ -417,6 +418,39 @@ nb::dict kernel_counters(const Engine& engine) {
   return result;
 }
 
+nb::dict weight_counters(const Engine& engine) {
+  const ops::WeightCounters weights = engine.kept_weights()->counters();
+  const cache::WeightCounters files = engine.kept_weights()->directory().counters();
+  nb::dict result;
+  result["packed"] = weights.packed;
+  result["mapped"] = weights.mapped;
+  result["written"] = files.writes;
+  result["write_failures"] = files.write_failures;
+  result["write_problem"] = files.write_problem;
+  result["rejects"] = files.rejects;
+  result["hash_seconds"] = weights.hash_seconds;
+  result["map_seconds"] = weights.map_seconds;
+  result["pack_seconds"] = weights.pack_seconds;
+  result["write_seconds"] = weights.write_seconds;
+  return result;
+}
+
+nb::list weight_files(const Engine& engine, bool checked) {
+  nb::list result;
+  for (const cache::WeightListing& weight : engine.kept_weights()->directory().list(checked)) {
+    nb::dict row;
+    row["file"] = weight.file;
+    row["key"] = weight.key_text;
+    row["form"] = weight.form;
+    row["bytes"] = weight.bytes;
+    row["modified"] = weight.modified;
+    row["current"] = weight.current;
+    row["problem"] = weight.problem;
+    result.append(row);
+  }
+  return result;
+}
+
 nb::dict target_fields(const Target& target) {
   nb::dict result;
   result["isa"] = isa_mask_name(target.isa);
@@ -589,7 +623,8 @@ void bind_program(nb::module_& module) {
             return value_or_throw(self.optimize(text));
           },
           "text"_a)
-      .def("compile", &compile, "text"_a, "constants"_a, "weights"_a, "packed"_a = nb::none())
+      .def("compile", &compile, "text"_a, "constants"_a, "weights"_a, "packed"_a = nb::none(),
+           "keep_weights"_a = false)
       .def("kernel_counters", &kernel_counters)
       .def("admit", &admit)
       .def("kernel_keys",
@@ -598,6 +633,9 @@ void bind_program(nb::module_& module) {
              for (const ops::Kernel& kernel : self.kernels()->kernels()) keys.push_back(kernel.key);
              return keys;
            })
+      .def("weight_counters", &weight_counters)
+      .def("weight_files", &weight_files, "checked"_a)
+      .def("keeps_weights", [](const Engine& self) { return self.kept_weights()->any(); })
       .def("cache_state", &cache_state)
       .def("choices", &choice_fields)
       .def("target", [](const Engine& self) { return target_fields(self.target()); });
@@ -628,5 +666,8 @@ NB_MODULE(_core, module) {
         return value_or_throw(ops::print_profile(Target::host().cpu, choices, measured));
       },
       "choices"_a, "measured"_a);
+  module.def("drop_clean_pages", [](Address address, std::size_t bytes) {
+    return ops::drop_clean_pages({static_cast<const std::byte*>(pointer(address)), bytes});
+  });
   module.def("load_onednn", [](const std::string& path) { check(ops::load_onednn(path)); });
 }

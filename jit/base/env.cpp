@@ -119,10 +119,21 @@ std::vector<Variable> make_table() {
        }},
       {"CACHE_DIR", "", "a directory", "Where the cache is; the user's cache directory if not set.",
        [](Text v, E& e) { return read_text(v, e.cache_dir); }},
-      {"CACHE_MAX_SIZE", "1G", "bytes, with K, M or G", "Size above which old entries are removed.",
+      {"CACHE_MAX_SIZE", "8G", "bytes, with K, M or G", "Size above which old entries are removed.",
        [](Text v, E& e) { return read_bytes(v, e.cache_max_bytes); }},
-      {"CACHE_CHECK", "0", "0, 1", "Emit every cached kernel again and compare the bytes.",
+      {"CACHE_CHECK", "0", "0, 1",
+       "Emit every cached kernel again and compare the bytes; read mapped weights.",
        [](Text v, E& e) { return read_flag(v, e.cache_check); }},
+      {"CACHE_WEIGHTS", "auto", "auto, on, off",
+       "Packed weights on disk: those that are there are used (auto), all that are packed are also "
+       "written (on), or none is used (off).",
+       [](Text v, E& e) {
+         return read_choice<CacheWeights>(v,
+                                          {{"auto", CacheWeights::automatic},
+                                           {"on", CacheWeights::on},
+                                           {"off", CacheWeights::off}},
+                                          e.cache_weights);
+       }},
       {"CACHE_PACK", "", "FILE or FILE@sha256:DIGEST, several separated by commas",
        "Sealed packs, made by `tilewright prewarm --pack`, looked in before CACHE_DIR.",
        [](Text v, E& e) { return read_text(v, e.cache_pack); }},

@@ -19,6 +19,7 @@
 namespace tilewright {
 
 enum class CacheMode : std::uint8_t { read_write, read_only, off };
+enum class CacheWeights : std::uint8_t { automatic, on, off };
 enum class JitProfile : std::uint8_t { none, perf, vtune, gdb };
 enum class Fallback : std::uint8_t { aten, onednn };
 enum class WeightMode : std::uint8_t { automatic, compact, exact, plain };
@@ -39,6 +40,7 @@ struct Environment {
   std::string cache_dir;  // empty: the user's cache directory
   std::uint64_t cache_max_bytes = 0;
   bool cache_check = false;
+  CacheWeights cache_weights = CacheWeights::automatic;
   std::string cache_pack;  // names, as cache/pack.h splits them; empty: none
   int num_threads = 0;     // 0: as torch
   int verbose = 0;
@@ -53,7 +55,7 @@ struct Environment {
   WeightMode weights = WeightMode::automatic;
   Fp32Mode fp32 = Fp32Mode::automatic;
   std::string machine_profile;  // empty: the user's own; "off": none; else an absolute path
-  std::string run_dtype;  // empty: a model's own
+  std::string run_dtype;        // empty: a model's own
 
   std::vector<std::string> problems;  // one line for each bad value
 };

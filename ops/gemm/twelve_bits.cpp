@@ -114,6 +114,15 @@ std::int64_t steps_offset(const std::byte* entry) {
   return offset;
 }
 
+// Of one panel.
+std::int64_t steps_bytes(const std::byte* entry, std::int64_t k) {
+  std::int64_t bytes = 0;
+  for (std::int64_t step = 0; step < step_count(k); ++step) {
+    bytes += is_plain(record_of(entry, step / kStretchSteps), step) ? kPlainStepBytes : kStepBytes;
+  }
+  return bytes;
+}
+
 bool fits(const std::uint16_t* step, const Table& table) {
   __m128i all = _mm_set1_epi8(-1);
   for (std::int64_t i = 0; i < kStepWeights; i += kVectorBytes) {
@@ -138,6 +147,10 @@ void pack_step(const std::uint16_t* pairs, const Table& table, std::byte* step) 
   }
 }
 
+std::int64_t entries_bytes(std::int64_t panels, std::int64_t k) {
+  return (panels * entry_bytes(k) + 63) / 64 * 64;
+}
+
 }  // namespace
 
 std::int64_t entry_bytes(std::int64_t k) {
@@ -145,11 +158,23 @@ std::int64_t entry_bytes(std::int64_t k) {
   return (kRecordsOffset + stretches * kRecordBytes + 7) / 8 * 8;
 }
 
+bool is_whole(std::span<const std::byte> packed, std::int64_t panels, std::int64_t k) {
+  const auto size = static_cast<std::int64_t>(packed.size());
+  std::int64_t offset = entries_bytes(panels, k);
+  if (offset > size) return false;
+  for (std::int64_t panel = 0; panel < panels; ++panel) {
+    const std::byte* entry = packed.data() + panel * entry_bytes(k);
+    if (steps_offset(entry) != offset) return false;
+    offset += steps_bytes(entry, k);
+  }
+  return offset == size;
+}
+
 Packer::Packer(std::int64_t panels, std::int64_t k)
     : panels_(panels),
       k_(k),
       entry_bytes_(twelve_bits::entry_bytes(k)),
-      entries_(static_cast<std::size_t>((panels * entry_bytes_ + 63) / 64 * 64)) {}
+      entries_(static_cast<std::size_t>(entries_bytes(panels, k))) {}
 
 void Packer::inspect(std::int64_t panel, const std::uint16_t* pairs) {
   std::byte* record = entry(panel) + kRecordsOffset;
@@ -175,10 +200,7 @@ std::int64_t Packer::place() {
   auto offset = static_cast<std::int64_t>(entries_.size());
   for (std::int64_t panel = 0; panel < panels_; ++panel) {
     std::memcpy(entry(panel), &offset, sizeof offset);
-    for (std::int64_t step = 0; step < step_count(k_); ++step) {
-      const std::byte* record = record_of(entry(panel), step / kStretchSteps);
-      offset += is_plain(record, step) ? kPlainStepBytes : kStepBytes;
-    }
+    offset += steps_bytes(entry(panel), k_);
   }
   return offset;
 }

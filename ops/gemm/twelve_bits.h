@@ -27,6 +27,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace tilewright::ops::twelve_bits {
@@ -63,6 +64,9 @@ class Packer {
   std::int64_t panels_, k_, entry_bytes_;
   std::vector<std::byte> entries_;
 };
+
+// Whether all that a reader follows is as place() makes it, and inside of `packed`.
+bool is_whole(std::span<const std::byte> packed, std::int64_t panels, std::int64_t k);
 
 // The k patterns of one column of a panel.
 void unpack_column(const std::byte* packed, std::int64_t panel, std::int64_t column, std::int64_t k,

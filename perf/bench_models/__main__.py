@@ -1,4 +1,4 @@
-"""The commands behind ./dev bench: setup, roof, models, ops, encoder, report, compare.
+"""The commands behind ./dev bench: setup, roof, models, ops, encoder, start, report, compare.
 
 Tested by tests/python/test_bench_models.py.
 """
@@ -183,6 +183,38 @@ def compare(
     if any(verdict.slower for verdict in verdicts):
         raise typer.Exit(1)
     raise typer.Exit(2 if problems else 0)
+
+
+@app.command()
+def start(
+    model: Annotated[str, typer.Option("--models")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",
+    prompt: Annotated[int, typer.Option(help="tokens of the prompt")] = 16,
+    rounds: Annotated[int, typer.Option(help="starts of each kind")] = 5,
+    threads: Annotated[int, typer.Option()] = 2,
+    output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
+) -> None:
+    """From nothing to the first token: weights packed at each start, or mapped from the cache."""
+    import tempfile
+
+    from bench_models import start as starting
+
+    record: dict[str, object] = {"machine": places.machine(), "commit": places.commit()}
+    for name in _split(model):
+        for kind in _split(dtype):
+            with tempfile.TemporaryDirectory(prefix="start-", dir=places.home()) as cache:
+                found = starting.measure(
+                    name, kind, prompt, rounds, threads, Path(cache) / "cache", _say
+                )
+            record[f"{name} {kind}"] = found
+            print(
+                f"{name}, {kind}, {prompt} tokens, ms".ljust(44)
+                + "".join(f"{k:>10}" for k in found)
+            )
+            for part, values in starting.rows(found):
+                print(f"  {part:42}" + "".join(f"{value:10.1f}" for value in values))
+    if output is not None:
+        output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 @app.command()

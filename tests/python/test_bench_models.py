@@ -437,3 +437,20 @@ def test_committed_results_can_be_read() -> None:
         record = json.loads(path.read_text())
         if record.get("schema") == results.SCHEMA:
             assert results.read(path)["machine"]["cpu"]
+
+
+def test_a_start_is_split_without_a_rest(tmp_path: Path) -> None:
+    """One real start of a tiny model: the parts are the total, and the weights were kept."""
+    from bench_models import start
+    from tiny_models import tiny_llama
+
+    tiny_llama(1).save_pretrained(tmp_path / "model")
+    settings = {"TILEWRIGHT_CACHE_DIR": str(tmp_path / "cache"), "TILEWRIGHT_CACHE_WEIGHTS": "on"}
+    made = start.run_start(tmp_path / "model", "fp32", 4, 1, settings)
+    assert sum(made["parts"].values()) == pytest.approx(made["total"])
+    assert all(made["parts"][name] > 0 for name in ("imports", "hash weights", "write weights"))
+    assert made["packed"] > 0 and made["mapped"] == 0
+
+    rows = dict(start.rows({"packed": [made, made], "mapped": [made]}))
+    assert rows["total"] == [made["total"]] * 2
+    assert rows["total - sum"] == pytest.approx([0.0, 0.0], abs=1e-6)

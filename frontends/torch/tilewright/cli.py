@@ -61,6 +61,29 @@ def load(name: str, dtype: str | None) -> tuple[Any, Any]:
         fail(str(error).splitlines()[0])
 
 
+@cli_cache.app.command("weights")
+def cache_weights(model: Model, dtype: DataType = None, as_json: Json = False) -> None:
+    """Write a model's packed weights, so that later starts map them instead of packing.
+
+    Takes as much disk as the packed weights take memory. Exit code 1 if any could not be written.
+    """
+    from tilewright import kept_weights
+    from tilewright.core import CoreError
+
+    optimized, _ = load(model, dtype)
+    try:
+        result = kept_weights.keep_weights(optimized)
+    except (CoreError, kept_weights.NotKeptError) as error:
+        fail(str(error))
+    text = (
+        f"{result['written']} packed weights written, {result['mapped']} were there: "
+        f"{result['directory']}"
+    )
+    show(result, as_json, text)
+    if result["write_failures"]:
+        fail(f"{result['write_failures']} were not written: {result['problem']}")
+
+
 @app.command()
 def env(as_json: Json = False) -> None:
     """Show the environment variables, what this machine offers, and the choices of speed for it."""

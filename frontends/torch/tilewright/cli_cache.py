@@ -173,7 +173,9 @@ def entries_of(place: str) -> tuple[str, list[dict[str, Any]]]:
 
 @app.command("ls")
 def ls(at: Place = "", as_json: Json = False) -> None:
-    """List kernels, of all builds."""
+    """List kernels, of all builds, and count packed weights."""
+    from tilewright import core
+
     place, entries = entries_of(at)
     table = Table(box=None, header_style="bold")
     for column in ("key", "kernel", "isa", "code", "made by"):
@@ -183,11 +185,16 @@ def ls(at: Place = "", as_json: Json = False) -> None:
         table.add_row(entry["id"][:12], entry["name"], entry["isa"], str(entry["code_bytes"]), made)
     total = sum(entry["bytes"] for entry in entries)
     table.caption = f"{len(entries)} kernels, {total} bytes in {place}"
+    weights = [] if at else core.engine().weight_files(False)
+    if weights:
+        total = sum(weight["bytes"] for weight in weights)
+        table.caption += f"\n{len(weights)} packed weights, {total} bytes"
     rejects = dict(collections.Counter(e["problem"] for e in entries if e["problem"]))
     if rejects:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(rejects.items()))
         table.caption += f"\nnot used: {reasons}"
-    show({"directory": place, "rejects": rejects, "entries": entries}, as_json, table)
+    data = {"directory": place, "rejects": rejects, "entries": entries, "weights": weights}
+    show(data, as_json, table)
 
 
 def chosen(entries: list[dict[str, Any]], key: str) -> dict[str, Any]:
@@ -272,13 +279,22 @@ def verify(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """Verify every entry of a directory, or a pack. Exit code 1 if one would not be used."""
+    """Verify every entry of a directory, or a pack, and this environment's packed weights.
+
+    Exit code 1 if one would not be used.
+    """
+    from tilewright import core
+
     name, entries = entries_of(place)
     bad = [entry for entry in entries if entry["problem"]]
     others = sum(not entry["current"] for entry in entries if not entry["problem"])
     text = (
         f"{len(entries) - len(bad)} of {len(entries)} kernels are good ({others} of other builds)"
     )
+    if not place:
+        weights = core.engine().weight_files(True)
+        bad += [weight for weight in weights if weight["problem"]]
+        text += f", {sum(not weight['problem'] for weight in weights)} of {len(weights)} weights"
     data = {"place": name, "entries": len(entries), "other_builds": others, "bad": bad}
     show(data, as_json, f"{text}: {name}")
     for entry in bad:

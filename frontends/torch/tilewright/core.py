@@ -107,3 +107,8 @@ def variables() -> list[dict[str, Any]]:
 def counters() -> dict[str, Any]:
     """Kernels emitted and loaded by this process so far."""
     return dict(engine().kernel_counters())
+
+
+def weight_counters() -> dict[str, Any]:
+    """Weights that this process packed, mapped from files and wrote to files so far."""
+    return dict(engine().weight_counters())

@@ -440,7 +440,8 @@ class Decoder(InstalledForward):
             raise NotRunnableError(self._not_ragged)
         try:
             core.engine()
-            if not self._programs:
+            # Not where weights may come from files: those need no memory.
+            if not self._programs and not core.engine().keeps_weights():
                 self._store.reserve(_packed_bytes(self.model))
             with stand_ins(self.model) as packed:
                 captured = capture_model(self.model, self.original, logits_to_keep)

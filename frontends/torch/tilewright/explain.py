@@ -41,6 +41,8 @@ class Explanation:
     kernels_emitted: int = 0
     kernels_loaded: int = 0
     emit_seconds: float = 0.0
+    weights_packed: int = 0  # of this process, as the kernels
+    weights_mapped: int = 0
     target: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, Any] = field(default_factory=dict)  # of speed: values and their source
     cache: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +60,8 @@ class Explanation:
             "kernels_emitted": self.kernels_emitted,
             "kernels_loaded": self.kernels_loaded,
             "emit_seconds": self.emit_seconds,
+            "weights_packed": self.weights_packed,
+            "weights_mapped": self.weights_mapped,
             "phases": self.phases,
             "fallbacks": self.fallbacks,
             "by_parts": self.by_parts,
@@ -82,7 +86,8 @@ class Explanation:
     def __str__(self) -> str:
         lines = [
             f"{self.model} on {self.target.get('isa', '?')}: "
-            f"{self.kernels_emitted} kernels emitted, {self.kernels_loaded} loaded from the cache",
+            f"{self.kernels_emitted} kernels emitted, {self.kernels_loaded} loaded from the cache; "
+            f"{self.weights_packed} weights packed, {self.weights_mapped} mapped from the cache",
             f"choices of speed: {self.choices.get('source', '?')}",
         ]
         for name in PHASES:
@@ -133,6 +138,9 @@ def explain(model: nn.Module) -> Explanation:
     explanation.kernels_emitted = counters["emitted"]
     explanation.kernels_loaded = counters["loaded"]
     explanation.emit_seconds = counters["emit_seconds"]
+    weights = engine.weight_counters()
+    explanation.weights_packed = weights["packed"]
+    explanation.weights_mapped = weights["mapped"]
     explanation.target = dict(engine.target())
     explanation.choices = dict(engine.choices())
     explanation.cache = dict(engine.cache_state())

@@ -16,8 +16,6 @@ Tested by tests/python/test_packed.py.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
-_MADV_PAGEOUT = 21  # Linux 5.4; Python's mmap module does not name it
+from tilewright import _core
 
 # Answered from the wrapper: what neither reads nor exposes values.
 _ATTRIBUTES = """
@@ -155,9 +153,10 @@ def release(parameter: torch.Tensor, store: Any) -> bool:
     """
     if type(parameter) is not nn.Parameter or not parameter.is_contiguous():
         return False
-    # Tensors of a mapped checkpoint share one mapping, which stays as long as one of them does.
+    # Tensors of a mapped checkpoint share one mapping, which stays as long as one of them does. A
+    # page that comes back is read from the file.
     size = parameter.numel() * parameter.element_size()
-    page_out(parameter.data_ptr(), size)
+    _core.drop_clean_pages(parameter.data_ptr(), size)
     if parameter.grad is not None or parameter._backward_hooks or weakref.getweakrefs(parameter):
         return False
     storage = parameter.untyped_storage()
@@ -175,36 +174,6 @@ def release(parameter: torch.Tensor, store: Any) -> bool:
     except RuntimeError:
         return False  # the token goes, and with it the store's copy; the program keeps its own
     return True
-
-
-def page_out(place: int, size: int) -> None:
-    """Takes memory that was read from a file out of the process: it is read again if it is needed.
-
-    Only a hint. Pages that were written since they came from the file stay, and so does memory
-    without a file, which the system would have to write to its swap space.
-    """
-    if not _is_of_file(place, size):
-        return
-    page = mmap.PAGESIZE
-    begin, end = -(-place // page) * page, (place + size) // page * page
-    if begin < end:
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(_MADV_PAGEOUT)
-        )
-
-
-def _is_of_file(place: int, size: int) -> bool:
-    """Whether the memory lies in one mapping of a file."""
-    try:
-        with open("/proc/self/maps") as maps:
-            for line in maps:
-                addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
-                begin, end = (int(each, 16) for each in addresses.split("-"))
-                if begin <= place < end:
-                    return inode != "0" and place + size <= end
-    except OSError:
-        pass
-    return False
 
 
 def address(tensor: torch.Tensor) -> int:

@@ -16,8 +16,8 @@ def stats() -> dict[str, Any]:
     """Counters of this process. `explain(model)` tells more about one model.
 
     tokens: computed by programs of optimised models (prompts included). fallbacks: calls that ran
-    in PyTorch, by reason. weight_bytes, cache_bytes: packed weights, and keys and values, that are
-    alive now.
+    in PyTorch, by reason. weights: how many were packed, or mapped from files. weight_bytes,
+    cache_bytes: packed weights, and keys and values, that are alive now.
     """
     fallbacks: collections.Counter[str] = collections.Counter()
     tokens = calls = 0
@@ -39,6 +39,7 @@ def stats() -> dict[str, Any]:
         "fallbacks": dict(fallbacks),
         "kernels": core.counters(),
         "kernel_cache": dict(core.engine().cache_state()),
+        "weights": core.weight_counters(),
         "weight_bytes": programs.weight_bytes() if programs is not None else 0,
         "cache_bytes": caches.bytes_in_use() if caches is not None else 0,
     }

@@ -1,0 +1,53 @@
+// See clean_pages.h. Tested by weight_memory_test.
+#include "ops/clean_pages.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace tilewright::ops {
+namespace {
+
+// Documentation/admin-guide/mm/pagemap.rst: one word for each page of the address space.
+constexpr std::uint64_t kPresent = std::uint64_t{1} << 63;
+constexpr std::uint64_t kSwapped = std::uint64_t{1} << 62;
+constexpr std::uint64_t kOfFile = std::uint64_t{1} << 61;  // not so once a private page is written
+
+constexpr std::uintptr_t kPage = 4096;
+
+bool is_clean(std::uint64_t page) {
+  return (page & kSwapped) == 0 && ((page & kPresent) == 0 || (page & kOfFile) != 0);
+}
+
+bool all_clean(int page_map, std::uintptr_t begin, std::uintptr_t end) {
+  constexpr std::uintptr_t piece = 8192;  // pages; 64 KiB of the map
+  std::vector<std::uint64_t> pages(piece);
+  for (std::uintptr_t at = begin / kPage; at < end / kPage; at += piece) {
+    const auto bytes = std::min(piece, end / kPage - at) * sizeof(std::uint64_t);
+    const auto offset = static_cast<off_t>(at * sizeof(std::uint64_t));
+    if (pread(page_map, pages.data(), bytes, offset) != static_cast<ssize_t>(bytes)) return false;
+    const auto last = pages.begin() + static_cast<std::ptrdiff_t>(bytes / sizeof(std::uint64_t));
+    if (!std::all_of(pages.begin(), last, is_clean)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool drop_clean_pages(std::span<const std::byte> memory) {
+  const auto first = reinterpret_cast<std::uintptr_t>(memory.data());
+  const std::uintptr_t begin = (first + kPage - 1) / kPage * kPage;
+  const std::uintptr_t end = (first + memory.size()) / kPage * kPage;
+  if (begin >= end) return false;
+  const int page_map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (page_map < 0) return false;
+  const bool clean = all_clean(page_map, begin, end);
+  close(page_map);
+  return clean && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED) == 0;
+}
+
+}  // namespace tilewright::ops

@@ -1,0 +1,94 @@
+"""Starts in fresh processes, split into their parts: with packed weights kept, and without.
+
+Every start is a process of its own that reads the checkpoint, optimises it and makes one token; the
+page cache and the kernel cache are warm. The kinds of start take turns, so that what the machine
+does meanwhile meets all of them. Tested by tests/python/test_bench_models.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_models import models, places
+
+# What each kind sets.
+KINDS = {
+    "packed": {"TILEWRIGHT_CACHE_WEIGHTS": "off"},
+    "mapped": {"TILEWRIGHT_CACHE_WEIGHTS": "auto"},
+}
+_FILL = {"TILEWRIGHT_CACHE_WEIGHTS": "on"}
+
+
+def run_start(
+    directory: Path, dtype: str, prompt: int, threads: int, settings: dict[str, str]
+) -> dict[str, Any]:
+    """One start; see start_child. RuntimeError with its last lines if it fails."""
+    command = [sys.executable, "-m", "bench_models.start_child", repr(time.monotonic())]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(places.PERF),
+        **settings,
+    }
+    done = subprocess.run(
+        [*command, str(directory), dtype, str(prompt)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError("\n".join(done.stderr.splitlines()[-5:]))
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(
+    model: str,
+    dtype: str,
+    prompt: int,
+    rounds: int,
+    threads: int,
+    cache: Path,
+    say: Callable[[str], None],
+) -> dict[str, list[dict[str, Any]]]:
+    """The starts of each kind, and of one that wrote the weights ("writing")."""
+    directory = models.directory_of(model)
+    base = {"TILEWRIGHT_CACHE": "rw", "TILEWRIGHT_CACHE_DIR": str(cache)}
+    say(f"{model} {dtype}: filling the cache")
+    found = {"writing": [run_start(directory, dtype, prompt, threads, base | _FILL)]}
+    for number in range(rounds):
+        for kind, settings in KINDS.items():
+            say(f"{model} {dtype}: {kind}, {number + 1} of {rounds}")
+            start = run_start(directory, dtype, prompt, threads, base | settings)
+            found.setdefault(kind, []).append(start)
+    tokens = {start["token"] for starts in found.values() for start in starts}
+    if len(tokens) != 1:
+        raise RuntimeError(f"the first token differs: {sorted(tokens)}")
+    assert not any(start["packed"] for start in found["mapped"]), "a weight was not kept"
+    return found
+
+
+def rows(found: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[float]]]:
+    """(part, milliseconds of each kind): medians. Medians of parts need not add up to that of the
+    totals, so the last row says what is left."""
+
+    names = next(iter(found.values()))[0]["parts"]
+    table = [
+        (name, [statistics.median(s["parts"][name] for s in starts) for starts in found.values()])
+        for name in names
+    ]
+    totals = [statistics.median(s["total"] for s in starts) for starts in found.values()]
+    sums = [sum(values[i] for _, values in table) for i in range(len(found))]
+    table.append(("total", totals))
+    table.append(("total - sum", [a - b for a, b in zip(totals, sums, strict=True)]))
+    return table
