@@ -80,6 +80,37 @@ def test_tokens_are_those_of_transformers(models: Any, prepared: list[int], case
     assert decoder_of(optimized).fallbacks == {}  # type: ignore[union-attr]
 
 
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps each search in the core took."""
+    original = Decoder.search
+    taken: list[int] = []
+
+    def search(self: Decoder, *args: Any) -> torch.Tensor:
+        rows = original(self, *args)
+        taken.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(Decoder, "search", search)
+    return taken
+
+
+def test_greedy_steps_go_on_in_the_core(models: Any, searches: list[int]) -> None:
+    _, optimized = models
+    generated(optimized, prompt())
+    assert sum(searches) == 10  # the prompt gives the first token, a step of Python the second
+    searches.clear()
+    generated(optimized, **padded(3))
+    assert sum(searches) == 10
+    searches.clear()
+    generated(optimized, prompt(), streamer=Kept())
+    assert searches == [1] * 10  # a streamer gets each token when it is there
+    searches.clear()
+    for case in ("sampling", "processors", "time"):
+        generated(optimized, prompt(), **OURS[case])
+    assert searches == []
+
+
 def test_sequences_end_one_by_one(models: Any, prepared: list[int]) -> None:
     model, optimized = models
     free = generated(model, **padded(3), max_new_tokens=20)[:, 7:]

@@ -14,8 +14,8 @@ pytest.importorskip("tilewright._core")
 
 import tilewright
 from tilewright import core
-from tilewright.packed import PackedParameter
 from tilewright.kept_weights import keep_weights
+from tilewright.packed import PackedParameter
 from tiny_models import prompt, tiny_llama
 
 
