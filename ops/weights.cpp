@@ -81,7 +81,7 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item
     auto weight = std::make_shared<PackedWeight>();
     weight->n = n;
     weight->k = item.k;
-    weight->form = assumed_form(item, twelve_bits);
+    weight->form = assumed_form(item, forms.twelve_bits);
     return std::shared_ptr<const PackedWeight>(weight);
   }
   const auto each_panel = [&](auto&& visit) {

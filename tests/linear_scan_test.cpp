@@ -118,7 +118,7 @@ std::vector<int> numbers(int count) {
 
 Allocation allocate_with(const Function& function, int gprs, int vectors, int masks) {
   const std::vector<std::uint8_t> temporaries(function.code.size(), 0);
-  return allocate(function, {numbers(gprs), numbers(vectors), numbers(masks)}, temporaries);
+  return allocate(function, {numbers(gprs), numbers(vectors), numbers(masks), {}}, temporaries);
 }
 
 // Checks an allocation against the intervals: overlapping lives have different homes.
@@ -214,7 +214,7 @@ TEST(LinearScan, TemporariesAliasNothing) {
   const Function function = std::move(b).finish();
   std::vector<std::uint8_t> temporaries(function.code.size(), 0);
   temporaries[2] = 2;
-  const Allocation allocation = allocate(function, {numbers(14), numbers(16), {}}, temporaries);
+  const Allocation allocation = allocate(function, {numbers(14), numbers(16), {}, {}}, temporaries);
   const int first = allocation.temporaries[2 * kTemporaries];
   const int second = allocation.temporaries[2 * kTemporaries + 1];
   EXPECT_GE(first, 0);
