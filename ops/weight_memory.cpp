@@ -2,10 +2,12 @@
 #include "ops/weight_memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <system_error>
 
 #ifndef MADV_POPULATE_WRITE
@@ -63,6 +65,7 @@ void WeightMemory::reserve(std::size_t bytes) {
   };
   try {
     populator_ = std::thread(populate);
+    populated_by_ = getpid();
   } catch (const std::system_error&) {
     // No thread to be had: the pages come when touched.
   }
@@ -80,6 +83,9 @@ WeightBytes WeightMemory::allocate(std::size_t bytes) {
 
 void WeightMemory::settle() {
   stop_ = true;
+  // A child after fork() does not have the thread, and a thread of its own may have got the same
+  // handle: it is neither joined nor detached, but forgotten.
+  if (populated_by_ != getpid()) std::construct_at(&populator_);
   if (populator_.joinable()) populator_.join();
   if (next_ != end_) munmap(next_, reserved_bytes());
   next_ = end_ = nullptr;

@@ -8,8 +8,11 @@
 // stays `lead` bytes ahead at most: a weight's own memory goes when it was packed, and a large
 // model should never be in memory twice.
 //
-// Not thread-safe: WeightStore holds its lock. Tested by weight_memory_test.
+// Not thread-safe: WeightStore holds its lock. Usable in a child after fork(), where nothing is
+// fetched ahead any more. Tested by weight_memory_test.
 #pragma once
+
+#include <sys/types.h>
 
 #include <algorithm>
 #include <atomic>
@@ -50,6 +53,7 @@ class WeightMemory {
   char* end_ = nullptr;
   std::atomic<bool> stop_ = false;
   std::thread populator_;
+  pid_t populated_by_ = 0;  // the process that has this thread
 };
 
 }  // namespace tilewright::ops

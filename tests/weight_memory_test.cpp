@@ -1,16 +1,19 @@
 // Tests of ops/weight_memory: pieces are zeroed, writable and apart, from a reservation and beyond
-// it; what is left of a reservation goes back; pieces outlive it. And of ops/clean_pages: what was
-// read from a file goes, what was written stays.
+// it; what is left of a reservation goes back; pieces outlive it; a child after fork() can go on.
+// And of ops/clean_pages: what was read from a file goes, what was written stays.
 #include "ops/weight_memory.h"
 
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
+#include <latch>
 #include <memory>
 #include <span>
 #include <thread>
@@ -81,6 +84,28 @@ TEST(WeightMemory, WhatIsLeftGoesBack) {
   EXPECT_TRUE(is_mapped(piece));
   kept.reset();
   EXPECT_FALSE(is_mapped(piece));
+}
+
+// The child has the handle of the thread that fetches, but not the thread. The C library gives that
+// thread's stack, which is its handle, to the first thread of the child: joining would wait for it.
+TEST(WeightMemory, AChildAfterForkSettles) {
+  WeightMemory memory;
+  memory.reserve(32 * kMegabyte);
+  WeightBytes kept = memory.allocate(kMegabyte);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(10);
+    std::latch settled(1);
+    std::thread another([&] { settled.wait(); });
+    memory.settle();
+    settled.count_down();
+    another.join();
+    expect_zeroed_and_fill(kept.get(), kMegabyte, 1);
+    _exit(::testing::Test::HasFailure() || memory.reserved_bytes() != 0 ? 1 : 0);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
 }
 
 TEST(WeightMemory, MoreThanThereIsIsRefused) {
