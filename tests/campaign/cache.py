@@ -6,6 +6,7 @@ many went wrong. Rows are merged into perf/results/campaign-cache.json.
 
     ./dev campaign cache                     everything
     ./dev campaign cache mutation fuzz       some parts
+    ./dev campaign cache --share 0.1         a tenth of the cases, at least those of the tests
     ./dev campaign cache --summary           the recorded rows as a table, nothing runs
 
 ThreadSanitizer needs only GCC; libFuzzer needs Debian's clang-14 and libclang-rt-14-dev. Tested by
@@ -66,14 +67,14 @@ def build(preset: str, target: str) -> Path:
     return ROOT / "build" / preset / "tests" / target
 
 
-def recorded_faults(test: str, preset: str = "dev", only: str = "*") -> list[Row]:
+def recorded_faults(share: float, test: str, preset: str = "dev", only: str = "*") -> list[Row]:
     """The rows that a GoogleTest program records, and one for each test that just failed."""
     program = build(preset, test)
     with tempfile.TemporaryDirectory(prefix="tilewright-campaign-") as folder:
         report = Path(folder) / "report.json"
         command = [str(program), f"--gtest_output=json:{report}", f"--gtest_filter={only}"]
         log = Path(folder) / "log"
-        run(command, log, CAMPAIGN="1")
+        run(command, log, CAMPAIGN=str(share))
         output = log.read_text(errors="replace")
         if not report.exists():
             return [{"fault": test, "tried": 0, "wrong": 1, "problem": output[-2000:]}]
@@ -95,17 +96,17 @@ def recorded_faults(test: str, preset: str = "dev", only: str = "*") -> list[Row
     return rows
 
 
-def threads() -> list[Row]:
+def threads(share: float) -> list[Row]:
     """kernel_library_fault_test under ThreadSanitizer: a report is a failure of the program."""
     os.environ["TSAN_OPTIONS"] = "halt_on_error=1 exitcode=66"
     only = "*Threads*:*AFailure*"
     return [
         {**row, "fault": f"{row['fault']}, ThreadSanitizer"}
-        for row in recorded_faults("kernel_library_fault_test", "tsan", only)
+        for row in recorded_faults(share, "kernel_library_fault_test", "tsan", only)
     ]
 
 
-def fuzz() -> list[Row]:
+def fuzz(share: float) -> list[Row]:
     """The readers under libFuzzer with AddressSanitizer and UndefinedBehaviorSanitizer."""
     row: Row = {"fault": "libFuzzer executions, all readers", "tried": 0, "wrong": 1}
     compiler = shutil.which("clang++") or shutil.which("clang++-14")
@@ -123,7 +124,12 @@ def fuzz() -> list[Row]:
             return [{**row, "problem": log.read_text()[-2000:]}]
         corpus = Path(folder) / "corpus"
         corpus.mkdir()
-        limits = [f"-runs={FUZZ_EXECUTIONS}", "-max_len=4096", "-malloc_limit_mb=64", "-seed=1"]
+        limits = [
+            f"-runs={int(share * FUZZ_EXECUTIONS)}",
+            "-max_len=4096",
+            "-malloc_limit_mb=64",
+            "-seed=1",
+        ]
         good = run([str(program), *limits, f"-artifact_prefix={folder}/", str(corpus)], log)
         output = log.read_text(errors="replace")
     done = re.search(r"Done (\d+) runs", output)
@@ -135,10 +141,10 @@ def fuzz() -> list[Row]:
     return [row]
 
 
-PARTS: dict[str, Callable[[], list[Row]]] = {
-    "mutation": lambda: recorded_faults("cache_mutation_test"),
-    "store": lambda: recorded_faults("cache_fault_test"),
-    "kernels": lambda: recorded_faults("kernel_library_fault_test"),
+PARTS: dict[str, Callable[[float], list[Row]]] = {
+    "mutation": lambda share: recorded_faults(share, "cache_mutation_test"),
+    "store": lambda share: recorded_faults(share, "cache_fault_test"),
+    "kernels": lambda share: recorded_faults(share, "kernel_library_fault_test"),
     "threads": threads,
     "fuzz": fuzz,
 }
@@ -160,6 +166,7 @@ def recorded() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--share", type=float, default=1, help="of the cases; default: 1, all")
     parser.add_argument("--no-record", action="store_true")
     parser.add_argument("--summary", action="store_true", help="print what is recorded")
     options = parser.parse_args()
@@ -169,10 +176,11 @@ def main() -> int:
         parts = recorded()["parts"].values()
         print(summary([row for part in parts for row in part["rows"]]))
         return 0
-    origin = {"commit": commit(), "date": datetime.date.today().isoformat()}
+    today = datetime.date.today().isoformat()
+    origin = {"commit": commit(), "date": today, "share": options.share}
     rows: list[Row] = []
     for part in options.parts or PARTS:
-        found = PARTS[part]()
+        found = PARTS[part](options.share)
         rows += found
         for row in found:
             if "problem" in row:
