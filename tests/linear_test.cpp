@@ -360,11 +360,11 @@ TEST(LinearPrint, TellsEveryFieldApart) {
   LinearKernel spec;
   spec.n = 960;
   spec.k = 576;
-  EXPECT_EQ(print(spec), "linear lanes=8 rows=1 n=960 k=576 weight=f32 output=f32");
+  EXPECT_EQ(print(spec), "linear lanes=8 rows=1 n=960 k=576 weight=f32 output=f32 prefetch=1024");
   spec.epilogue = epilogue(true, "silu", true, true);
   EXPECT_EQ(print(spec),
             "linear lanes=8 rows=1 n=960 k=576 weight=f32 output=f32 bias "
-            "activation=silu gated residual");
+            "activation=silu gated residual prefetch=1024");
 }
 
 }  // namespace

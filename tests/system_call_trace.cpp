@@ -70,6 +70,11 @@ TracedRun run_traced(const std::function<int()>& body,
     const Decision decision = decide(call);
     if (decision.kind == Decision::kill) {
       kill(child, SIGKILL);
+    } else if (decision.kind == Decision::fail && call.number == SYS_brk) {
+      // It has no errors: when it fails, the break is where it was, as after brk(0). libc took an
+      // error for an address, and malloc wrote there.
+      registers.rdi = 0;
+      ptrace(PTRACE_SETREGS, child, nullptr, &registers);
     } else if (decision.kind == Decision::fail) {
       error = decision.error;
       registers.orig_rax = static_cast<unsigned long long>(-1);  // no such call: nothing happens
