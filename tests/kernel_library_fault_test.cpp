@@ -169,8 +169,11 @@ TEST(ForkMutexTest, ForkTakesAllOrNone) {
   std::atomic<bool> stop = false;
   const auto nest = [&](ForkMutex& outer, ForkMutex& inner) {
     while (!stop) {
-      const std::lock_guard one(outer);
-      if (inner.try_lock()) inner.unlock();
+      {
+        const std::lock_guard one(outer);
+        if (inner.try_lock()) inner.unlock();
+      }
+      // Or there would hardly be a moment at which fork() finds both free.
       std::this_thread::sleep_for(std::chrono::microseconds(100));
     }
   };

@@ -39,8 +39,9 @@ TracedRun run_traced(const std::function<int()>& body,
   run.supported = true;
   ptrace(PTRACE_SETOPTIONS, child, nullptr, PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL);
 
-  bool inside = false;  // a call was entered and has not returned
-  int error = 0;        // what it is to return, 0: what the kernel says
+  bool inside = false;                  // a call was entered and has not returned
+  int error = 0;                        // what it is to return, 0: what the kernel says
+  unsigned long long wanted_break = 0;  // of a brk() that fails
   int deliver = 0;
   for (;;) {
     ptrace(PTRACE_SYSCALL, child, nullptr, deliver);
@@ -57,6 +58,11 @@ TracedRun run_traced(const std::function<int()>& body,
     ptrace(PTRACE_GETREGS, child, nullptr, &registers);
     inside = !inside;
     if (!inside) {
+      if (wanted_break != 0) {
+        registers.rdi = wanted_break;  // a call leaves its arguments alone
+        ptrace(PTRACE_SETREGS, child, nullptr, &registers);
+        wanted_break = 0;
+      }
       if (error != 0) {
         registers.rax = static_cast<unsigned long long>(-error);
         ptrace(PTRACE_SETREGS, child, nullptr, &registers);
@@ -73,6 +79,7 @@ TracedRun run_traced(const std::function<int()>& body,
     } else if (decision.kind == Decision::fail && call.number == SYS_brk) {
       // It has no errors: when it fails, the break is where it was, as after brk(0). libc took an
       // error for an address, and malloc wrote there.
+      wanted_break = registers.rdi;
       registers.rdi = 0;
       ptrace(PTRACE_SETREGS, child, nullptr, &registers);
     } else if (decision.kind == Decision::fail) {
