@@ -57,9 +57,28 @@ bool read_rung(const json& value, std::string& to) {
   return Target::ladder(to).ok();
 }
 
+void add_blocks(std::vector<int>& blocks, const std::vector<int>& more) {
+  blocks.insert(blocks.end(), more.begin(), more.end());
+  std::ranges::sort(blocks, std::greater<>());
+  blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
+}
+
+// A rung that was asked for by its name stands for all CPUs that have it: what is prewarmed for it
+// must serve those of every row.
+Decision choices_for_a_rung(IsaMask isa) {
+  Decision decision{{}, fmt::format("all rows, for {}", isa_mask_name(isa)), ""};
+  for (const CpuRow& row : kCpus) {
+    const Result<Choices> choices = changed({}, row.choices);
+    add_blocks(decision.choices.row_blocks_avx2, choices->row_blocks_avx2);
+    add_blocks(decision.choices.row_blocks_avx512, choices->row_blocks_avx512);
+  }
+  return decision;
+}
+
 }  // namespace
 
 Decision choices_for(const CpuModel& cpu, IsaMask isa) {
+  if (cpu.vendor == "generic") return choices_for_a_rung(isa);
   Decision decision{{}, fmt::format("rule for unknown CPUs with {}", isa_mask_name(isa)), ""};
   const auto* row = std::ranges::find_if(kCpus, [&](const CpuRow& each) { return each.fits(cpu); });
   if (row == std::end(kCpus)) return decision;

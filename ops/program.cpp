@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "ops/attention_task.h"
+#include "ops/greedy_search.h"
 #include "ops/linear_task.h"
 #include "ops/onednn_fallback.h"
 #include "ops/program_state.h"
@@ -482,7 +483,10 @@ Status Program::prepare() {
       });
     }
   }
-  return state_->kernels->flush();
+  if (Status made = state_->kernels->flush(); !made) return made;
+  // A step of decode may be searched with. That another program may not is no error.
+  static_cast<void>(GreedySearch::make(*this));
+  return {};
 }
 
 const PhaseCounters& Program::counters(Phase phase) const {

@@ -5,9 +5,11 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <set>
 
@@ -23,6 +25,16 @@ namespace {
 namespace fs = std::filesystem;
 
 const CpuModel kMilan{"AuthenticAMD", 0x19, 0x01, 1};
+
+TEST(ChoicesFor, ARungHasTheBlocksOfEveryRow) {
+  const Target rung = *Target::for_rung("avx2");
+  const std::vector<int> blocks = choices_for(rung.cpu, rung.isa).choices.row_blocks_avx2;
+  const CpuModel zen3{"AuthenticAMD", 0x19, 1, 1};
+  for (const Choices& choices : {Choices(), choices_for(zen3, rung.isa).choices}) {
+    for (int rows : choices.row_blocks_avx2) EXPECT_EQ(std::ranges::count(blocks, rows), 1);
+  }
+  EXPECT_TRUE(std::ranges::is_sorted(blocks, std::greater<>()));
+}
 
 TEST(Choices, ARowIsFoundByVendorFamilyModelAndStepping) {
   const Decision milan = choices_for(kMilan, bit(Isa::avx2));

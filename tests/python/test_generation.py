@@ -103,7 +103,7 @@ def test_greedy_steps_go_on_in_the_core(models: Any, searches: list[int]) -> Non
     generated(optimized, **padded(3))
     assert sum(searches) == 10
     searches.clear()
-    generated(optimized, prompt(), streamer=Kept())
+    generated(optimized, prompt(), streamer=TextStreamer(Tokenizer()))  # type: ignore[arg-type]
     assert searches == [1] * 10  # a streamer gets each token when it is there
     searches.clear()
     for case in ("sampling", "processors", "time"):
@@ -208,7 +208,7 @@ def test_a_step_that_fails_goes_on_in_pytorch(
     models: Any, prepared: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimized = models
-    wanted = generated(model, **padded(2))
+    wanted = generated(model, **padded(2), do_sample=True)
     execute = Decoder.execute
     steps = []
 
@@ -220,10 +220,29 @@ def test_a_step_that_fails_goes_on_in_pytorch(
 
     monkeypatch.setattr(Decoder, "execute", failing)
     prepared.clear()
-    assert torch.equal(generated(optimized, **padded(2)), wanted)
+    assert torch.equal(generated(optimized, **padded(2), do_sample=True), wanted)
     decoder = decoder_of(optimized)
     assert decoder is not None and decoder.fallbacks.pop("planted") == 1
     assert prepared.count(1) == 3  # the first step, the failed one, and the one after it
+
+
+def test_a_search_that_fails_goes_on_by_steps(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimized = models
+    wanted = generated(model, **padded(2))
+    original = Decoder.search
+    searched = []
+
+    def search(self: Decoder, *args: Any) -> Any:
+        searched.append(1)
+        if len(searched) % 2 == 1:
+            raise NotRunnableError("planted")
+        prepared, tokens, ends, most, seconds = args
+        return original(self, prepared, tokens, ends, min(most, 3), seconds)
+
+    monkeypatch.setattr(Decoder, "search", search)
+    assert torch.equal(generated(optimized, **padded(2)), wanted)
+    assert len(searched) == 6  # a step, three in the core, a step, three, a step, the last
+    assert decoder_of(optimized).fallbacks == {}  # type: ignore[union-attr]
 
 
 def test_changes_between_generations_are_seen() -> None:
