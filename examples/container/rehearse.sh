@@ -32,4 +32,4 @@ unshare --mount --propagation private bash -c '
 ' rehearse \
   PATH="$PATH" \
   TILEWRIGHT_CACHE=off TILEWRIGHT_CACHE_PACK="$work/kernels.pack" \
-  "$tilewright" run -- "$python" "$here/app.py" "$model"
+  "$python" -m tilewright.cli run -- "$python" "$here/app.py" "$model"
