@@ -73,6 +73,7 @@ std::string types(const CopyKernel& spec) {
 }  // namespace
 
 std::string print(const CopyKernel& spec) { return "copy " + types(spec); }
+std::string print_pieces(const CopyKernel& spec) { return "pieces " + types(spec); }
 std::string print_embedding(const CopyKernel& spec) { return "embedding " + types(spec); }
 
 jit::vir::Function build(const CopyKernel& spec) {
@@ -85,6 +86,28 @@ jit::vir::Function build(const CopyKernel& spec) {
     copy.emit(x, y);
     b.add_to(x, b.arg(CopyArgs::x_row_stride));
     b.add_to(y, b.arg(CopyArgs::y_row_stride));
+  });
+  return std::move(b).finish();
+}
+
+jit::vir::Function build_pieces(const CopyKernel& spec) {
+  Builder b("pieces", spec.lanes, PieceArgs::count);
+  const bool converts = spec.input != spec.output;
+  const DataType from = converts ? spec.input : DataType::i32;
+  const DataType to = converts ? spec.output : DataType::i32;
+  Reg x_row = b.arg(PieceArgs::x), y_row = b.arg(PieceArgs::y);
+  Reg y_stride = b.mul(b.arg(PieceArgs::rows), b.vector_bytes());
+  Reg rows = b.arg(PieceArgs::rows);
+  b.loop(rows, [&] {
+    Reg x = b.add(x_row, 0), y = b.add(y_row, 0);
+    Reg pieces = b.arg(PieceArgs::pieces);
+    b.loop(pieces, [&] {
+      store(b, to, y, {}, load(b, from, x, {}));
+      b.add_to(x, spec.lanes * size_in_bytes(from));
+      b.add_to(y, y_stride);
+    });
+    b.add_to(x_row, b.arg(PieceArgs::x_row_stride));
+    b.add_to(y_row, b.vector_bytes());
   });
   return std::move(b).finish();
 }

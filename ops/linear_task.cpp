@@ -112,7 +112,7 @@ class LinearRun {
     for (std::int64_t panel = panels_.begin; panel < panels_.end; panel += panels_at_once) {
       arguments_[LinearArgs::panel_begin] = panel;
       for_row_blocks(
-          task_, rows,
+          task_, rows, pack,
           [&](const LinearTask::Variant& variant, std::int64_t begin, std::int64_t blocks) {
             if (pack) {
               point_to_packed(begin, variant.rows, rows);
@@ -142,24 +142,57 @@ class LinearRun {
     arguments_[LinearArgs::x_stretch_stride] = rows * stretch_bytes(task_.spec);
   }
 
+  // Stretch by stretch: first the blocks that lie in pieces, then the other rows.
   void pack_rows(std::int64_t first, std::int64_t rows) const {
-    std::int64_t arguments[CopyArgs::count];
-    arguments[CopyArgs::rows] = rows;
-    arguments[CopyArgs::x_row_stride] = places_.x_stride;
-    arguments[CopyArgs::y_row_stride] = stretch_bytes(task_.spec);
+    const std::int64_t in_pieces = rows_in_pieces(task_, rows);
+    const int block = task_.many.rows;
     char* to = packed_;
     for (std::int64_t k = 0; k < task_.spec.k; k += partial_sum_length()) {
-      arguments[CopyArgs::columns] = std::min(partial_sum_length(), task_.spec.k - k);
-      arguments[CopyArgs::x] = argument(places_.from(first).x + k * task_.x.element_bytes);
-      arguments[CopyArgs::y] = argument(to);
-      task_.copy->function(arguments);
+      const std::int64_t columns = std::min(partial_sum_length(), task_.spec.k - k);
+      const char* x = places_.from(first).x + k * task_.x.element_bytes;
+      for (std::int64_t row = 0; row < in_pieces; row += block) {
+        pack_pieces(x + row * places_.x_stride, columns, to + row * stretch_bytes(task_.spec));
+      }
+      copy(x + in_pieces * places_.x_stride, rows - in_pieces, columns,
+           to + in_pieces * stretch_bytes(task_.spec), stretch_bytes(task_.spec));
       to += rows * stretch_bytes(task_.spec);
     }
-    if (!is_padded(task_.spec)) return;
-    const std::int64_t pad = task_.spec.k % partial_sum_length() * size_in_bytes(DataType::bf16);
-    for (to = to - rows * stretch_bytes(task_.spec) + pad; rows > 0; --rows) {
-      put_zero(to);
-      to += stretch_bytes(task_.spec);
+  }
+
+  // A block of rows. What does not fill a piece is copied as rows as long as one.
+  void pack_pieces(const char* x, std::int64_t columns, char* to) const {
+    const int block = task_.many.rows, piece = piece_bytes(task_.spec.lanes);
+    const std::int64_t length = piece / size_in_bytes(input_type(task_.spec));
+    const std::int64_t pieces = columns / length, rest = columns % length;
+    if (pieces > 0) {
+      std::int64_t arguments[PieceArgs::count];
+      arguments[PieceArgs::rows] = block;
+      arguments[PieceArgs::pieces] = pieces;
+      arguments[PieceArgs::x] = argument(x);
+      arguments[PieceArgs::x_row_stride] = places_.x_stride;
+      arguments[PieceArgs::y] = argument(to);
+      task_.pieces->function(arguments);
+    }
+    if (rest == 0) return;
+    copy(x + pieces * length * task_.x.element_bytes, block, rest, to + pieces * block * piece,
+         piece);
+  }
+
+  // Of an odd k the end of a row, in pairs, is a zero.
+  void copy(const char* x, std::int64_t rows, std::int64_t columns, char* to,
+            std::int64_t stride) const {
+    if (rows == 0) return;
+    std::int64_t arguments[CopyArgs::count];
+    arguments[CopyArgs::rows] = rows;
+    arguments[CopyArgs::columns] = columns;
+    arguments[CopyArgs::x] = argument(x);
+    arguments[CopyArgs::x_row_stride] = places_.x_stride;
+    arguments[CopyArgs::y] = argument(to);
+    arguments[CopyArgs::y_row_stride] = stride;
+    task_.copy->function(arguments);
+    if (!is_padded(task_.spec) || columns % 2 == 0) return;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      put_zero(to + row * stride + columns * size_in_bytes(DataType::bf16));
     }
   }
 
@@ -317,7 +350,7 @@ class ExpertRun {
       arguments_[LinearArgs::bias] = argument(task_.bias.address(frame_));
     }
     for_row_blocks(
-        task_, count,
+        task_, count, false,
         [&](const LinearTask::Variant& variant, std::int64_t first, std::int64_t blocks) {
           for (std::int64_t block = 0; block < blocks; ++block) {
             multiply(variant, rows_ + first + block * variant.rows);

@@ -2,7 +2,8 @@
 //
 // Threads share the panels, so each weight is read by one core. Many rows are cut into chunks whose
 // x stays in cache while the panels pass by. A chunk's x is packed first: copied, in the kernel's
-// type, into the order in which the kernel reads it: all rows' first stretch, all rows' second ...
+// type, into the order in which the kernel reads it: all rows' first stretch, all rows' second ...,
+// and within a stretch, if the blocks are many, a piece of each row of a block after the other
 // (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", section 4). In
 // place, rows whose stride is a multiple of a page share few sets of L1, and 16-bit values are
 // widened for every panel anew: they are packed even if they are few. The bits of y do not depend
@@ -26,15 +27,21 @@ void run(const LinearTask& task, const Frame& frame, int thread, int threads);
 std::int64_t chunk_rows(const LinearTask& task, std::int64_t rows);
 bool packs(const LinearTask& task, std::int64_t rows);
 
-// Calls part(variant, first row, blocks of variant.rows rows) for pieces that cover `rows` rows of
-// a chunk.
+// Of a chunk whose x is packed: how many of the first rows lie in pieces, which `many` computes.
+inline std::int64_t rows_in_pieces(const LinearTask& task, std::int64_t rows) {
+  const std::int64_t blocks = rows / task.many.rows;
+  return blocks >= task.many_blocks && !task.experts ? blocks * task.many.rows : 0;
+}
+
+// Calls part(variant, first row, blocks of variant.rows rows) for parts that cover `rows` rows of
+// a chunk, whose x is packed or not.
 template <class Task, class Part>
-void for_row_blocks(Task& task, std::int64_t rows, Part&& part) {
-  std::int64_t first = 0;
+void for_row_blocks(Task& task, std::int64_t rows, bool packed, Part&& part) {
+  std::int64_t first = packed ? rows_in_pieces(task, rows) : 0;
+  if (first > 0) part(task.many, std::int64_t{0}, first / task.many.rows);
   for (auto& variant : task.variants) {
     const std::int64_t blocks = (rows - first) / variant.rows;
-    const bool many = &variant == &task.variants[0] && blocks >= task.many_blocks && !task.experts;
-    if (blocks > 0) part(many ? task.many : variant, first, blocks);
+    if (blocks > 0) part(variant, first, blocks);
     first += blocks * variant.rows;
   }
 }
@@ -64,8 +71,10 @@ void for_needed_vectors(Task& task, std::int64_t rows, Visit&& visit) {
     return;
   }
   const std::int64_t chunk = chunk_rows(task, rows);
+  const bool packed = packs(task, rows);
   for (std::int64_t part : {std::min(chunk, rows), rows % chunk}) {
-    for_row_blocks(task, part, [&](auto& variant, std::int64_t, std::int64_t) { visit(variant); });
+    for_row_blocks(task, part, packed,
+                   [&](auto& variant, std::int64_t, std::int64_t) { visit(variant); });
   }
 }
 

@@ -68,6 +68,8 @@ void Lowering::add_kernels(LinearTask& task) {
   task.pack_panels = choices.pack_panels;
   const CopyKernel copy{task.spec.lanes, task.x_type, input_type(task.spec)};
   task.copy = kernels_->request(print(copy), [copy] { return build(copy); });
+  if (task.experts) return;
+  task.pieces = kernels_->request(print_pieces(copy), [copy] { return build_pieces(copy); });
 }
 
 void Lowering::add_tiles(LinearTask& task, Arithmetic arithmetic) {

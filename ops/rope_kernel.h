@@ -2,7 +2,8 @@
 // arXiv 2104.09864; "half" style: the second half of the row is the partner of the first).
 //
 // Also the copy kernel: rows of contiguous elements from one strided place to another, with dtype
-// conversion; it makes cat, contiguous and cache appends.
+// conversion; it makes cat, contiguous and cache appends. Its variants cut rows into pieces
+// (linear_task.h) and look them up in a table.
 //
 // Tested by rope_kernel_test.
 #pragma once
@@ -44,6 +45,15 @@ struct CopyArgs {
 
 std::string print(const CopyKernel& spec);
 jit::vir::Function build(const CopyKernel& spec);
+
+// Rows cut into pieces, those of all rows one after another: y[piece][row]. A piece is a vector of
+// the output, of 32-bit elements (f32) or pairs of equal 16-bit ones.
+struct PieceArgs {
+  enum Slot { rows, pieces, x, x_row_stride, y, count };
+};
+std::string print_pieces(const CopyKernel& spec);
+// REQUIRES: the output is f32, or both types are one of 2 or 4 bytes.
+jit::vir::Function build_pieces(const CopyKernel& spec);
 
 // Embedding: y[i] = table[index[i]], rows of `columns` elements; indices are i64 and were checked
 // by the caller.

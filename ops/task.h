@@ -81,14 +81,15 @@ struct LinearTask {
     std::array<const Kernel*, 2> packs{};  // x of their blocks (tile_kernel.h)
     std::int64_t most_rows = 0;            // multiplied at once: their x stays in L2
   };
-  std::vector<Variant> variants;  // rows descending, the last has 1
-  Variant many;                   // blocks of as many rows as the first
-  const Kernel* copy = nullptr;   // rows of x to packed x
+  std::vector<Variant> variants;   // rows descending, the last has 1
+  Variant many;                    // blocks of as many rows as the first
+  const Kernel* copy = nullptr;    // rows of x to packed x
+  const Kernel* pieces = nullptr;  // the same for `many`
   std::optional<Tiles> tiles;
   graph::DataType x_type;  // another than the kernels' is always packed
   std::shared_ptr<const PackedWeight> weight;
   std::int64_t most_rows;    // multiplied at once: their x stays in cache
-  std::int64_t many_blocks;  // of the most rows: from so many on `many` computes them
+  std::int64_t many_blocks;  // of the most rows, packed: from so many on `many` computes them
   std::int64_t pack_panels;  // from so many on a copy of f32 x pays
   DimIndex rows;             // of y
   std::optional<ExpertChoice> experts;

@@ -24,6 +24,27 @@ class Linear : public ::testing::TestWithParam<Case> {
     spec.k = k;
     return spec;
   }
+
+  // All rows' first stretch, all rows' second ...; with pieces, those of a block's rows in turns.
+  static std::vector<char> packed_x(const Problem& problem, bool pieces) {
+    const DataType type = problem.x_type;
+    const std::int64_t size = size_in_bytes(type), k = problem.spec.k, rows = problem.spec.rows;
+    const std::int64_t run = ops::partial_sum_length() * size;
+    const std::int64_t piece = ops::piece_bytes(problem.spec.lanes);
+    std::vector<char> packed(
+        static_cast<std::size_t>((k / ops::partial_sum_length() + 1) * run * problem.m));
+    for (std::int64_t row = 0; row < problem.m; ++row) {
+      for (std::int64_t i = 0; i < k; ++i) {
+        const std::int64_t stretch = i / ops::partial_sum_length() * problem.m * run;
+        const std::int64_t byte = i % ops::partial_sum_length() * size;
+        const std::int64_t in_pieces = row / rows * rows * run + byte / piece * rows * piece +
+                                       row % rows * piece + byte % piece;
+        const std::int64_t to = stretch + (pieces ? in_pieces : row * run + byte);
+        ops::write_scalar(type, packed.data() + to, value_at(*problem.x, type, row, i));
+      }
+    }
+    return packed;
+  }
 };
 
 TEST_P(Linear, MatchesTheBoundsForEveryShape) {
@@ -111,8 +132,8 @@ TEST_P(Linear, BitsDoNotDependOnHowWorkIsCut) {
   }
 }
 
-// Stretches of x one below the other, as the caller of large blocks packs them: only addresses
-// differ.
+// Stretches of x one below the other, as the caller packs them, and for large blocks in pieces:
+// only addresses differ.
 TEST_P(Linear, PackedXGivesTheSameBits) {
   for (const auto& [rows, blocks] : {std::pair{ops::max_rows(GetParam().lanes), 3}, {1, 2}}) {
     for (std::int64_t k : {96, 128, 331}) {
@@ -120,30 +141,22 @@ TEST_P(Linear, PackedXGivesTheSameBits) {
       const Problem problem(spec, blocks, Fill::normal, 13, GuardedRows::Flush::end);
       problem.run(Engine::interpreter);
       const std::vector<double> wanted = problem.results();
-
-      const DataType type = problem.x_type;
-      const std::int64_t run = ops::partial_sum_length() * size_in_bytes(type);
-      std::vector<char> packed(
-          static_cast<std::size_t>((k / ops::partial_sum_length() + 1) * run * problem.m));
-      for (std::int64_t row = 0; row < problem.m; ++row) {
-        for (std::int64_t i = 0; i < k; ++i) {
-          const std::int64_t to = (i / ops::partial_sum_length() * problem.m + row) * run +
-                                  i % ops::partial_sum_length() * size_in_bytes(type);
-          ops::write_scalar(type, packed.data() + to, value_at(*problem.x, type, row, i));
+      for (bool pieces : {false, true}) {
+        const std::vector<char> packed = packed_x(problem, pieces);
+        const std::int64_t run = ops::partial_sum_length() * size_in_bytes(problem.x_type);
+        std::vector<std::int64_t> args = problem.args();
+        args[LinearArgs::x] = reinterpret_cast<std::int64_t>(packed.data());
+        args[LinearArgs::x_row_stride] = pieces ? 0 : run;
+        args[LinearArgs::x_block_stride] = rows * run;
+        args[LinearArgs::x_stretch_stride] = problem.m * run;
+        spec.many_blocks = pieces;
+        for (Engine engine : engines(spec)) {
+          run_kernel(engine, build(spec), args);
+          EXPECT_EQ(problem.results(), wanted) << name(engine) << " " << print(spec);
         }
+        reference(spec, args.data());
+        expect_within_bounds(problem, "reference");
       }
-      std::vector<std::int64_t> args = problem.args();
-      args[LinearArgs::x] = reinterpret_cast<std::int64_t>(packed.data());
-      args[LinearArgs::x_row_stride] = run;
-      args[LinearArgs::x_block_stride] = rows * run;
-      args[LinearArgs::x_stretch_stride] = problem.m * run;
-      spec.many_blocks = true;
-      for (Engine engine : engines(spec)) {
-        run_kernel(engine, build(spec), args);
-        EXPECT_EQ(problem.results(), wanted) << name(engine) << " " << print(spec);
-      }
-      reference(spec, args.data());
-      expect_within_bounds(problem, "reference");
     }
   }
 }
@@ -186,6 +199,7 @@ TEST_P(Linear, InnerLoopsDoNotSpill) {
       for (DataType output : kFloats) {
         for (std::int64_t n : {576, 610}) {
           LinearKernel spec = kernel(rows, n, 576);
+          spec.many_blocks = n == 610;
           spec.epilogue = each;
           spec.output = output;
           const auto code = jit::emit(build(spec), target_with_lanes(spec.lanes));

@@ -20,6 +20,7 @@ using graph::DataType;
 using ops::CopyArgs;
 using ops::CopyKernel;
 using ops::EmbeddingArgs;
+using ops::PieceArgs;
 using ops::RopeArgs;
 using ops::RopeKernel;
 using Flush = GuardedRows::Flush;
@@ -119,6 +120,7 @@ TEST(RopeKernel, PrintIsTheKey) {
             "rope lanes=8 head_dim=64 input=bf16 table=f32 output=bf16\n");
   EXPECT_EQ(print(CopyKernel{16, DataType::f32, DataType::bf16}),
             "copy lanes=16 input=f32 output=bf16\n");
+  EXPECT_EQ(print_pieces(CopyKernel{8}), "pieces lanes=8 input=f32 output=f32\n");
   EXPECT_EQ(print_embedding(CopyKernel{8}), "embedding lanes=8 input=f32 output=f32\n");
 }
 
@@ -142,6 +144,29 @@ class CopyCase {
     args[CopyArgs::y_row_stride] = y_.stride();
     run_kernel(engine, build(spec_), args);
     check({0, 1, 2});
+  }
+
+  // As many pieces as are full.
+  void cut(Engine engine) {
+    const std::int64_t piece = spec_.lanes * 4;
+    const std::int64_t length = piece / size_in_bytes(spec_.output), pieces = columns_ / length;
+    GuardedRows y(1, std::max<std::int64_t>(pieces, 1) * kRows * piece, 1, Flush::end);
+    std::array<std::int64_t, PieceArgs::count> args{};
+    args[PieceArgs::rows] = kRows;
+    args[PieceArgs::pieces] = pieces;
+    args[PieceArgs::x] = x_.address();
+    args[PieceArgs::x_row_stride] = x_.stride();
+    args[PieceArgs::y] = y.address();
+    run_kernel(engine, build_pieces(spec_), args);
+    for (std::int64_t i = 0; i < pieces * length; ++i) {
+      for (std::int64_t row = 0; row < kRows; ++row) {
+        const std::byte* at = y.row(0) + (i / length * kRows + row) * piece;
+        const double expected = ops::rounded_to(spec_.output, element(x_, row, i, spec_.input));
+        ASSERT_EQ(ops::read_scalar(spec_.output, at + i % length * size_in_bytes(spec_.output)),
+                  expected)
+            << print_pieces(spec_) << columns_ << " columns, row " << row << " element " << i;
+      }
+    }
   }
 
   void embed(Engine engine) {
@@ -197,6 +222,8 @@ TEST_P(RopeKernels, CopyRowsOfAnyTypeAndLength) {
       for (DataType output : kFloats) {
         CopyCase({lanes, input, output}, columns, random).copy(engine);
         CopyCase({lanes, input, output}, columns, random).embed(engine);
+        if (output != DataType::f32 && input != output) continue;
+        CopyCase({lanes, input, output}, columns, random).cut(engine);
       }
     }
     for (DataType type : {DataType::i64, DataType::f64, DataType::i32, DataType::i16, DataType::u8,

@@ -26,7 +26,7 @@ namespace tilewright::ops {
 namespace {
 
 // How often the stand-ins were called.
-int tokens, merged, tiles, copies, many_blocks, few_blocks;
+int tokens, merged, tiles, copies, in_pieces, many_blocks, few_blocks;
 
 template <int& count>
 Kernel counting() {
@@ -118,15 +118,17 @@ TEST(AttentionTask, ThreadsShareTheParts) {
 }
 
 TEST(LinearTask, FourBlocksOfRowsArePacked) {
-  const Kernel copy = counting<copies>(), many = counting<many_blocks>(),
-               few = counting<few_blocks>();
+  const Kernel copy = counting<copies>(), pieces = counting<in_pieces>(),
+               many = counting<many_blocks>(), few = counting<few_blocks>();
   LinearTask task{};
+  task.spec.lanes = 8;
   task.spec.n = 256;
   task.spec.k = 300;
   task.variants = {{6, &few}, {1, &few}};
   task.many = {6, &many};
   task.x_type = graph::DataType::f32;
   task.copy = &copy;
+  task.pieces = &pieces;
   task.most_rows = 48;
   task.many_blocks = 4;
   task.pack_panels = 8;
@@ -135,19 +137,19 @@ TEST(LinearTask, FourBlocksOfRowsArePacked) {
   task.rows = DimIndex{1};
   const auto calls = [&](std::int64_t rows) {
     const Setting setting({0, rows});
-    copies = many_blocks = few_blocks = 0;
+    copies = in_pieces = many_blocks = few_blocks = 0;
     ops::run(task, setting.frame, 0, 1);
-    return std::vector<int>{copies, many_blocks, few_blocks};
+    return std::vector<int>{copies, in_pieces, many_blocks, few_blocks};
   };
-  EXPECT_EQ(calls(18), (std::vector{0, 0, 1}));
-  EXPECT_EQ(calls(24), (std::vector{3, 1, 0}));  // three stretches of k
-  EXPECT_EQ(calls(96), (std::vector{6, 2, 0}));  // two chunks
-  EXPECT_EQ(calls(25), (std::vector{3, 8, 8}));  // the last row alone, so panel by panel
+  EXPECT_EQ(calls(18), (std::vector{0, 0, 0, 1}));
+  EXPECT_EQ(calls(24), (std::vector{4, 12, 1, 0})) << "three stretches, the last with half a piece";
+  EXPECT_EQ(calls(96), (std::vector{16, 48, 2, 0})) << "two chunks";
+  EXPECT_EQ(calls(25), (std::vector{7, 12, 8, 8})) << "the last row alone, so panel by panel";
   task.spec.n = 224;
-  EXPECT_EQ(calls(24), (std::vector{0, 1, 0})) << "seven panels do not pay for a copy";
+  EXPECT_EQ(calls(24), (std::vector{0, 0, 0, 1})) << "seven panels do not pay for a copy";
   task.x_type = graph::DataType::bf16;
-  EXPECT_EQ(calls(1), (std::vector{3, 0, 1})) << "16 bits are widened once";
-  EXPECT_EQ(calls(5), (std::vector{3, 0, 7})) << "many blocks of one row have no kernel for many";
+  EXPECT_EQ(calls(1), (std::vector{3, 0, 0, 1})) << "16 bits are widened once";
+  EXPECT_EQ(calls(5), (std::vector{3, 0, 0, 7})) << "many blocks of one row: no kernel for many";
 }
 
 // --- tasks whose kernels the interpreter runs

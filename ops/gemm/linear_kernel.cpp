@@ -57,6 +57,9 @@ constexpr int kMostRowsInRegisters = 4;
 
 constexpr std::int64_t kMostPrefetch = 1 << 20;
 
+// Of many, so many blocks together ask for a stretch of weights.
+constexpr int kBlocksPerStretch = 21;
+
 // Of k, in one chain of additions: a multiple of all unrolled steps. Shorter chains round less, and
 // cost more: here the sums go to memory and back once for 128 multiply-adds each.
 constexpr std::int64_t kPartialSumLength = 128;
@@ -80,13 +83,17 @@ class LinearBuilder {
   }
 
  private:
-  bool unpacks() const { return spec_.twelve_bits && rows_ > kMostRowsInRegisters; }
+  bool unpacks() const {
+    return spec_.twelve_bits && (rows_ > kMostRowsInRegisters || spec_.many_blocks);
+  }
   bool is_f32() const { return spec_.weight == DataType::f32; }
   bool dots() const { return spec_.arithmetic == Arithmetic::dot; }
   int input_bytes() const { return size_in_bytes(input_type(spec_)); }
   int panel_vectors() const { return kPanelColumns / spec_.lanes; }
   std::int64_t panel_bytes() const { return packed_bytes(kPanelColumns, spec_.k, spec_.weight); }
-  int pointer_count() const { return (rows_ + kRowsPerPointer - 1) / kRowsPerPointer; }
+  int pointer_count() const {
+    return spec_.many_blocks ? 1 : (rows_ + kRowsPerPointer - 1) / kRowsPerPointer;
+  }
 
   // The panel's vectors that a part computes. Gated: the gates' in the first half of the list, the
   // ups of the same columns in the second.
@@ -138,7 +145,9 @@ class LinearBuilder {
     if (spec_.twelve_bits) reader_.begin_stretch();
     if (unpacks()) emit_unpack(count);
     sums_ = b_.arg(LinearArgs::partial_sums);
+    if (asks_by_block()) ahead_ = b_.add(weight_, stretch_bytes());
     b_.loop(b_.arg(LinearArgs::block_count), [&] {
+      if (asks_by_block()) prefetch_lines();
       for (int part = 0; part < part_count(); ++part) {
         emit_products(part, count);
         const Reg one = add ? b_.splat(1.0f) : Reg{};
@@ -185,20 +194,27 @@ class LinearBuilder {
     }
   }
 
-  // Moves the pointers by `count` of k, a multiple of a step.
+  // Moves the pointers by `count` of k, a multiple of a step and, with x in pieces, of a piece.
   void advance_k(std::int64_t count) {
     b_.add_to(weight_, count / step_length() * kStepBytes);
     advance_x(count);
   }
 
   void advance_x(std::int64_t count) {
-    for (Reg pointer : x_) b_.add_to(pointer, count * input_bytes());
+    const int rows = spec_.many_blocks ? rows_ : 1;
+    for (Reg pointer : x_) b_.add_to(pointer, count * input_bytes() * rows);
   }
 
   std::int64_t stretch_bytes() const { return kPartialSumLength / step_length() * kStepBytes; }
 
   // A step is one line run of the panel: one k, or a pair.
   int step_length() const { return is_f32() ? 1 : 2; }
+
+  // Steps of a turn of the inner loop. x in pieces moves from piece to piece.
+  int unroll() const {
+    if (spec_.many_blocks) return piece_bytes(spec_.lanes) / input_bytes() / step_length();
+    return is_f32() || rows_ <= kFewRows ? 4 : 2;
+  }
 
   // --- the sum over k
 
@@ -220,19 +236,18 @@ class LinearBuilder {
     begin_products();
     if (spec_.twelve_bits && !unpacks()) return emit_twelve_bits_products(part, count);
     const std::int64_t steps = count / step_length();
-    const int unroll = is_f32() || rows_ <= kFewRows ? 4 : 2;
-    const std::int64_t turns = steps / unroll;
+    const std::int64_t turns = steps / unroll();
     if (turns > 0) {
       b_.loop(b_.constant(turns), [&] {
-        for (int u = 0; u < unroll; ++u) emit_step(part, u, step_length());
-        advance_k(unroll * step_length());
+        for (int u = 0; u < unroll(); ++u) emit_step(part, u, step_length());
+        advance_k(unroll() * step_length());
       });
     }
-    const int rest = static_cast<int>(steps % unroll);
+    const int rest = static_cast<int>(steps % unroll());
     for (int u = 0; u < rest; ++u) emit_step(part, u, step_length());
     // The last k of an odd number: its pair is padding in the weight but not there in x.
     if (count % step_length() != 0) emit_step(part, rest, 1);
-    if (turns > 0) advance_k(-turns * unroll * step_length());
+    if (turns > 0) advance_k(-turns * unroll() * step_length());
   }
 
   // A vector of weights at a time: its pairs, x and all accumulators just fit AVX2's registers.
@@ -309,21 +324,30 @@ class LinearBuilder {
     }
   }
 
+  // With many blocks the panel's stretch stays in L1 for all but the first, and the next stretch
+  // has the time of all of them to reach L2: each block asks for some of it. Asking for all of it
+  // in each block cost 5 to 10 % of the speed, asking for nothing as much.
+  bool asks_by_block() const { return spec_.many_blocks && !unpacks(); }
+
+  void prefetch_lines() {
+    const int lines = static_cast<int>(stretch_bytes() / kLineBytes / kBlocksPerStretch);
+    for (int line = 0; line < lines; ++line) b_.prefetch(b_.at(ahead_, line * kLineBytes), 1);
+    b_.add_to(ahead_, lines * kLineBytes);
+  }
+
   // How far ahead of the loads the weights are asked for: a choice of speed (ops/choices.def), but
-  // for many blocks. With many blocks the panel's stretch stays in L1 for all but the first, and
-  // the next stretch has the time of all of them to reach L2: 1.17 times the speed at k = 3072.
+  // where a stretch is unpacked for many blocks.
   std::int64_t prefetch_distance() const {
-    if (spec_.many_blocks) return stretch_bytes();
-    return spec_.prefetch;
+    return spec_.many_blocks ? stretch_bytes() : spec_.prefetch;
   }
 
   // The first part asks for the whole line run: two parts with every other line each would both
   // miss the stream that the hardware looks for.
   void prefetch_step(int part, int step) {
     const std::int64_t distance = prefetch_distance();
-    if (part != 0 || distance == 0 || unpacks()) return;
+    if (part != 0 || distance == 0 || unpacks() || asks_by_block()) return;
     for (int line = 0; line < kStepBytes; line += kLineBytes) {
-      b_.prefetch(b_.at(weight_, step * kStepBytes + distance + line), spec_.many_blocks ? 1 : 0);
+      b_.prefetch(b_.at(weight_, step * kStepBytes + distance + line), 0);
     }
   }
 
@@ -373,12 +397,14 @@ class LinearBuilder {
 
   // x of one k, or of a pair.
   Reg broadcast(int row, int k) {
+    return b_.broadcast(dots() ? Element::i32 : Element::f32, x_address(row, k * input_bytes()));
+  }
+
+  Address x_address(int row, std::int64_t offset) const {
+    if (spec_.many_blocks) return b_.at(x_[0], row * piece_bytes(spec_.lanes) + offset);
     Reg pointer = x_[static_cast<std::size_t>(row / kRowsPerPointer)];
     const int strides = row % kRowsPerPointer;
-    const std::int64_t offset = k * input_bytes();
-    const Address address =
-        strides == 0 ? b_.at(pointer, offset) : b_.at(pointer, x_stride_, strides, offset);
-    return b_.broadcast(dots() ? Element::i32 : Element::f32, address);
+    return strides == 0 ? b_.at(pointer, offset) : b_.at(pointer, x_stride_, strides, offset);
   }
 
   const LinearKernel& spec_;
@@ -389,6 +415,7 @@ class LinearBuilder {
   Reg weight_;          // the panel's stretch, then moved along k
   Reg panels_left_;     // this one included
   Reg sums_;            // of the block or the row
+  Reg ahead_;           // weights of the next stretch that are not asked for yet
   std::vector<Reg> x_;  // rows 0, 3, 6, 9 of the block, moved along k
   Reg x_stride_, odd_mask_;
   std::vector<std::vector<Reg>> accumulators_;  // [row][vector of the part]
@@ -409,6 +436,8 @@ DataType input_type(const LinearKernel& spec) {
 bool is_tiled(Arithmetic arithmetic) {
   return arithmetic == Arithmetic::tiles || arithmetic == Arithmetic::split_tiles;
 }
+
+int piece_bytes(int lanes) { return lanes * 4; }
 
 int max_rows(int lanes) { return lanes == 16 ? 12 : 6; }
 

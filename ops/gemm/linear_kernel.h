@@ -55,7 +55,8 @@ struct LinearKernel {
   bool twelve_bits = false;                       // the weight is bf16 stored as twelve_bits.h says
   graph::DataType output = graph::DataType::f32;  // f32, bf16, f16 (also bias and residual)
   Epilogue epilogue;
-  bool many_blocks = false;      // in a call: weights are asked for a stretch ahead, otherwise
+  bool many_blocks = false;      // in a call: x lies in pieces, and weights are asked for by block,
+                                 // otherwise
   std::int64_t prefetch = 1024;  // so many bytes ahead, in lines; 0: not. The bits are the same
 };
 
@@ -63,8 +64,14 @@ struct LinearKernel {
 // x[block b, row r of it, k] is at x + b * x_block_stride + r * x_row_stride
 // + k / partial_sum_length() * x_stretch_stride + k % partial_sum_length() * its size: rows in
 // place have x_block_stride = rows * x_row_stride and stretches that follow each other; packed x
-// (linear_task.h) has its pieces in the order in which the kernel reads them. Of bf16 x with an odd
-// k one zero follows each row.
+// (linear_task.h) has its stretches in the order in which the kernel reads them. Of bf16 x with an
+// odd k one zero follows each row.
+// With many_blocks a block's stretch is cut further, into pieces of piece_bytes() of each row,
+// those of all its rows one after another: x[.., row r, byte i of the stretch] is at + i /
+// piece_bytes()
+// * rows * piece_bytes() + r * piece_bytes() + i % piece_bytes(), and x_row_stride is not read. One
+// stream through memory, where rows one below the other are `rows` short ones: 1.07 to 1.11 times
+// the speed.
 // The kernel computes, for each panel in [panel_begin, panel_begin + panel_count) and each of
 // block_count blocks of `rows` rows, its piece of y. Panels are the outer loop, so that the weights
 // are read from memory once.
@@ -96,6 +103,7 @@ std::int64_t partial_sum_length();
 std::int64_t unpacked_bytes();  // a panel's stretch of k in 16 bits
 
 graph::DataType input_type(const LinearKernel& spec);  // of x
+int piece_bytes(int lanes);                            // of a row of x, with many blocks: a vector
 int max_rows(int lanes);       // 6 with AVX2 (6 x 16), 12 with AVX-512 (12 x 32)
 std::int64_t panel_columns();  // 32: the packed layout depends neither on lanes nor on the type
 std::int64_t panel_count(std::int64_t n);  // n rounded up

@@ -91,18 +91,26 @@ class Reference {
   // The product of a row of x and one column of a panel, with its bias.
   double projected(std::int64_t row, std::int64_t panel, std::int64_t panel_column,
                    std::int64_t stacked_column) const {
-    const std::int64_t begin = row / spec_.rows * args_[LinearArgs::x_block_stride] +
-                               row % spec_.rows * args_[LinearArgs::x_row_stride];
+    const std::int64_t begin = row / spec_.rows * args_[LinearArgs::x_block_stride];
     const std::vector<double> w = weights(panel, panel_column);
     double sum = 0;
     for (std::int64_t k = 0; k < spec_.k; ++k) {
       const std::int64_t stretch = k / partial_sum_length();
-      sum += element(LinearArgs::x, begin + stretch * args_[LinearArgs::x_stretch_stride],
-                     k % partial_sum_length(), input_type(spec_)) *
+      const std::int64_t offset = x_offset(row % spec_.rows, k % partial_sum_length());
+      sum += element(LinearArgs::x, begin + stretch * args_[LinearArgs::x_stretch_stride] + offset,
+                     0, input_type(spec_)) *
              w[static_cast<std::size_t>(k)];
     }
     if (spec_.epilogue.bias) sum += element(LinearArgs::bias, 0, stacked_column, spec_.output);
     return sum;
+  }
+
+  // From a block's stretch on.
+  std::int64_t x_offset(std::int64_t row, std::int64_t k) const {
+    const std::int64_t byte = k * size_in_bytes(input_type(spec_));
+    if (!spec_.many_blocks) return row * args_[LinearArgs::x_row_stride] + byte;
+    const std::int64_t piece = piece_bytes(spec_.lanes);
+    return (byte / piece * spec_.rows + row) * piece + byte % piece;
   }
 
   const LinearKernel& spec_;
