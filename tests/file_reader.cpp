@@ -4,8 +4,12 @@
 #include <algorithm>
 #include <random>
 
+#include "cache/content_hash.h"
 #include "cache/entry.h"
+#include "cache/key.h"
+#include "cache/pack.h"
 #include "cache/sha256.h"
+#include "cache/weight_header.h"
 
 namespace tilewright::testing {
 namespace {
@@ -14,17 +18,34 @@ constexpr const char* kGenerator = "4f2a9c";
 constexpr const char* kKeyText = "linear 1x32\nisa avx2\n";
 constexpr IsaMask kHost = bit(Isa::avx2) | bit(Isa::avx_vnni);
 
+constexpr std::size_t kDigestBytes = sizeof(cache::Digest);
+
+void put_integer(Bytes& bytes, std::size_t offset, std::uint64_t value) {
+  for (std::size_t i = 0; i < 8; ++i) bytes[offset + i] = static_cast<std::byte>(value >> (8 * i));
+}
+
+// The last bytes of bytes[0, end) become the digest of those before them.
+void put_digest(Bytes& bytes, std::size_t end) {
+  const cache::Digest digest = cache::sha256(std::span(bytes).first(end - kDigestBytes));
+  std::ranges::copy(digest, bytes.begin() + static_cast<std::ptrdiff_t>(end - kDigestBytes));
+}
+
+Bytes random_bytes(std::size_t count) {
+  std::mt19937 random(7);
+  Bytes bytes(count);
+  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
+  return bytes;
+}
+
+cache::Entry entry_of(const std::string& key_text, std::size_t code_bytes) {
+  return {key_text, "tilewright_linear", bit(Isa::avx2), random_bytes(code_bytes),
+          "kernel linear_f32 {\n  return\n}\n"};
+}
+
 // An entry whose file has exactly so many bytes.
 Bytes entry_file(std::size_t bytes) {
-  cache::Entry entry;
-  entry.key_text = kKeyText;
-  entry.name = "tilewright_linear";
-  entry.required_isa = bit(Isa::avx2);
-  entry.recipe = "kernel linear_f32 {\n  return\n}\n";
-  const std::size_t rest = encode(entry, kGenerator)->size();
-  std::mt19937 random(7);
-  for (std::size_t i = rest; i < bytes; ++i) entry.code.push_back(static_cast<std::byte>(random()));
-  return *encode(entry, kGenerator);
+  const std::size_t rest = encode(entry_of(kKeyText, 0), kGenerator)->size();
+  return *encode(entry_of(kKeyText, bytes - rest), kGenerator);
 }
 
 // As cache::Store accepts a file; and what it accepts must encode to the same bytes again, so that
@@ -40,13 +61,88 @@ Verdict read_entry(std::span<const std::byte> bytes) {
 }
 
 void seal_entry(Bytes& bytes) {
-  constexpr std::size_t kDigestBytes = sizeof(cache::Digest);
   if (bytes.size() < cache::kEntryMinBytes) return;
   // The length in the header, too: otherwise few mutations come further than that.
-  for (std::size_t i = 0; i < 8; ++i)
-    bytes[16 + i] = static_cast<std::byte>(bytes.size() >> (8 * i));
-  const cache::Digest digest = cache::sha256(std::span(bytes).first(bytes.size() - kDigestBytes));
-  std::ranges::copy(digest, bytes.end() - kDigestBytes);
+  put_integer(bytes, 16, bytes.size());
+  put_digest(bytes, bytes.size());
+}
+
+// The wanted entry among others.
+Bytes pack_file(int others, std::size_t code_bytes) {
+  std::vector<cache::Entry> entries = {entry_of(kKeyText, code_bytes)};
+  for (int i = 0; i < others; ++i) {
+    entries.push_back(entry_of("norm " + std::to_string(i), code_bytes + 1));
+  }
+  return *encode_pack(entries, kGenerator);
+}
+
+// As cache::Store accepts a pack and then finds in it. What is read of a record must lead to that
+// record again, so that no lookup gives the code of another key.
+Verdict read_pack(std::span<const std::byte> bytes) {
+  const Result<cache::Pack> pack = cache::Pack::decode({bytes.begin(), bytes.end()});
+  if (!pack) return Verdict::rejected;
+  for (std::size_t i = 0; i < pack->size(); ++i) {
+    const cache::Entry entry = pack->entry(i);
+    const bool named = pack->key(i) == cache::key_name(pack->generator(), entry.key_text);
+    if (!named || pack->find(entry.key_text) != entry) return Verdict::wrong;
+  }
+  if (pack->generator() != kGenerator) return Verdict::rejected;
+  const std::optional<cache::Entry> found = pack->find(kKeyText);
+  const bool wanted = found && (found->required_isa & ~kHost) == 0;
+  return wanted ? Verdict::accepted : Verdict::rejected;
+}
+
+void seal_pack(Bytes& bytes) {
+  constexpr std::size_t kLength = 80, kFixedBytes = 96;
+  if (bytes.size() < kFixedBytes + kDigestBytes) return;
+  put_integer(bytes, kLength, bytes.size());
+  put_digest(bytes, bytes.size());
+}
+
+Bytes weight_file(std::size_t data_bytes) {
+  const Bytes data = random_bytes(data_bytes);
+  cache::WeightHeader header;
+  header.generator = kGenerator;
+  header.key_text = kKeyText;
+  header.form = "bf16";
+  header.data_bytes = data.size();
+  header.content = cache::content_hash(data);
+  Bytes bytes = *encode(header);
+  bytes.insert(bytes.end(), data.begin(), data.end());
+  return bytes;
+}
+
+// As cache::WeightDirectory accepts a file whose data is to be compared with its hash, too
+// (TILEWRIGHT_CACHE_CHECK=1, tilewright cache verify).
+Verdict read_weight(std::span<const std::byte> bytes) {
+  const Result<std::size_t> length = cache::header_bytes(bytes);
+  if (!length || *length > bytes.size()) return Verdict::rejected;
+  const auto header = cache::decode(bytes.first(*length), bytes.size());
+  if (!header) return Verdict::rejected;
+  if (header->data_offset + header->data_bytes != bytes.size()) return Verdict::wrong;
+  if (cache::content_hash(bytes.subspan(header->data_offset)) != header->content) {
+    return Verdict::rejected;
+  }
+  // What was read, written and read again is the same, but for gaps that nothing reads.
+  cache::WeightHeader again = *header;
+  if (const auto written = encode(again); written) {
+    again.data_offset = written->size();
+    const auto read = cache::decode(*written, written->size() + header->data_bytes);
+    if (!read || *read != again) return Verdict::wrong;
+  }
+  const bool wanted = header->generator == kGenerator && header->key_text == kKeyText;
+  return wanted ? Verdict::accepted : Verdict::rejected;
+}
+
+void seal_weight(Bytes& bytes) {
+  constexpr std::size_t kLength = 16, kDataBytes = 32, kContent = 64;
+  const Result<std::size_t> header = cache::header_bytes(bytes);
+  if (!header || *header > bytes.size()) return;
+  put_integer(bytes, kLength, bytes.size());
+  put_integer(bytes, kDataBytes, bytes.size() - *header);
+  const auto content = cache::content_hash(std::span(bytes).subspan(*header));
+  std::ranges::copy(content, bytes.begin() + kContent);
+  put_digest(bytes, *header);
 }
 
 }  // namespace
@@ -57,6 +153,11 @@ std::vector<FileReader> file_readers() {
        {entry_file(1 << 10), entry_file(8 << 10), entry_file(64 << 10)},
        read_entry,
        seal_entry},
+      {"pack", {pack_file(0, 300), pack_file(8, 800), pack_file(30, 2000)}, read_pack, seal_pack},
+      {"weight",
+       {weight_file(0), weight_file(4096), weight_file(64 << 10)},
+       read_weight,
+       seal_weight},
   };
 }
 

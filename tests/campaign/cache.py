@@ -32,15 +32,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "perf" / "results" / "campaign-cache.json"
 FUZZ_EXECUTIONS = 1_000_000
+# What tests/file_reader.cpp reads with, of cache/.
+READERS = ["entry", "pack", "weight_header", "content_hash", "key", "sha256", "trusted_file"]
 
 Row = dict[str, Any]
 
 
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout[
-        :-1
-    ]
+    """This commit, and whether the sources are other than its: parts record while others run."""
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!perf/results")
+    return git("describe", "--always") + ("-dirty" if changed else "")
 
 
 def run(command: list[str], log: Path, **more: str) -> bool:
@@ -116,7 +123,7 @@ def fuzz(share: float) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="tilewright-campaign-") as folder:
         program, log = Path(folder) / "fuzz", Path(folder) / "log"
         sources = ["tests/file_reader_fuzz.cpp", "tests/file_reader.cpp"]
-        sources += ["cache/entry.cpp", "cache/sha256.cpp"]
+        sources += [f"cache/{name}.cpp" for name in READERS]
         command = [compiler, "-std=c++20", "-O1", "-g", "-march=x86-64-v2", "-I.", *sources]
         command += ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined"]
         command += ["-l:libcrypto.a", "-ldl", "-pthread", "-o", str(program)]
@@ -126,7 +133,7 @@ def fuzz(share: float) -> list[Row]:
         corpus.mkdir()
         limits = [
             f"-runs={int(share * FUZZ_EXECUTIONS)}",
-            "-max_len=4096",
+            "-max_len=8192",
             "-malloc_limit_mb=64",
             "-seed=1",
         ]
