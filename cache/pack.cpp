@@ -110,8 +110,7 @@ Result<std::vector<Placement>> in_order(std::span<const Entry> entries,
       return Error{"two different entries of one key: " + hex(one.key)};
     }
   }
-  const auto twice = std::ranges::unique(placements, same_key);
-  placements.erase(twice.begin(), twice.end());
+  placements.erase(std::unique(placements.begin(), placements.end(), same_key), placements.end());
   return placements;
 }
 
@@ -327,7 +326,7 @@ Result<Pack> open_pack(std::string_view name) {
   if (getauxval(AT_SECURE) != 0) return Error{"not used with somebody else's privileges"};
   const Result<PackName> parsed = parse_pack_name(name);
   if (!parsed) return parsed.error();
-  const auto& [path, digest] = *parsed;
+  const std::string &path = parsed->path, &digest = parsed->digest;
   const auto refused = [&](const std::string& why) { return Error{path + ": " + why}; };
   bool absent = false;
   Result<TrustedFile> file = digest.empty()
