@@ -256,6 +256,13 @@ TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
   };
   const std::set<std::string> in_code = {"row_blocks_avx2", "prefetch", "prefetch_row",
                                          "prefetch_twelve_bits", "twelve_bits_from"};
+  for (const ChoiceRow& row : rows({})) {
+    const bool is_tried = std::ranges::any_of(changes, [&](std::string_view change) {
+      return change.find('"' + std::string(row.name) + '"') != std::string_view::npos;
+    });
+    // highest_isa is a rung, which is in every key.
+    EXPECT_TRUE(is_tried || row.name == "highest_isa") << row.name << ": add it to `changes`";
+  }
   for (const char* rung : {"avx2", "avx512"}) {
     std::map<std::string, std::vector<std::byte>> known = kernels({}, rung);
     const auto shipped = known;
