@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <mutex>
@@ -25,8 +26,8 @@ std::size_t round_up(std::size_t value, std::size_t multiple) {
 // The words say what usually refuses, because the user can change that and nothing else.
 Error refused(const char* call, int error) {
   return {
-      fmt::format("code memory: {}: {} (SELinux execmem, PR_SET_MDWE or seccomp may forbid "
-                  "executable memory)",
+      fmt::format("no executable memory: {}: {} (SELinux execmem, PR_SET_MDWE or seccomp may "
+                  "forbid it)",
                   call, std::strerror(error))};
 }
 
@@ -34,6 +35,14 @@ Error refused(const char* call, int error) {
 
 CodeMemory::~CodeMemory() {
   for (const Slab& slab : slabs_) munmap(slab.address, slab.size);
+}
+
+Status CodeMemory::probe() {
+  constexpr std::array<std::byte, 1> kReturn = {std::byte{0xC3}};
+  const std::span<const std::byte> code(kReturn);
+  CodeMemory memory;
+  const auto published = memory.publish(std::span(&code, 1));
+  return published ? Status() : Status(published.error());
 }
 
 Result<std::vector<KernelFunction>> CodeMemory::publish(

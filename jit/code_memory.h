@@ -3,7 +3,8 @@
 // Bytes are copied to an anonymous read-write mapping which is flipped once to read-execute and
 // never back; addresses are never reused (append-only), so no other core can hold stale
 // instructions. Slabs are batched: one publish() is one mapping. If the system refuses executable
-// memory (SELinux execmem, MDWE, seccomp), publish() says so and the caller runs its fallback.
+// memory (SELinux execmem, MDWE, seccomp), probe() and publish() say so and the caller runs its
+// fallback.
 //
 // Thread-safe. A child after fork() keeps the parent's kernels (private mappings). Tested by
 // code_memory_test.
@@ -25,6 +26,10 @@ class CodeMemory {
   ~CodeMemory();
   CodeMemory(const CodeMemory&) = delete;
   CodeMemory& operator=(const CodeMemory&) = delete;
+
+  // Whether the system lets this process have executable memory. Error: what refused it. Costs a
+  // mapping of one page, about 5 us.
+  static Status probe();
 
   // Copies each piece of code to executable memory, 64-byte aligned, and returns the entry points
   // in order. They live as long as this object.

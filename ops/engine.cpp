@@ -58,6 +58,11 @@ Result<Engine> Engine::open(const std::string& rung, const std::string& choices)
 
 Engine::Engine(Target target, Decision decision, bool on_disk)
     : target_(target.for_code()), decision_(std::move(decision)) {
+  if (!target_.has(Isa::avx2)) {
+    problem_ = "this CPU has no AVX2 and FMA";
+  } else if (Status memory = jit::CodeMemory::probe(); !memory) {
+    problem_ = memory.error().message;
+  }
   const Environment& settings = environment();
   const cache::Mode mode = settings.cache == CacheMode::off || !on_disk ? cache::Mode::off
                            : settings.cache == CacheMode::read_only     ? cache::Mode::read_only
@@ -89,7 +94,7 @@ Result<Program> Engine::compile(const std::string& text,
                                 const std::map<std::string, TensorView>& constants,
                                 std::shared_ptr<WeightStore> weights, const PackedCallback& packed,
                                 bool keep_weights) const {
-  if (!target_.has(Isa::avx2)) return Error{"this CPU has no AVX2 and FMA"};
+  if (!problem_.empty()) return Error{problem_};
   Result<graph::Graph> graph = optimized(text);
   if (!graph) return graph.error();
   const Environment& settings = environment();

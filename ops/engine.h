@@ -41,6 +41,9 @@ class Engine {
   // Error: no such rung or choice.
   static Result<Engine> open(const std::string& rung, const std::string& choices = "");
 
+  // Why nothing can be compiled here, "" if it can: a CPU below AVX2, or a system that refuses
+  // executable memory. The front ends then run everything by their fallback.
+  const std::string& problem() const { return problem_; }
   const Target& target() const { return target_; }
   const Decision& decision() const { return decision_; }
   const cache::Store& store() const { return *store_; }
@@ -52,7 +55,7 @@ class Engine {
   Result<std::string> optimize(const std::string& text) const;
 
   // constants, packed: see compile() in compile.h. keep_weights: on disk, as far as the environment
-  // allows. Error: also a CPU below AVX2.
+  // allows. Error: also problem(), before anything is packed.
   Result<Program> compile(const std::string& text,
                           const std::map<std::string, TensorView>& constants,
                           std::shared_ptr<WeightStore> weights, const PackedCallback& packed = {},
@@ -64,6 +67,7 @@ class Engine {
 
   Target target_;
   Decision decision_;
+  std::string problem_;
   std::shared_ptr<cache::Store> store_;
   std::shared_ptr<KernelLibrary> kernels_;
   std::shared_ptr<KeptWeights> kept_weights_;

@@ -39,6 +39,7 @@
 #include "jit/base/env.h"
 #include "jit/base/log.h"
 #include "jit/base/target.h"
+#include "jit/code_memory.h"
 #include "ops/clean_pages.h"
 #include "ops/engine.h"
 #include "ops/greedy_search.h"
@@ -636,6 +637,7 @@ void bind_program(nb::module_& module) {
       .def("weight_counters", &weight_counters)
       .def("weight_files", &weight_files, "checked"_a)
       .def("keeps_weights", [](const Engine& self) { return self.kept_weights()->any(); })
+      .def_prop_ro("problem", [](const Engine& self) { return self.problem(); })
       .def("cache_state", &cache_state)
       .def("choices", &choice_fields)
       .def("target", [](const Engine& self) { return target_fields(self.target()); });
@@ -658,6 +660,10 @@ NB_MODULE(_core, module) {
   module.def("read_bandwidth", [](int threads) {
     nb::gil_scoped_release unlocked;
     return ops::read_bandwidth(threads);
+  });
+  module.def("executable_memory_problem", [] {
+    const Status memory = jit::CodeMemory::probe();
+    return memory ? std::string() : memory.error().message;
   });
   module.def("profile_path", &ops::default_profile_path);
   module.def(

@@ -237,6 +237,7 @@ Result<std::string> forward_source(const c10::FunctionSchema& schema) {
 Status optimize(torch::jit::Module& model) {
   if (environment().disable.all) return Error{"TILEWRIGHT_DISABLE=1"};
   if (!engine()) return engine().error();
+  if (!engine()->problem().empty()) return Error{engine()->problem()};
   if (model.hasattr(kAttribute)) return {};
   const auto forward = model.find_method("forward");
   if (!forward) return Error{"the module has no method forward"};

@@ -74,10 +74,9 @@ class CompiledGraph:
 
     def compile(self, inputs: Sequence[Any]) -> None:
         """Raises the reason why it cannot."""
-        if core.settings()["disable_all"]:
-            raise UnsupportedError("TILEWRIGHT_DISABLE=1")
+        if reason := core.unavailable():
+            raise UnsupportedError(reason)
         check_inputs(inputs)
-        core.engine()  # first: a machine without AVX2 needs no capture
         captured = capture.from_dynamo(self._gm, inputs)
         placeholders = [node for node in self._gm.graph.nodes if node.op == "placeholder"]
         written = capture.written_placeholders(captured)
@@ -101,7 +100,7 @@ class CompiledGraph:
 
     def decline(self, reason: str) -> None:
         self.reason = reason
-        core.say_once(f"a graph runs in PyTorch: {reason}")
+        core.say_fallback("a graph", reason)
 
     def owns(self, parameter_ids: set[int]) -> bool:
         """Whether this graph belongs to the model with these parameters."""

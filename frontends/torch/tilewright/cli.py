@@ -90,7 +90,9 @@ def env(as_json: Json = False) -> None:
     from tilewright import core
 
     rows = core.variables()
-    problems = core.settings()["problems"]
+    problems = list(core.settings()["problems"])
+    if reason := core.unavailable():
+        problems.append(f"everything runs in PyTorch: {reason}")
     try:
         engine = core.engine()
         target, cache = dict(engine.target()), dict(engine.cache_state())

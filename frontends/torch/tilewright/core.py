@@ -58,6 +58,21 @@ def settings() -> dict[str, Any]:
     return dict(_core.settings())
 
 
+@functools.cache
+def unavailable() -> str:
+    """Why everything runs in PyTorch; "" if it does not."""
+    if settings()["disable_all"]:
+        return "TILEWRIGHT_DISABLE=1"
+    try:
+        problem = str(engine().problem)
+    except CoreError as error:
+        return str(error)
+    if _core.executable_memory_problem():
+        # What oneDNN emits for PyTorch is refused as well: its gelu would be an exception.
+        torch.backends.mkldnn.set_flags(False)
+    return problem
+
+
 def threads() -> int:
     return settings()["num_threads"] or torch.get_num_threads()
 
@@ -69,6 +84,12 @@ def say_once(message: str) -> None:
             return
         _said.add(message)
     log.warning("%s", message)
+
+
+def say_fallback(what: str, reason: str) -> None:
+    """That `what` runs in PyTorch: one warning, and one for all of them if everything does."""
+    subject = "everything" if reason == unavailable() else what
+    say_once(f"{subject} runs in PyTorch: {reason}")
 
 
 def _configure_logging() -> None:

@@ -175,12 +175,12 @@ class Decoder(InstalledForward):
         if core.settings()["strict"]:
             raise RuntimeError(f"TILEWRIGHT_STRICT=1: a step would run in PyTorch: {reason}")
         self.fallbacks[reason] += 1
-        core.say_once(f"a step of {type(self.model).__name__} runs in PyTorch: {reason}")
+        core.say_fallback(f"a step of {type(self.model).__name__}", reason)
         return self.original(*args, **kwargs)
 
     def _check_state(self) -> None:
-        if core.settings()["disable_all"]:
-            raise NotRunnableError("TILEWRIGHT_DISABLE=1")
+        if reason := core.unavailable():
+            raise NotRunnableError(reason)
         if self.model.training:
             raise NotRunnableError("the model is in training mode; call model.eval()")
         if torch.is_autocast_enabled("cpu"):
@@ -439,7 +439,6 @@ class Decoder(InstalledForward):
         if logits_to_keep == RAGGED and self._not_ragged:
             raise NotRunnableError(self._not_ragged)
         try:
-            core.engine()
             # Not where weights may come from files: those need no memory.
             if not self._programs and not core.engine().keeps_weights():
                 self._store.reserve(_packed_bytes(self.model))

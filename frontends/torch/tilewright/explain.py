@@ -37,6 +37,7 @@ class Explanation:
     regions: list[dict[str, Any]] = field(default_factory=list)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> calls of PyTorch's forward
+    problem: str = ""  # why everything runs in PyTorch, in this process
     by_parts: str = ""  # why the model is no single program, but graphs of torch.compile
     kernels_emitted: int = 0
     kernels_loaded: int = 0
@@ -63,6 +64,7 @@ class Explanation:
             "weights_packed": self.weights_packed,
             "weights_mapped": self.weights_mapped,
             "phases": self.phases,
+            "problem": self.problem,
             "fallbacks": self.fallbacks,
             "by_parts": self.by_parts,
             "notes": self.notes(),
@@ -74,7 +76,8 @@ class Explanation:
 
     def notes(self) -> list[str]:
         """What a user should know besides the numbers."""
-        notes = [f"in PyTorch ({count} calls): {why}" for why, count in self.fallbacks.items()]
+        notes = [f"everything runs in PyTorch: {self.problem}"] if self.problem else []
+        notes += [f"in PyTorch ({count} calls): {why}" for why, count in self.fallbacks.items()]
         if self.by_parts:
             notes.append(f"by parts, through torch.compile: {self.by_parts}")
         if self.choices.get("problem"):
@@ -134,6 +137,7 @@ def explain(model: nn.Module) -> Explanation:
     except core.CoreError as error:
         explanation.fallbacks.setdefault(str(error), 0)
         return explanation
+    explanation.problem = core.unavailable()
     counters = engine.kernel_counters()
     explanation.kernels_emitted = counters["emitted"]
     explanation.kernels_loaded = counters["loaded"]

@@ -87,9 +87,8 @@ class Optimized(nn.Module):
         original: Callable[..., Any],
     ) -> CompiledGraph:
         """`function` takes the constants `tensors`, then `inputs`, and returns a flat list."""
-        if core.settings()["disable_all"]:
-            raise UnsupportedError("TILEWRIGHT_DISABLE=1")
-        core.engine()
+        if reason := core.unavailable():
+            raise UnsupportedError(reason)
         captured, names = _trace(function, fakes, fake_mode, tensors)
         values = [*tensors.values(), *inputs]
         graph = CompiledGraph(_Original(original, len(tensors)), values)

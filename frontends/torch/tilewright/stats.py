@@ -15,6 +15,7 @@ from tilewright import core
 def stats() -> dict[str, Any]:
     """Counters of this process. `explain(model)` tells more about one model.
 
+    problem: why everything runs in PyTorch, "" if it does not.
     tokens: computed by programs of optimised models (prompts included). fallbacks: calls that ran
     in PyTorch, by reason. weights: how many were packed, or mapped from files. weight_bytes,
     cache_bytes: packed weights, and keys and values, that are alive now.
@@ -34,6 +35,7 @@ def stats() -> dict[str, Any]:
     programs = sys.modules.get("tilewright.program")
     caches = sys.modules.get("tilewright.cache")
     return {
+        "problem": core.unavailable(),
         "tokens": tokens,
         "calls": calls,
         "fallbacks": dict(fallbacks),
