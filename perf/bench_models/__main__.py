@@ -1,4 +1,5 @@
-"""The commands behind ./dev bench: setup, roof, models, ops, encoder, start, report, compare.
+"""The commands behind ./dev bench: setup, roof, models, ops, encoder, start, cache, report
+and compare.
 
 Tested by tests/python/test_bench_models.py.
 """
@@ -213,6 +214,37 @@ def start(
             )
             for part, values in starting.rows(found):
                 print(f"  {part:42}" + "".join(f"{value:10.1f}" for value in values))
+    if output is not None:
+        output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@app.command()
+def cache(
+    model: Annotated[str, typer.Option("--models")] = "smollm2-135m,llama-1b",
+    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32",
+    rounds: Annotated[int, typer.Option(help="processes of each kind")] = 5,
+    output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
+) -> None:
+    """Kernels emitted, loaded from a directory and from a pack: one, and all of a model."""
+    import tempfile
+
+    from bench_models import kernel_cache
+
+    record: dict[str, object] = {"machine": places.machine(), "commit": places.commit()}
+    record["one kernel"] = one = kernel_cache.one_kernel()
+    print("one kernel, microseconds".ljust(42) + "       p50       p99")
+    for kind, values in one.items():
+        if kind != "rounds":
+            print(f"  {kind:40}{values['p50']:10.1f}{values['p99']:10.1f}")
+    for name in _split(model):
+        for kind in _split(dtype):
+            with tempfile.TemporaryDirectory(prefix="cache-", dir=places.home()) as place:
+                found = kernel_cache.model_kernels(name, kind, rounds, Path(place), _say)
+            record[f"{name} {kind}"] = found
+            print(f"{name}, {kind}, milliseconds".ljust(42) + "   kernels   opening      all  goal")
+            for what, count, opening, passed in kernel_cache.rows(found):
+                goal = kernel_cache.GOALS[what]
+                print(f"  {what:40}{count:10}{opening:10.2f}{passed:10.2f}{goal:6.0f}")
     if output is not None:
         output.write_text(json.dumps(record, indent=1) + "\n")
 

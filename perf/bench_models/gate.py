@@ -10,6 +10,7 @@ import os
 import shutil
 import statistics
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,23 @@ SOURCE = places.PERF / "roof" / "roof.cpp"
 FLAGS = ("-std=c++20", "-O3", "-march=x86-64-v2", "-ffp-contract=off", "-fopenmp", "-pthread")
 
 
-def program() -> Path:
-    """The probe, built when its source is newer."""
-    built = places.home() / "roof"
-    if built.exists() and built.stat().st_mtime >= SOURCE.stat().st_mtime:
+def build(name: str, sources: Sequence[Path], *more: str) -> Path:
+    """A program of the harness, built alone with g++ when one of its sources is newer."""
+    built = places.home() / name
+    if built.exists() and built.stat().st_mtime >= max(s.stat().st_mtime for s in sources):
         return built
     built.parent.mkdir(parents=True, exist_ok=True)
-    partial = built.with_name(f"roof.{os.getpid()}")
+    partial = built.with_name(f"{name}.{os.getpid()}")
     compiler = ["ccache", "g++"] if shutil.which("ccache") else ["g++"]
-    subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(partial)], check=True)
+    command = [*compiler, *FLAGS, *map(str, sources), *more, "-o", str(partial)]
+    subprocess.run(command, check=True)
     partial.rename(built)
     return built
+
+
+def program() -> Path:
+    """The probe."""
+    return build("roof", [SOURCE])
 
 
 def measure(threads: int, full: bool = False) -> dict[str, Any]:

@@ -454,3 +454,18 @@ def test_a_start_is_split_without_a_rest(tmp_path: Path) -> None:
     rows = dict(start.rows({"packed": [made, made], "mapped": [made]}))
     assert rows["total"] == [made["total"]] * 2
     assert rows["total - sum"] == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+def test_the_kernels_of_a_model_are_counted_and_their_time_is_kept(tmp_path: Path) -> None:
+    """One real process that emits a tiny model's kernels."""
+    from bench_models import kernel_cache
+    from tiny_models import llama_config
+
+    llama_config(1).save_pretrained(tmp_path / "model")
+    child = ["-m", "bench_models.cache_child", str(tmp_path / "model"), "fp32"]
+    said = kernel_cache._run(child, kernel_cache.KINDS["emitted"](tmp_path))
+    made = json.loads(said.splitlines()[-1])
+    assert made["emitted"] > 10 and made["loaded"] == 0 and made["kernels_ms"] > 0
+    ((kind, kernels, opening, passed),) = kernel_cache.rows({"emitted": [made, made]})
+    assert (kind, kernels) == ("emitted", made["emitted"])
+    assert (opening, passed) == (made["open_ms"], made["kernels_ms"])
