@@ -152,10 +152,15 @@ Result<std::vector<std::byte>> encode_pack(std::span<const Entry> entries,
   for (const Placement& placement : placements) {
     Elf64_Sym symbol = {};
     symbol.st_name = strings.add(placement.entry->name + "." + hex(placement.key).substr(0, 8));
-    symbol.st_info = ELF64_ST_INFO(STB_LOCAL, STT_FUNC);
-    symbol.st_shndx = kText;
-    symbol.st_value = placement.code - code;
-    symbol.st_size = placement.entry->code.size();
+    if (is_plan(placement.entry->key_text)) {  // no place in .text: tools would see it in others'
+      symbol.st_info = ELF64_ST_INFO(STB_LOCAL, STT_NOTYPE);
+      symbol.st_shndx = SHN_ABS;
+    } else {
+      symbol.st_info = ELF64_ST_INFO(STB_LOCAL, STT_FUNC);
+      symbol.st_shndx = kText;
+      symbol.st_value = placement.code - code;
+      symbol.st_size = placement.entry->code.size();
+    }
     append_structure(symbols, symbol);
   }
   std::array<Elf64_Shdr, kSections.size()> sections = {};

@@ -65,6 +65,7 @@ nb::list cache_entries(const std::string& place) {
       const cache::Entry entry = pack.entry(i);
       nb::dict row = row_of(pack.key(i), pack.generator(), entry.key_text, entry.name,
                             entry.required_isa, entry.code.size());
+      row["kind"] = cache::is_plan(entry.key_text) ? "plan" : "kernel";
       row["file"] = place;
       row["bytes"] =
           entry.key_text.size() + entry.name.size() + entry.recipe.size() + entry.code.size();
@@ -76,6 +77,7 @@ nb::list cache_entries(const std::string& place) {
   for (const cache::Listing& entry : directory_store(place, cache::generator_hash()).list()) {
     nb::dict row = row_of(std::filesystem::path(entry.file).stem().string(), entry.generator,
                           entry.key_text, entry.name, entry.required_isa, entry.code_bytes);
+    row["kind"] = entry.plan ? "plan" : "kernel";
     row["file"] = entry.file;
     row["bytes"] = entry.bytes;
     row["modified"] = entry.modified;

@@ -29,9 +29,10 @@ from tilewright import _core, capture_ops, core, ragged, rotary
 from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
-from tilewright.model_capture import RAGGED, CapturedModel, capture_model
+from tilewright.model_capture import RAGGED, CapturedModel
 from tilewright.module_state import ModuleState
 from tilewright.packed import stand_ins, unpack_all
+from tilewright.plans import planned_model
 from tilewright.program import Executable
 
 # What a program computes with; any other argument must be None or false.
@@ -435,7 +436,7 @@ class Decoder(InstalledForward):
         return self._programs[key]
 
     def _make(self, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
-        """Captures and compiles. A model that cannot be captured is not tried again."""
+        """Plans and compiles. A model that cannot be captured is not tried again."""
         if logits_to_keep == RAGGED and self._not_ragged:
             raise NotRunnableError(self._not_ragged)
         try:
@@ -443,10 +444,12 @@ class Decoder(InstalledForward):
             if not self._programs and not core.engine().keeps_weights():
                 self._store.reserve(_packed_bytes(self.model))
             with stand_ins(self.model) as packed:
-                captured = capture_model(self.model, self.original, logits_to_keep)
-            tensors = captured.lowered.constants
-            tensors.update({name: packed.get(id(t), t) for name, t in tensors.items()})
-            executable = Executable(captured.lowered, tensors, self._store, self.frees)
+                made = planned_model(
+                    self.model,
+                    self.original,
+                    logits_to_keep,
+                    lambda captured: self._built(captured, packed),
+                )
         except (UnsupportedError, core.CoreError) as error:
             if logits_to_keep == RAGGED:
                 self._not_ragged = f"no program of a ragged step: {str(error).splitlines()[0]}"
@@ -457,7 +460,15 @@ class Decoder(InstalledForward):
         finally:
             self._store.settle()
         self._state = ModuleState(self.model)  # capture may have replaced parameters
-        return captured, executable
+        return made
+
+    def _built(
+        self, captured: CapturedModel, packed: dict[int, torch.Tensor]
+    ) -> tuple[CapturedModel, Executable]:
+        """packed: the parameters that stand-ins stand for, by id."""
+        tensors = captured.lowered.constants
+        tensors.update({name: packed.get(id(t), t) for name, t in tensors.items()})
+        return captured, Executable(captured.lowered, tensors, self._store, self.frees)
 
     def _drop_stale(self, is_prefill: bool) -> None:
         """Forgets programs whose weights or modules are no longer the model's.

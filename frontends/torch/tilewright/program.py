@@ -233,6 +233,7 @@ class Executable:
             },
             self.store,
             packed if self._frees else None,  # each at once: else all weights are there twice
+            self.lowered.has_passed,
         )
         if self._frees:
             for name in self.program.packed_sources:
