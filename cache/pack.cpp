@@ -253,6 +253,7 @@ Result<Pack> Pack::decode(std::vector<std::byte> bytes) {
     Result<Record> record = pack.record_at(records + i * kRecordBytes);
     if (!record) return record.error();
     if (i != 0 && record->key <= pack.records_.back().key) return Error{"records out of order"};
+    pack.plans_ += is_plan(to_string(record->key_text)) ? 1 : 0;
     pack.records_.push_back(*record);
   }
   return pack;

@@ -187,7 +187,8 @@ nb::dict cache_state(const ops::Engine& engine) {
   for (const ops::ConfiguredPack& item : ops::configured_packs()) {
     nb::dict row;
     row["name"] = item.name;
-    row["kernels"] = item.pack == nullptr ? 0 : item.pack->size();
+    row["kernels"] = item.pack == nullptr ? 0 : item.pack->size() - item.pack->plans();
+    row["plans"] = item.pack == nullptr ? 0 : item.pack->plans();
     row["problem"] = item.problem;
     packs.append(row);
   }

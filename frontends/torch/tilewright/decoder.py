@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from tilewright import _core, capture_ops, core, ragged, rotary
+from tilewright import _core, capture, capture_ops, core, ragged, rotary
 from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
@@ -432,7 +432,8 @@ class Decoder(InstalledForward):
         if hooked := self._state.hooked():
             raise NotRunnableError(f"{hooked} has forward hooks, which a program would not call")
         if key not in self._programs:
-            self._programs[key] = self._make(key)
+            with capture.no_collection():
+                self._programs[key] = self._make(key)
         return self._programs[key]
 
     def _make(self, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
@@ -459,7 +460,8 @@ class Decoder(InstalledForward):
             raise NotCapturedError(self.unsupported) from None
         finally:
             self._store.settle()
-        self._state = ModuleState(self.model)  # capture may have replaced parameters
+        if self._state is None or not self._state.is_current():  # capture replaced parameters
+            self._state = ModuleState(self.model)
         return made
 
     def _built(

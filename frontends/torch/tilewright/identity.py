@@ -93,6 +93,7 @@ _NAMED = (
     types.GetSetDescriptorType,
     types.MemberDescriptorType,
 )
+_CONTAINERS = (list, tuple, collections.deque, dict, set, frozenset)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Code with these names may know what no digest does.
 _UNCERTAIN_NAMES = frozenset({"environ", "getenv", "tolist", "data_ptr"})
@@ -176,61 +177,65 @@ class _Description:
         self._lines.append(line)
 
     def _add(self, value: Any) -> None:
+        # Asks the type, not the value, which may answer as it likes and as slowly.
         kind = type(value)
         if kind in _PLAIN:
             self._say(f"{kind.__name__} {value!r}")
             return
-        if isinstance(value, _BY_TEXT):
-            self._say(f"{kind.__name__} {value}")
-            return
-        if isinstance(value, list | tuple | collections.deque | dict | set | frozenset):
-            self._add_container(value, kind)
-            return
         number = self._seen.get(id(value))
         if number is None:
-            number = self._seen[id(value)] = len(self._seen)
-            self._alive.append(value)
-            if isinstance(value, type):
+            if issubclass(kind, _BY_TEXT):
+                self._say(f"{kind.__name__} {value}")
+                return
+            if issubclass(kind, _CONTAINERS):
+                self._add_container(value, kind)
+                return
+            number = self._remember(value)
+            if issubclass(kind, type):
                 self._classes.append(value)
-            elif isinstance(value, types.FunctionType):
+            elif kind is types.FunctionType:
                 self._functions.append(value)
             else:
                 self._add_new(value, kind)
                 return
         # The same line whether it is the first or not: containers of them are equal, then.
-        if isinstance(value, type):
+        if issubclass(kind, type):
             self._say(f"class {number} {_name(value)}")
-        elif isinstance(value, types.FunctionType):
+        elif kind is types.FunctionType:
             home = value.__globals__.get("__name__", "")
             self._say(f"function {number} {home} {_name(value)}")
         else:
             self._say(f"#{number}")
 
+    def _remember(self, value: Any) -> int:
+        self._alive.append(value)
+        return self._seen.setdefault(id(value), len(self._seen))
+
     def _add_new(self, value: Any, kind: type) -> None:
-        if isinstance(value, torch.Tensor):
+        if issubclass(kind, torch.Tensor):
             self._add_tensor(value, contents=True)
-        elif isinstance(value, _NAMED):
+        elif issubclass(kind, _NAMED):
             self._add_named(value)
-        elif isinstance(value, types.ModuleType):
+        elif issubclass(kind, types.ModuleType):
             self._say(f"module {value.__name__}")
-        elif isinstance(value, types.MethodType):
+        elif kind is types.MethodType:
             self._say("method")
             self.add(value.__func__, value.__self__)
-        elif isinstance(value, functools.partial):
+        elif kind is functools.partial:
             self._say("partial")
             self.add(value.func, value.args, value.keywords)
-        elif isinstance(value, property):
+        elif kind is property:
             self._say("property")
             self.add(value.fget, value.fset, value.fdel)
-        elif isinstance(value, staticmethod | classmethod):
+        elif kind in (staticmethod, classmethod):
             self._say(kind.__name__)
             self._add(value.__func__)
-        elif isinstance(value, functools.cached_property):
+        elif kind is functools.cached_property:
             self._say("cached_property")
             self._add(value.func)
-        elif isinstance(value, enum.Enum):
+        elif issubclass(kind, enum.Enum):
             self._say(f"{_name(kind)}.{value.name}")
-        elif isinstance(value, nn.Module):
+        elif issubclass(kind, nn.Module):
             self._add_module(value)
         else:
             self._add_object(value, kind)
@@ -288,10 +293,10 @@ class _Description:
     # --- modules and tensors
 
     def add_model(self) -> None:
+        self._remember(self._model)
         self._add_module(self._model)
 
     def _add_module(self, module: nn.Module) -> None:
-        self._seen.setdefault(id(module), len(self._seen))
         state = module.__dict__
         if module is not self._model and any(state.get(hooks) for hooks in _HOOKS):
             raise UncertainError("a module with forward hooks")
@@ -316,10 +321,9 @@ class _Description:
     def _add_once(self, tensor: torch.Tensor | None, contents: bool) -> None:
         if tensor is None or id(tensor) in self._seen:
             self._add(tensor)
-            return
-        self._seen[id(tensor)] = len(self._seen)
-        self._alive.append(tensor)
-        self._add_tensor(tensor, contents)
+        else:
+            self._remember(tensor)
+            self._add_tensor(tensor, contents)
 
     def _add_tensor(self, tensor: torch.Tensor, contents: bool) -> None:
         kind = type(tensor)
