@@ -11,13 +11,17 @@
 Modules compiled with other backends are left alone.
 
 This is the only file that touches torch's internals; it checks that they are what it expects.
-Tested by tests/python/test_generate.py, which counts compiled steps.
+Thread-safe. Tested by tests/python/test_generate.py, which counts compiled steps, and
+tests/python/test_conversations.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -93,12 +97,32 @@ def routed(module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         if not hasattr(torch.nn.Module, "_compiled_call_impl"):
             core.say_once("this torch has no compiled call: generate() runs without torch.compile")
             return function(*args, **kwargs)
-        if original._compiled_call_impl is not None:  # nested, or model.compile() came before
+        with _compiled_calls(module, original):
             return function(*args, **kwargs)
-        original._compiled_call_impl = module.dynamo_ctx(original._call_impl)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            original._compiled_call_impl = None
 
     return run
+
+
+# Of each module that is routed: how many calls (of any thread, some inside others) it is for.
+_callers: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+_callers_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _compiled_calls(module: Any, original: Any) -> Iterator[None]:
+    """The original's calls are the compiled module's until the last that asked for it is done."""
+    with _callers_lock:
+        callers = _callers.get(original, 0)
+        routes = callers > 0 or original._compiled_call_impl is None  # else model.compile() did it
+        if routes:
+            _callers[original] = callers + 1
+            if callers == 0:
+                original._compiled_call_impl = module.dynamo_ctx(original._call_impl)
+    try:
+        yield
+    finally:
+        if routes:
+            with _callers_lock:
+                _callers[original] -= 1
+                if _callers[original] == 0:
+                    original._compiled_call_impl = None
