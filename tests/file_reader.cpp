@@ -82,7 +82,7 @@ void seal_entry(Bytes& bytes) {
 
 // The wanted entry among others.
 Bytes pack_file(int others, std::size_t code_bytes) {
-  std::vector<cache::Entry> entries = {entry_of(kKeyText, code_bytes)};
+  std::vector<cache::Entry> entries = {entry_of(kKernelKey, code_bytes)};
   for (int i = 0; i < others; ++i) {
     entries.push_back(entry_of("norm " + std::to_string(i), code_bytes + 1));
   }
@@ -100,7 +100,7 @@ Verdict read_pack(std::span<const std::byte> bytes) {
     if (!named || pack->find(entry.key_text) != entry) return Verdict::wrong;
   }
   if (pack->generator() != kGenerator) return Verdict::rejected;
-  const std::optional<cache::Entry> found = pack->find(kKeyText);
+  const std::optional<cache::Entry> found = pack->find(kKernelKey);
   const bool wanted = found && (found->required_isa & ~kHost) == 0;
   return wanted ? Verdict::accepted : Verdict::rejected;
 }
@@ -116,7 +116,7 @@ Bytes weight_file(std::size_t data_bytes) {
   const Bytes data = random_bytes(data_bytes);
   cache::WeightHeader header;
   header.generator = kGenerator;
-  header.key_text = kKeyText;
+  header.key_text = kKernelKey;
   header.form = "bf16";
   header.data_bytes = data.size();
   header.content = cache::content_hash(data);
@@ -143,7 +143,7 @@ Verdict read_weight(std::span<const std::byte> bytes) {
     const auto read = cache::decode(*written, written->size() + header->data_bytes);
     if (!read || *read != again) return Verdict::wrong;
   }
-  const bool wanted = header->generator == kGenerator && header->key_text == kKeyText;
+  const bool wanted = header->generator == kGenerator && header->key_text == kKernelKey;
   return wanted ? Verdict::accepted : Verdict::rejected;
 }
 

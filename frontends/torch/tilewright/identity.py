@@ -68,9 +68,23 @@ _IRRELEVANT = frozenset(
 )
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
 _NOT_STATE = frozenset(
-    """__doc__ __module__ __dict__ __weakref__ __annotations__ __abstractmethods__ _abc_impl
-    __orig_bases__ __parameters__ __match_args__ __dataclass_fields__ __dataclass_params__
-    __qualname__ __slots__ __slotnames__""".split()
+    [
+        "__doc__",
+        "__module__",
+        "__dict__",
+        "__weakref__",
+        "__annotations__",
+        "__abstractmethods__",
+        "_abc_impl",
+        "__orig_bases__",
+        "__parameters__",
+        "__match_args__",
+        "__dataclass_fields__",
+        "__dataclass_params__",
+        "__qualname__",
+        "__slots__",
+        "__slotnames__",
+    ]
 )
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type(Ellipsis)})
 _BY_TEXT = (
@@ -420,7 +434,8 @@ class _Description:
         names.update(code.co_names)
         self._say(f"{code.co_argcount} {code.co_posonlyargcount} {code.co_kwonlyargcount}")
         self._say(f"{code.co_flags} {code.co_names} {code.co_varnames} {code.co_freevars}")
-        self._say(hashlib.sha256(code.co_code + code.co_exceptiontable).hexdigest())
+        handlers: bytes = getattr(code, "co_exceptiontable", b"")  # Python 3.11
+        self._say(hashlib.sha256(code.co_code + handlers).hexdigest())
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._add_instructions(constant, names)

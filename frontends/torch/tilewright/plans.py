@@ -152,9 +152,7 @@ def encode(captured: CapturedModel, named: Mapping[str, torch.Tensor]) -> str:
     """The plan's text. Raises UnplannableError."""
     lowered = captured.lowered
     literals = {
-        name: tensor
-        for name, tensor in lowered.constants.items()
-        if named.get(name) is not tensor
+        name: tensor for name, tensor in lowered.constants.items() if named.get(name) is not tensor
     }
     if sum(t.numel() * t.element_size() for t in literals.values()) > _MOST_LITERAL_BYTES:
         raise UnplannableError("its code has too many numbers")
@@ -175,9 +173,7 @@ def encode(captured: CapturedModel, named: Mapping[str, torch.Tensor]) -> str:
     return json.dumps(head, separators=(",", ":")) + "\n" + lowered.text
 
 
-def decode(
-    text: str, named: Mapping[str, torch.Tensor], logits_to_keep: int
-) -> CapturedModel:
+def decode(text: str, named: Mapping[str, torch.Tensor], logits_to_keep: int) -> CapturedModel:
     """A plan for a model with these tensors. Raises MalformedPlanError."""
     line, _, graph = text.partition("\n")
     try:
