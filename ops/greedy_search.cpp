@@ -50,10 +50,11 @@ Result<GreedySearch> GreedySearch::make(Program& program) {
   if (!floats || !logits.shape[2].is_constant() || logits.shape[2].constant() == 0) {
     return Error{"the program's logits are of an unknown form"};
   }
+  const bool all = logits.shape[1] == state.inputs[0].shape[1];
   const LargestKernel spec{state.kernels->target().lanes(), logits.dtype};
   const Kernel* kernel = state.kernels->request(print(spec), [spec] { return build(spec); });
   if (Status made = state.kernels->flush(); !made) return made.error();
-  return GreedySearch(program, kernel, logits.dtype, logits.shape[2].constant());
+  return GreedySearch(program, kernel, logits.dtype, logits.shape[2].constant(), all);
 }
 
 std::int64_t GreedySearch::largest(const char* row) {
@@ -80,6 +81,27 @@ std::int64_t GreedySearch::largest(const char* row) {
   return std::isnan(last) || last > static_cast<double>(*most) ? there : here;
 }
 
+// Logits of [sequences][tokens of one] into memory_.
+Status GreedySearch::step(const GreedyArguments& arguments, std::span<const std::int64_t> tokens,
+                          std::span<const std::int64_t> positions, std::int64_t sequences) {
+  const auto count = static_cast<std::int64_t>(tokens.size()), rows = count / sequences;
+  memory_.resize(static_cast<std::size_t>(count * vocabulary_ * size_in_bytes(logits_)));
+  // The program only reads its inputs.
+  const auto input = [&](std::span<const std::int64_t> values) {
+    return TensorView{const_cast<std::int64_t*>(values.data()), DataType::i64, {sequences, rows}};
+  };
+  const std::vector<TensorView> inputs{input(tokens), input(positions)};
+  const std::vector<TensorView> outputs{{memory_.data(), logits_, {sequences, rows, vocabulary_}}};
+  RunArguments run;
+  run.inputs = inputs;
+  run.caches = arguments.caches;
+  run.outputs = outputs;
+  run.host = arguments.host;
+  run.threads = arguments.threads;
+  run.phase = Phase::decode;
+  return program_->run(run);
+}
+
 Result<std::vector<std::int64_t>> GreedySearch::run(const GreedyArguments& arguments) {
   using Clock = std::chrono::steady_clock;
   const auto begin = Clock::now();
@@ -88,38 +110,54 @@ Result<std::vector<std::int64_t>> GreedySearch::run(const GreedyArguments& argum
       arguments.finished.size() != arguments.tokens.size()) {
     return Error{"tokens, positions and finished differ in length"};
   }
+  PromptLookup* lookup = arguments.lookup;
+  if (lookup != nullptr && (sequences != 1 || !all_logits_)) {
+    return Error{"guesses are for one sequence, and a program of all tokens' logits"};
+  }
+  const std::int64_t most_guesses = program_->alike_tokens() - 1;
   std::vector<std::int64_t> tokens(arguments.tokens.begin(), arguments.tokens.end());
   std::vector<std::int64_t> positions(arguments.positions.begin(), arguments.positions.end());
   std::vector<bool> finished(arguments.finished.begin(), arguments.finished.end());
   const std::int64_t row_bytes = vocabulary_ * size_in_bytes(logits_);
-  memory_.resize(static_cast<std::size_t>(sequences * row_bytes));
-  const std::vector<TensorView> inputs{{tokens.data(), DataType::i64, {sequences, 1}},
-                                       {positions.data(), DataType::i64, {sequences, 1}}};
-  const std::vector<TensorView> outputs{{memory_.data(), logits_, {sequences, 1, vocabulary_}}};
-  RunArguments step;
-  step.inputs = inputs;
-  step.caches = arguments.caches;
-  step.outputs = outputs;
-  step.host = arguments.host;
-  step.threads = arguments.threads;
-  step.phase = Phase::decode;
 
   std::vector<std::int64_t> found;
-  for (std::int64_t taken = 0; taken < std::max<std::int64_t>(arguments.most_steps, 1); ++taken) {
+  const auto most = std::max<std::int64_t>(arguments.most_tokens, 1);
+  for (std::int64_t taken = 0; taken < most;) {
     if (taken > 0 && Clock::now() - begin >= arguments.budget) break;
-    if (Status done = program_->run(step); !done) {
+    std::vector<std::int64_t> guesses;
+    if (lookup != nullptr) guesses = lookup->guess(std::min(most_guesses, most - taken - 1));
+    const auto guessed = static_cast<std::int64_t>(guesses.size());
+    std::vector<std::int64_t> given = tokens, places = positions;
+    for (std::int64_t guess : guesses) {
+      given.push_back(guess);
+      places.push_back(places.back() + 1);
+    }
+    if (Status done = step(arguments, given, places, sequences); !done) {
       if (taken == 0) return done.error();
       break;  // the caches are as they were, and the caller's next step will say why
     }
-    for (std::int64_t i = 0; i < sequences; ++i) {
-      const auto at = static_cast<std::size_t>(i);
-      tokens[at] = finished[at] ? arguments.pad : largest(memory_.data() + i * row_bytes);
-      positions[at] += 1;
-      found.push_back(tokens[at]);
+    std::int64_t right = 0;
+    for (bool goes_on = true; goes_on;) {
+      for (std::int64_t i = 0; i < sequences; ++i) {
+        const auto at = static_cast<std::size_t>(i);
+        const std::int64_t row = i + right;  // guesses are of one sequence
+        tokens[at] = finished[at] ? arguments.pad : largest(memory_.data() + row * row_bytes);
+        positions[at] += 1;
+        found.push_back(tokens[at]);
+      }
+      for (std::size_t i = 0; i < tokens.size(); ++i) {
+        if (std::ranges::count(arguments.end_tokens, tokens[i]) != 0) finished[i] = true;
+      }
+      if (lookup != nullptr) lookup->append(tokens[0]);
+      goes_on = right < guessed && tokens[0] == guesses[static_cast<std::size_t>(right)] &&
+                std::ranges::count(finished, false) != 0;
+      if (goes_on) ++right;
     }
-    for (std::size_t i = 0; i < tokens.size(); ++i) {
-      if (std::ranges::count(arguments.end_tokens, tokens[i]) != 0) finished[i] = true;
+    taken += 1 + right;
+    if (right < guessed) {
+      for (KvCache* cache : arguments.caches) cache->truncate(cache->length() - guessed + right);
     }
+    if (lookup != nullptr) lookup->learn(guessed, right);
     if (std::ranges::count(finished, false) == 0) break;
   }
   return found;

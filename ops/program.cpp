@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <limits>
 #include <optional>
 
 #include "ops/attention_task.h"
+#include "ops/gemm/arithmetic.h"
 #include "ops/greedy_search.h"
 #include "ops/linear_task.h"
 #include "ops/onednn_fallback.h"
@@ -501,6 +503,24 @@ int Program::layer_count() const {
   int count = 0;
   for (const Step& step : state_->steps) count += step.attention ? 1 : 0;
   return count;
+}
+
+std::int64_t Program::alike_tokens() const {
+  std::int64_t most = std::numeric_limits<std::int64_t>::max();
+  for (const Step& step : state_->steps) {
+    for (const Task& task : step.tasks) {
+      if (const auto* linear = std::get_if<LinearTask>(&task)) {
+        if (linear->tiles) most = std::min(most, most_rows_without_tiles);
+      } else if (const auto* attention = std::get_if<AttentionTask>(&task)) {
+        most = std::min(most, attention->causal ? attention->few_queries : 1);
+      } else if (std::holds_alternative<HostTask>(task) ||
+                 std::holds_alternative<MatmulTask>(task)) {
+        most = 1;  // what others compute may depend on the number of rows, what is spelled out on
+                   // that of keys, which are more by the guesses
+      }
+    }
+  }
+  return std::max<std::int64_t>(most, 1);
 }
 
 std::uint64_t Program::arena_bytes() const {

@@ -86,7 +86,7 @@ Tokens search(Program& program, std::int64_t token, std::int64_t steps) {
   auto found = search->run({.tokens = tokens,
                             .positions = positions,
                             .finished = finished,
-                            .most_steps = steps,
+                            .most_tokens = steps,
                             .budget = std::chrono::hours(1)});
   if (!found) ADD_FAILURE() << found.error().message;
   return *found;
@@ -153,14 +153,48 @@ TEST(GreedySearch, FinishedSequencesAreFilledUp) {
                             .end_tokens = ends,
                             .finished = finished,
                             .pad = 2,
-                            .most_steps = 100,
+                            .most_tokens = 100,
                             .budget = std::chrono::hours(1)};
   // By steps: the second ends with its second token, then the first.
   EXPECT_EQ(*search->run(arguments), (Tokens{1, 2, 2, 2, 3, 2, 3, 2, 2}));
-  arguments.most_steps = 2;
+  arguments.most_tokens = 2;
   EXPECT_EQ(*search->run(arguments), (Tokens{1, 2, 2, 2, 3, 2}));
   arguments.budget = {};
   EXPECT_EQ(*search->run(arguments), (Tokens{1, 2, 2})) << "one step at least, and no more";
+}
+
+TEST(GreedySearch, GuessesChangeNoToken) {
+  // A long way that comes back to itself, so that some guesses are right and some are not.
+  Table table(DataType::f32, 40);
+  for (std::int64_t row = 0; row < 40; ++row) table.set(row, (row * 7 + 3) % 31, 10);
+  Program program = table.program();
+  auto search = GreedySearch::make(program);
+  ASSERT_TRUE(search.ok());
+  const bool finished[] = {false};
+  const auto run = [&](Tokens text, std::int64_t most, Tokens ends, PromptLookup* lookup) {
+    if (lookup != nullptr) lookup->set_text(text);
+    return *search->run({.tokens = std::span(text).last(1),
+                         .positions = Tokens{0},
+                         .end_tokens = ends,
+                         .finished = finished,
+                         .most_tokens = most,
+                         .budget = std::chrono::hours(1),
+                         .lookup = lookup});
+  };
+  for (const std::int64_t guesses : {1, 3, 10}) {
+    PromptLookup lookup(guesses, 2);
+    for (const std::int64_t most : {1, 2, 5, 80}) {
+      // The second token is followed by another than the program's.
+      const Tokens text{5, 7, 9, 5};
+      EXPECT_EQ(run(text, most, {}, &lookup), run(text, most, {}, nullptr)) << guesses;
+      EXPECT_EQ(run(text, most, {28}, &lookup), run(text, most, {28}, nullptr)) << guesses;
+    }
+  }
+  const auto runs = [&] { return program.counters(Phase::decode).runs; };
+  PromptLookup lookup(10, 2);
+  const std::uint64_t before = runs();
+  EXPECT_EQ(run({5}, 80, {}, &lookup).size(), 80u);
+  EXPECT_LT(runs() - before, 45u) << "the second time round several tokens are found at once";
 }
 
 TEST(GreedySearch, SaysWhyNot) {

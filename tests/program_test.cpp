@@ -550,6 +550,8 @@ TEST(Program, DisabledOpsBecomeHostCallsWithAReason) {
     results.push_back(run(*each, inputs, pointers, 2, Phase::decode, &host));
   }
   EXPECT_EQ(norms, 2 * shape.layers + 1);
+  EXPECT_EQ(own.alike_tokens(), 16) << "so many go through attention one by one";
+  EXPECT_EQ(program.alike_tokens(), 1) << "nobody knows how others round several rows";
   EXPECT_EQ(program.counters(Phase::decode).fallback_calls, static_cast<std::uint64_t>(norms));
   EXPECT_LT(largest_difference(results[0][0], results[1][0]), 1e-4);
   int reasons = 0;

@@ -49,6 +49,7 @@
 #include "ops/machine_profile.h"
 #include "ops/onednn_fallback.h"
 #include "ops/program.h"
+#include "ops/prompt_lookup.h"
 #include "ops/read_bandwidth.h"
 #include "ops/region_check.h"
 #include "ops/weights.h"
@@ -278,8 +279,8 @@ Status run(Program& program, const StepCall& call) {
 // step(). Raises where a step alone would say why.
 Tokens greedy_search(Program& program, const Tokens& tokens, const Tokens& positions,
                      const std::vector<std::int64_t>& caches, const Tokens& end_tokens,
-                     const std::vector<bool>& finished, std::int64_t pad, std::int64_t most_steps,
-                     double seconds, int threads) {
+                     const std::vector<bool>& finished, std::int64_t pad, std::int64_t most_tokens,
+                     double seconds, int threads, ops::PromptLookup* lookup) {
   nb::gil_scoped_release unlocked;
   const Result<HeldCaches> held = hold(caches);
   if (!held) throw CoreError(held.error().message);
@@ -295,10 +296,11 @@ Tokens greedy_search(Program& program, const Tokens& tokens, const Tokens& posit
        .end_tokens = end_tokens,
        .finished = std::span(flags.get(), finished.size()),
        .pad = pad,
-       .most_steps = most_steps,
+       .most_tokens = most_tokens,
        .budget = std::chrono::nanoseconds(static_cast<std::int64_t>(seconds * 1e9)),
        .host = program.host ? &program.host : nullptr,
-       .threads = threads}));
+       .threads = threads,
+       .lookup = lookup}));
 }
 
 // What operators.cpp calls: see step_call.h.
@@ -576,6 +578,9 @@ void bind_program(nb::module_& module) {
   nb::class_<Fingerprint>(module, "Fingerprint", "A hash of samples of memory.")
       .def(nb::init<std::vector<std::pair<Address, std::int64_t>>>())
       .def("value", &Fingerprint::value);
+  nb::class_<ops::PromptLookup>(module, "PromptLookup", "Guesses from a text's own past.")
+      .def(nb::init<std::int64_t, std::int64_t>(), "most_guesses"_a, "most_matched"_a)
+      .def("set_text", &ops::PromptLookup::set_text, "tokens"_a);
   nb::class_<ops::WeightStore>(module, "WeightStore", nb::is_weak_referenceable(),
                                "Packed weights that programs share.")
       .def(nb::init<>())
@@ -606,7 +611,9 @@ void bind_program(nb::module_& module) {
       .def("set_host",
            [](Program& self, const nb::object& host) { self.host = host_function(host); })
       .def("greedy_search", &greedy_search, "tokens"_a, "positions"_a, "caches"_a, "end_tokens"_a,
-           "finished"_a, "pad"_a, "most_steps"_a, "seconds"_a, "threads"_a)
+           "finished"_a, "pad"_a, "most_tokens"_a, "seconds"_a, "threads"_a,
+           "lookup"_a = nb::none())
+      .def_prop_ro("alike_tokens", [](const Program& self) { return self.alike_tokens(); })
       .def("prepare",
            [](Program& self) {
              nb::gil_scoped_release unlocked;

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
 
@@ -172,7 +172,7 @@ class Seven(LogitsProcessor):
     "arguments",
     [
         {"num_beams": 3},
-        {"prompt_lookup_num_tokens": 2},
+        {"prompt_lookup_num_tokens": 2, "repetition_penalty": 1.2},
         {"logits_processor": LogitsProcessorList([Seven()])},
         {"use_cache": False},
         {"prefill_chunk_size": 3},
@@ -186,6 +186,74 @@ def test_other_loops_are_transformers_own(
     prepared.clear()
     assert torch.equal(generated(optimized, prompt(), **arguments), wanted)
     assert len(prepared) > 3
+
+
+def repeating(dtype: torch.dtype) -> tuple[Any, torch.Tensor]:
+    """An optimised model, and a prompt of which it repeats something: it said it itself."""
+    optimized = tilewright.llm.optimize(tiny_llama(dtype=dtype))
+    said = generated(optimized, prompt(), max_new_tokens=40)[:, 9:]
+    return optimized, torch.cat([prompt(), said, prompt(), said[:, :5]], dim=1)
+
+
+def decode_runs(decoder: Decoder) -> int:
+    reports = (executable.program.report() for executable in decoder.programs())
+    return sum(report["decode"]["runs"] for report in reports)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompt_lookup_gives_the_tokens_of_greedy_search(
+    dtype: torch.dtype, prepared: list[int]
+) -> None:
+    optimized, ids = repeating(dtype)
+    settings = {"max_new_tokens": 60}
+    wanted = generated(optimized, ids, **settings)
+    end = int(wanted[0, -20])
+    ended = generated(optimized, ids, **settings, eos_token_id=end)
+    decoder = decoder_of(optimized)
+    assert decoder is not None
+    for guesses in (1, 3, 10, 100):
+        prepared.clear()
+        given = {**settings, "prompt_lookup_num_tokens": guesses}
+        cache = DynamicCache()
+        assert torch.equal(generated(optimized, ids, **given, past_key_values=cache), wanted)
+        assert cache.get_seq_length() == wanted.shape[1] - 1
+        assert prepared == [ids.shape[1], 1]
+        assert torch.equal(generated(optimized, ids, **given, eos_token_id=end), ended)
+    kept = Kept()
+    streamed = {**given, "streamer": TextStreamer(Tokenizer())}
+    assert torch.equal(generated(optimized, ids, **streamed), wanted)
+    assert torch.equal(generated(optimized, ids, **given, streamer=kept), wanted)
+    runs = decode_runs(decoder)
+    generated(optimized, ids, **settings, prompt_lookup_num_tokens=10)
+    assert 30 < decode_runs(decoder) - runs < 57, "some guesses are right"
+    assert not decoder.fallbacks
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_several_tokens_has_the_bits_of_steps_of_one(dtype: torch.dtype) -> None:
+    """On it rests that guesses change no token."""
+    optimized = tilewright.llm.optimize(tiny_llama(dtype=dtype))
+    ids = prompt(1, 100)
+    optimized(ids[:, :9])
+    (executable,) = decoder_of(optimized).programs()  # type: ignore[union-attr]
+    most = executable.program.alike_tokens
+    assert 8 <= most <= 16
+    for past in (1, 55, 64):
+        single = DynamicCache()
+        optimized(ids[:, :past], past_key_values=single)
+        each = [
+            optimized(ids[:, at : at + 1], past_key_values=single).logits
+            for at in range(past, past + most)
+        ]
+        for count in range(2, most + 1):
+            cache = DynamicCache()
+            optimized(ids[:, :past], past_key_values=cache)
+            logits = optimized(ids[:, past : past + count], past_key_values=cache).logits
+            assert torch.equal(logits, torch.cat(each[:count], dim=1)), (past, count)
+            for several, one in zip(cache.layers, single.layers, strict=True):
+                assert torch.equal(several.keys, one.keys[:, :, : past + count])
+                assert torch.equal(several.values, one.values[:, :, : past + count])
 
 
 def test_outputs_and_hooks(models: Any) -> None:
@@ -262,8 +330,6 @@ def tiny_changed() -> Any:
 
 
 def test_a_cache_goes_on_from_one_generation_to_the_next(models: Any) -> None:
-    from transformers import DynamicCache
-
     results = []
     for each in models:
         cache = DynamicCache()

@@ -275,28 +275,37 @@ class Decoder(InstalledForward):
         prepared: Prepared,
         tokens: torch.Tensor,
         ends: Ends,
-        most_steps: int,
+        most_tokens: int,
         seconds: float,
+        lookup: _core.PromptLookup | None = None,
     ) -> torch.Tensor:
-        """As `go_on` and an argmax for each step, without Python between them: the tokens [steps,
-        batch] that follow `tokens` [batch], until all sequences are finished, `most_steps` are done
-        or time is up. Raises NotRunnableError where there is no such search."""
+        """As `go_on` and an argmax for each step, without Python between them: the tokens [found,
+        batch] that follow `tokens` [batch], until all sequences are finished, `most_tokens` are
+        found or time is up. With a lookup, whose text ends with the one of `tokens`, a step may
+        find several; the program must be of all logits. Raises NotRunnableError where there is no
+        such search."""
         with self._lock:
             if self._growing:
                 raise NotRunnableError("its rotary table changes with the length")
-            step = prepared.step
+            step, program = prepared.step, prepared.executable.program
+            if lookup is not None and program.alike_tokens == 1:
+                core.say_once(
+                    f"prompt lookup guesses nothing for {type(self.model).__name__}: steps of "
+                    "several tokens may round otherwise than steps of one"
+                )
             positions = step.position_ids[:, -1:] + 1
             try:
-                found = prepared.executable.program.greedy_search(
+                found = program.greedy_search(
                     tokens.tolist(),
                     positions[:, 0].tolist(),
                     [cache.handle for cache in prepared.blocks],
                     ends.tokens,
                     ends.finished or [False] * len(tokens),
                     ends.pad,
-                    most_steps,
+                    most_tokens,
                     seconds,
                     core.threads(),
+                    lookup,
                 )
             except core.CoreError as error:
                 raise NotRunnableError(f"the search failed: {error}") from None
@@ -468,8 +477,8 @@ class Decoder(InstalledForward):
         self, captured: CapturedModel, packed: dict[int, torch.Tensor]
     ) -> tuple[CapturedModel, Executable]:
         """packed: the parameters that stand-ins stand for, by id."""
-        tensors = captured.lowered.constants
-        tensors.update({name: packed.get(id(t), t) for name, t in tensors.items()})
+        constants = captured.lowered.constants
+        tensors = {name: packed.get(id(t), t) for name, t in constants.items()}
         return captured, Executable(captured.lowered, tensors, self._store, self.frees)
 
     def _drop_stale(self, is_prefill: bool) -> None:

@@ -5,8 +5,12 @@ model must check that no part of it has changed: together several milliseconds o
 on memory that the weights have just swept out of the caches. Inside one call of `generate` neither
 is needed. So greedy search and sampling go on from the first decode step by themselves: the same
 cache, positions one further, and the same operations on the logits, so tokens and random numbers
-are those of transformers' own loop. Whatever else is asked for, or could see or change a step
-(beams, assistants, hooks, callbacks of the user's own), goes to transformers' loop.
+are those of transformers' own loop. Prompt lookup is greedy search with guesses, which the core
+makes and checks (ops/prompt_lookup.h); its tokens are those of greedy search, in every dtype: the
+prompt is computed by itself, and a step has no more guesses than leave the bits as they are.
+(transformers appends the first guesses to the prompt, so many rows round them otherwise.) Whatever
+else is asked for, or could see or change a step (beams, assistants, hooks, callbacks of the user's
+own), goes to transformers' loop.
 
 Thread-safe: each step takes its turn. Tested by tests/python/test_generation.py.
 """
@@ -24,6 +28,7 @@ from torch.nn.modules import module as torch_module
 from transformers.generation import utils
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from tilewright import _core
 from tilewright.decoder import Decoder, Ends, NotRunnableError
 
 # Of greedy steps in the core, until Python can be interrupted.
@@ -48,7 +53,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
         (
             "constraints",
             "force_words_ids",
-            "prompt_lookup_num_tokens",
             "assistant_early_exit",
             "dola_layers",
             "prefill_chunk_size",
@@ -103,10 +107,14 @@ class Generate:
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """As GenerationMixin._sample, for what `_is_plain` let through."""
+        stops = _Stops(stopping_criteria, generation_config._pad_token_tensor)
+        searches = not generation_config.do_sample and not logits_processor and stops.usual
+        lookup = _lookup(generation_config) if searches and len(input_ids) == 1 else None
+        modes = ("greedy_search", "sample") if lookup is None else ("assisted_generation",)
         if not (
             _is_known(streamer, logits_processor, stopping_criteria)
             and _only_logits_leave(model)
-            and generation_config.get_generation_mode() in ("greedy_search", "sample")
+            and generation_config.get_generation_mode() in modes
         ):
             name = utils.GENERATION_MODES_MAPPING[generation_config.get_generation_mode()]
             result: torch.Tensor = getattr(type(model), name)(
@@ -119,8 +127,7 @@ class Generate:
                 **model_kwargs,
             )
             return result
-        stops = _Stops(stopping_criteria, generation_config._pad_token_tensor)
-        steps = _Steps(self._decoder, model_kwargs)
+        steps = _Steps(self._decoder, model_kwargs, lookup)
 
         def choose(logits: torch.Tensor) -> torch.Tensor:
             scores = logits_processor(input_ids, logits.to(copy=True, dtype=torch.float32))
@@ -129,7 +136,6 @@ class Generate:
             probabilities = torch.nn.functional.softmax(scores, dim=-1)
             return stops.padded(torch.multinomial(probabilities, num_samples=1).squeeze(1))
 
-        searches = not generation_config.do_sample and not logits_processor and stops.usual
         chosen = [choose(steps.prefill(input_ids, generation_config))]
         done = False
         while not done:
@@ -202,9 +208,12 @@ class _Stops:
 class _Steps:
     """The logits of the last token, step after step."""
 
-    def __init__(self, decoder: Decoder, model_kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, decoder: Decoder, model_kwargs: dict[str, Any], lookup: _core.PromptLookup | None
+    ) -> None:
         self._decoder, self._model = decoder, decoder.model
         self._kwargs = model_kwargs
+        self._lookup = lookup
         self._outputs: Any = None  # of the last call of the model
         self._behind = 0  # calls that model_kwargs do not know of
         self._prepared: Any = None
@@ -226,6 +235,8 @@ class _Steps:
                 self._behind += 1
                 return logits[:, -1]
             inputs = self._inputs(input_ids)
+            if self._lookup is not None:
+                inputs["logits_to_keep"] = 0  # guesses need the logits of all
             self._prepared = self._decoder.prepared(inputs)
             logits = self._decoder.execute(self._prepared)
             self._behind = 1
@@ -239,9 +250,11 @@ class _Steps:
         if self._prepared is None:
             return []
         most = max(1, stops.left(input_ids.shape[1]))
+        if self._lookup is not None:
+            self._lookup.set_text(input_ids[0].tolist())
         try:
             rows = self._decoder.search(
-                self._prepared, input_ids[:, -1], stops.ends(), most, seconds
+                self._prepared, input_ids[:, -1], stops.ends(), most, seconds, self._lookup
             )
         except NotRunnableError:
             return []  # the next step says what is wrong, if it is
@@ -273,6 +286,16 @@ class _Steps:
         return logits
 
 
+def _lookup(generation_config: Any) -> _core.PromptLookup | None:
+    """Guesses as many tokens as the configuration says, if it does."""
+    guesses = generation_config.prompt_lookup_num_tokens
+    matched = generation_config.max_matching_ngram_size
+    matched = 2 if matched is None else matched
+    if not all(isinstance(each, int) and each > 0 for each in (guesses, matched)):
+        return None  # transformers says what is wrong
+    return _core.PromptLookup(guesses, matched)
+
+
 def install(decoder: Decoder) -> None:
     """Beside the decoder, if the model's generation is transformers' own."""
     if _takes_our_loop(decoder.model):
@@ -295,7 +318,7 @@ def _takes_our_loop(model: Any) -> bool:
 
 
 def _is_plain(model: Any, given: dict[str, Any]) -> bool:
-    """Whether the arguments of `generate` ask for greedy search or sampling, and nothing else."""
+    """Whether the arguments of `generate` ask for greedy search, sampling or prompt lookup only."""
     if any(given.get(name) for name in _UNKNOWN):
         return False
     if any(name in model.__dict__ for name in _REPLACED if name != "generate"):
