@@ -130,7 +130,7 @@ def prewarm(
             f"\n{made['kernels']} kernels, {made['bytes']} bytes in a pack:"
             f"\nTILEWRIGHT_CACHE_PACK={made['file']}@sha256:{made['sha256']}"
         )
-    if not result["plans"]:
+    if not result["plans"] and not model.endswith(".pt2"):
         text += "\nno plan: each process captures the model (tilewright.stats() says why)"
     elif result["directory"] and not model.endswith((".json", ".pt2")):
         text += "\nstarts still pack the weights, unless: tilewright cache weights MODEL"

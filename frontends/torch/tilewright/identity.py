@@ -61,6 +61,9 @@ _IRRELEVANT = frozenset(
         "generation_config",
         "warnings_issued",
         "_is_hf_initialized",
+        # Set by from_pretrained; kernels of the hub show in the modules that they replace.
+        "_weight_conversions",
+        "_use_kernels",
         # Set by tilewright, or while transformers' continuous batching runs.
         "generate",
         "_cached_continuous_batching_manager",

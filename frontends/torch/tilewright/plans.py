@@ -16,7 +16,9 @@ import collections
 import json
 import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +36,7 @@ Built = TypeVar("Built")
 
 _lock = threading.Lock()
 _counts: collections.Counter[str] = collections.Counter()
+_seconds = {"plan": 0.0, "capture": 0.0}
 _unplanned: collections.Counter[str] = collections.Counter()
 
 
@@ -46,13 +49,13 @@ class UnplannableError(Exception):
 
 
 def counters() -> dict[str, Any]:
-    """Of this process: models captured and loaded from plans, plans written; plans that were not
-    used and models that have none, by reason; plans that differed under TILEWRIGHT_CACHE_CHECK."""
+    """Of this process: models captured, and loaded from plans; plans that differed under
+    TILEWRIGHT_CACHE_CHECK; seconds to look for plans and read them, and to capture (with passes);
+    by reason, models that have no plan and plans that were not used (unplanned)."""
     with _lock:
-        counts = {
-            name: _counts[name] for name in ("captured", "loaded", "written", "check_failures")
-        }
-        return counts | {"unplanned": dict(_unplanned)}
+        counts = {name: _counts[name] for name in ("captured", "loaded", "check_failures")}
+        seconds = {f"{name}_seconds": spent for name, spent in _seconds.items()}
+        return counts | seconds | {"unplanned": dict(_unplanned)}
 
 
 def planned_model(
@@ -70,24 +73,31 @@ def planned_model(
     plan's affair, and the model is captured.
     """
     engine = engine or core.engine()
-    key = plan_key(model, forward, logits_to_keep, engine)
-    kept = engine.load_plan(key) if key else None
+    with _timed("plan"):
+        key = plan_key(model, forward, logits_to_keep, engine)
+        kept = engine.load_plan(key) if key else None
     if kept is not None and not core.settings()["cache_check"]:
         try:
-            built = build(decode(kept, named_tensors(model), logits_to_keep))
+            with _timed("plan"):
+                planned = decode(kept, named_tensors(model), logits_to_keep)
+            built = build(planned)
             _count("loaded")
             return built
         except (MalformedPlanError, core.CoreError) as reason:
             _unplan(f"malformed plan: {reason}")
             engine.remove_plan(key)
             kept = None
-    captured = capture_model(model, forward, logits_to_keep)
-    captured.lowered.text = engine.optimize(captured.lowered.text)
-    captured.lowered.has_passed = True
+    with _timed("capture"):
+        captured = capture_model(model, forward, logits_to_keep)
+        captured.lowered.text = engine.optimize(captured.lowered.text)
+        captured.lowered.has_passed = True
     _count("captured")
+    text = _text_of(captured, model) if key else ""
     built = build(captured)
-    if key:
-        _keep(engine, key, model, captured, kept)
+    if text and text != kept:
+        if kept is not None:
+            _replace(engine, key, model)
+        engine.save_plan(key, f"plan_{type(model).__name__}", text)
     return built
 
 
@@ -107,26 +117,33 @@ def plan_key(
     )
 
 
-def _keep(
-    engine: Any, key: str, model: nn.Module, captured: CapturedModel, kept: str | None
-) -> None:
-    """kept: what the cache has, to be compared."""
+def _text_of(captured: CapturedModel, model: nn.Module) -> str:
+    """The plan, or "" if there can be none."""
     try:
-        text = encode(captured, named_tensors(model))
+        return encode(captured, named_tensors(model))
     except UnplannableError as reason:
         _unplan(f"{type(model).__name__}: {reason}")
-        return
-    if kept == text:
-        return
-    if kept is not None:
-        core.say_once(
-            f"cache check: the plan of {type(model).__name__} differs from what is captured; "
-            "using what is captured"
-        )
-        _count("check_failures")
-        engine.remove_plan(key)
-    engine.save_plan(key, f"plan_{type(model).__name__}", text)
-    _count("written")
+        return ""
+
+
+def _replace(engine: Any, key: str, model: nn.Module) -> None:
+    """Makes room for a plan that is not what the cache has."""
+    core.say_once(
+        f"cache check: the plan of {type(model).__name__} differs from what is captured; "
+        "using what is captured"
+    )
+    _count("check_failures")
+    engine.remove_plan(key)
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        with _lock:
+            _seconds[what] += time.perf_counter() - begin
 
 
 def _count(what: str) -> None:
@@ -154,6 +171,8 @@ def encode(captured: CapturedModel, named: Mapping[str, torch.Tensor]) -> str:
     literals = {
         name: tensor for name, tensor in lowered.constants.items() if named.get(name) is not tensor
     }
+    if any(isinstance(tensor, nn.Parameter) for tensor in literals.values()):
+        raise UnplannableError("a weight that no module names")
     if sum(t.numel() * t.element_size() for t in literals.values()) > _MOST_LITERAL_BYTES:
         raise UnplannableError("its code has too many numbers")
     head = {
