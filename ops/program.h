@@ -106,7 +106,7 @@ class Program {
   std::vector<RegionReport> regions() const;
   // Constants that were packed and whose own memory no step reads: it may be given back.
   const std::vector<std::string>& packed_sources() const;
-  int layer_count() const;            // attention steps
+  int layer_count() const;  // attention steps
   // So many tokens of a sequence in one step get the bits that each would get in a step of its own.
   std::int64_t alike_tokens() const;
   std::uint64_t arena_bytes() const;  // of the last run

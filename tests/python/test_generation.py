@@ -304,8 +304,8 @@ def test_a_search_that_fails_goes_on_by_steps(models: Any, monkeypatch: pytest.M
         searched.append(1)
         if len(searched) % 2 == 1:
             raise NotRunnableError("planted")
-        prepared, tokens, ends, most, seconds = args
-        return original(self, prepared, tokens, ends, min(most, 3), seconds)
+        prepared, tokens, ends, most, *rest = args
+        return original(self, prepared, tokens, ends, min(most, 3), *rest)
 
     monkeypatch.setattr(Decoder, "search", search)
     assert torch.equal(generated(optimized, **padded(2)), wanted)
