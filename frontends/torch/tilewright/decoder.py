@@ -16,7 +16,6 @@ Thread-safe: calls take turns. Tested by tests/python/test_optimize.py, test_gen
 from __future__ import annotations
 
 import collections
-import dataclasses
 import inspect
 import threading
 import weakref
@@ -30,10 +29,9 @@ from tilewright import _core, capture_ops, core, ragged, rotary
 from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
-from tilewright.model_capture import RAGGED, CapturedModel
+from tilewright.model_capture import RAGGED, CapturedModel, capture_model
 from tilewright.module_state import ModuleState
 from tilewright.packed import stand_ins, unpack_all
-from tilewright.plans import planned_model
 from tilewright.program import Executable
 
 # What a program computes with; any other argument must be None or false.
@@ -446,7 +444,7 @@ class Decoder(InstalledForward):
         return self._programs[key]
 
     def _make(self, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
-        """Plans and compiles. A model that cannot be captured is not tried again."""
+        """Captures and compiles. A model that cannot be captured is not tried again."""
         if logits_to_keep == RAGGED and self._not_ragged:
             raise NotRunnableError(self._not_ragged)
         try:
@@ -454,12 +452,10 @@ class Decoder(InstalledForward):
             if not self._programs and not core.engine().keeps_weights():
                 self._store.reserve(_packed_bytes(self.model))
             with stand_ins(self.model) as packed:
-                made = planned_model(
-                    self.model,
-                    self.original,
-                    logits_to_keep,
-                    lambda captured: self._built(captured, packed),
-                )
+                captured = capture_model(self.model, self.original, logits_to_keep)
+            tensors = captured.lowered.constants
+            tensors.update({name: packed.get(id(t), t) for name, t in tensors.items()})
+            executable = Executable(captured.lowered, tensors, self._store, self.frees)
         except (UnsupportedError, core.CoreError) as error:
             if logits_to_keep == RAGGED:
                 self._not_ragged = f"no program of a ragged step: {str(error).splitlines()[0]}"
@@ -469,19 +465,8 @@ class Decoder(InstalledForward):
             raise NotCapturedError(self.unsupported) from None
         finally:
             self._store.settle()
-        if self._state is None or not self._state.is_current():  # capture replaced parameters
-            self._state = ModuleState(self.model)
-        return made
-
-    def _built(
-        self, captured: CapturedModel, packed: dict[int, torch.Tensor]
-    ) -> tuple[CapturedModel, Executable]:
-        """packed: the parameters that stand-ins stand for, by id."""
-        constants = captured.lowered.constants
-        tensors = {name: packed.get(id(t), t) for name, t in constants.items()}
-        executable = Executable(captured.lowered, tensors, self._store, self.frees)
-        # Without the constants: stand-ins serve nobody any more.
-        return dataclasses.replace(captured, lowered=executable.lowered), executable
+        self._state = ModuleState(self.model)  # capture may have replaced parameters
+        return captured, executable
 
     def _drop_stale(self, is_prefill: bool) -> None:
         """Forgets programs whose weights or modules are no longer the model's.

@@ -29,10 +29,12 @@ class ModuleState:
     """A snapshot of a model. It keeps what it saw alive until it is dropped."""
 
     def __init__(self, model: nn.Module) -> None:
-        named = list(model.named_modules())
-        modules = [module for _, module in named]
+        modules = list(model.modules())
         self._hooks = [
-            (name, module.__dict__[hooks]) for name, module in named[1:] for hooks in _HOOKS
+            (name, module.__dict__[hooks])
+            for name, module in model.named_modules()
+            for hooks in _HOOKS
+            if module is not model
         ]
         # (dictionary, its shallow copy): equal as long as each value is the same or equal.
         self._pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []

@@ -5,7 +5,6 @@ It reads one job as JSON from stdin and writes messages, one JSON object a line,
     {"at": "load" | "capture" | "unit", "unit": i}   what it does now
     {"kernel": key, "name": name}                    about to be emitted; in a check: is missing
     {"done": i, "keys": [...]}                       the kernels of a unit, new ones only
-    {"plan": key, "there": bool}                     of a graph that was captured
     {"failed": i, "reason": "..."}                   the unit cannot be compiled
     {"beat": true}                                   twice a second
 
@@ -86,7 +85,6 @@ class Worker:
                 for name, tensor in constants.items()
             },
             _core.WeightStore(*unit["form"]),
-            optimized=lowered.has_passed,
         )
         program.prepare()
         keys = engine.kernel_keys()
@@ -111,9 +109,10 @@ class Worker:
         return not self._job["check"]
 
     def _capture(self, unit: dict[str, Any]) -> Any:
-        """The graph of a unit. Each capture serves many units, and leaves its plan."""
+        """The graph of a unit. Each capture serves many units."""
         from tilewright.exported import OptimizedExport
         from tilewright.graph_text import UnsupportedError
+        from tilewright.model_capture import capture_model
 
         keep = unit["keep"]
         if keep in self._refused:
@@ -126,19 +125,12 @@ class Worker:
                 if isinstance(self._model, OptimizedExport):
                     self._lowered[keep] = self._model.lowered()
                 else:
-                    self._lowered[keep] = self._planned(keep)
+                    captured = capture_model(self._model, self._model.forward, keep)
+                    self._lowered[keep] = captured.lowered
             except UnsupportedError as error:
                 self._refused[keep] = str(error)
                 raise
         return self._lowered[keep]
-
-    def _planned(self, keep: int) -> Any:
-        from tilewright import core, plans
-
-        model, engine = self._model, core.engine()
-        if key := plans.plan_key(model, model.forward, keep, engine):
-            self._channel.send(plan=key, there=engine.load_plan(key) is not None)
-        return plans.planned_model(model, model.forward, keep, lambda made: made.lowered)
 
     def _load(self, unit: int) -> Any:
         """What cannot be loaded ends the process, with the reason as its last line."""
