@@ -8,7 +8,7 @@ cache, positions one further, and the same operations on the logits, so tokens a
 are those of transformers' own loop. Prompt lookup is greedy search with guesses, which the core
 makes and checks (ops/prompt_lookup.h); its tokens are those of greedy search, in every dtype: the
 prompt is computed by itself, and a step has no more guesses than leave the bits as they are.
-(transformers appends the first guesses to the prompt, so many rows round them otherwise.) Whatever
+(transformers appends the first guesses to the prompt, which may round otherwise.) Whatever
 else is asked for, or could see or change a step (beams, assistants, hooks, callbacks of the user's
 own), goes to transformers' loop.
 
