@@ -85,7 +85,9 @@ std::int64_t GreedySearch::largest(const char* row) {
 Status GreedySearch::step(const GreedyArguments& arguments, std::span<const std::int64_t> tokens,
                           std::span<const std::int64_t> positions, std::int64_t sequences) {
   const auto count = static_cast<std::int64_t>(tokens.size()), rows = count / sequences;
-  memory_.resize(static_cast<std::size_t>(count * vocabulary_ * size_in_bytes(logits_)));
+  // Only ever larger: a vector that shrinks and grows with the guesses is filled anew each time.
+  const auto bytes = static_cast<std::size_t>(count * vocabulary_ * size_in_bytes(logits_));
+  if (memory_.size() < bytes) memory_.resize(bytes);
   // The program only reads its inputs.
   const auto input = [&](std::span<const std::int64_t> values) {
     return TensorView{const_cast<std::int64_t*>(values.data()), DataType::i64, {sequences, rows}};

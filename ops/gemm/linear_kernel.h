@@ -66,12 +66,10 @@ struct LinearKernel {
 // place have x_block_stride = rows * x_row_stride and stretches that follow each other; packed x
 // (linear_task.h) has its stretches in the order in which the kernel reads them. Of bf16 x with an
 // odd k one zero follows each row.
-// With many_blocks a block's stretch is cut further, into pieces of piece_bytes() of each row,
-// those of all its rows one after another: x[.., row r, byte i of the stretch] is at + i /
-// piece_bytes()
-// * rows * piece_bytes() + r * piece_bytes() + i % piece_bytes(), and x_row_stride is not read. One
-// stream through memory, where rows one below the other are `rows` short ones: 1.07 to 1.11 times
-// the speed.
+// With many_blocks a block's stretch is cut further, into pieces of P = piece_bytes() of each row,
+// those of all its rows one after another: byte i of row r's stretch is at + (i / P * rows + r) * P
+// + i % P, and x_row_stride is not read. One stream through memory, where rows one below the other
+// are `rows` short ones: with a turn of the loop as long as a piece, 1.05 to 1.11 times the speed.
 // The kernel computes, for each panel in [panel_begin, panel_begin + panel_count) and each of
 // block_count blocks of `rows` rows, its piece of y. Panels are the outer loop, so that the weights
 // are read from memory once.

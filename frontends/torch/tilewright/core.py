@@ -60,7 +60,11 @@ def settings() -> dict[str, Any]:
 
 @functools.cache
 def unavailable() -> str:
-    """Why everything runs in PyTorch; "" if it does not."""
+    """Why everything runs in PyTorch; "" if it does not.
+
+    Where executable memory is refused, the first call also switches PyTorch's oneDNN off for the
+    process, which emits code as well: some of PyTorch's ops raise with it.
+    """
     if settings()["disable_all"]:
         return "TILEWRIGHT_DISABLE=1"
     try:
@@ -68,7 +72,6 @@ def unavailable() -> str:
     except CoreError as error:
         return str(error)
     if _core.executable_memory_problem():
-        # What oneDNN emits for PyTorch is refused as well: its gelu would be an exception.
         torch.backends.mkldnn.set_flags(False)
     return problem
 
