@@ -1,4 +1,5 @@
-// Entry: one kernel as one self-verifying sequence of bytes (cache/README.md has every byte).
+// Entry: one kernel, or one plan, as one self-verifying sequence of bytes (cache/README.md has
+// every byte). A plan is an entry without code whose recipe is the plan.
 //
 // Code and metadata are one file, so they cannot come from two writers; a SHA-256 over everything
 // before it ends the file, so a torn, truncated or altered file is a miss and never code. decode()
@@ -25,13 +26,16 @@ constexpr std::size_t kEntryMaxBytes = 16 << 20;  // larger files are not read
 
 struct Entry {
   std::string key_text;         // the full key, compared on load
-  std::string name;             // as perf and gdb show the kernel
+  std::string name;             // as perf and gdb show the kernel; of a plan, "plan_" and the model
   IsaMask required_isa = 0;     // collected from the instructions emitted
   std::vector<std::byte> code;  // position independent, no relocations
-  std::string recipe;           // the VIR text that the code was emitted from
+  std::string recipe;           // the VIR text that the code was emitted from; of a plan, itself
 
   friend bool operator==(const Entry&, const Entry&) = default;
 };
+
+// The kind of an entry: the first word of its key text says it.
+constexpr bool is_plan(std::string_view key_text) { return key_text.starts_with("plan "); }
 
 struct DecodedEntry {
   Entry entry;

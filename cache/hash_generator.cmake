@@ -1,8 +1,10 @@
-# Writes generator_hash.cpp: the SHA-256 of the paths and contents of the generator's sources, and
-# of Xbyak's headers. Paths are relative, so that two checkouts of one source tree share a cache.
+# Writes generator_hash.cpp: the SHA-256 of the paths and contents of the generator's sources and
+# of Xbyak's headers, and another of the sources of the passes. Paths are relative, so that two
+# checkouts of one source tree share a cache.
 # Tested by cache_test and tests/python/test_packaging.py.
-set(lines "")
-foreach(folder jit ops)
+
+# Appends a line for each source below a folder to the variable `lines`.
+macro(append_sources folder)
   file(GLOB_RECURSE paths RELATIVE "${SOURCE_DIR}" "${SOURCE_DIR}/${folder}/*.h"
        "${SOURCE_DIR}/${folder}/*.cpp" "${SOURCE_DIR}/${folder}/*.def")
   list(SORT paths)
@@ -10,7 +12,15 @@ foreach(folder jit ops)
     file(SHA256 "${SOURCE_DIR}/${path}" digest)
     string(APPEND lines "${digest} ${path}\n")
   endforeach()
-endforeach()
+endmacro()
+
+set(lines "")
+append_sources(graph)
+string(SHA256 passes_hash "${lines}")
+
+set(lines "")
+append_sources(jit)
+append_sources(ops)
 file(GLOB paths RELATIVE "${XBYAK_DIR}" "${XBYAK_DIR}/*.h")
 list(SORT paths)
 foreach(path IN LISTS paths)
@@ -24,5 +34,6 @@ file(WRITE "${OUTPUT}"
 
 namespace tilewright::cache {
 std::string_view generator_hash() { return \"${hash}\"; }
+std::string_view passes_hash() { return \"${passes_hash}\"; }
 }  // namespace tilewright::cache
 ")

@@ -1,4 +1,4 @@
-// Key: the name of a kernel in the cache.
+// Key: the name of an entry in the cache.
 //
 // SHA-256 over tagged, length-prefixed fields: the entry format's version, the generator's hash and
 // the key text (the printed specification and the ISA mask that was allowed). Never in it: times,
@@ -19,6 +19,8 @@ namespace tilewright::cache {
 // under jit/ and ops/ and Xbyak's headers. Version numbers would miss a changed source tree, and
 // modification times would miss a package that was replaced by one of the same age.
 std::string_view generator_hash();
+// The same of graph/, which decides what the passes make of a graph: part of a plan's key text.
+std::string_view passes_hash();
 
 Digest key_digest(std::string_view generator, std::string_view key_text);
 // The same as 64 hexadecimal characters.

@@ -152,10 +152,15 @@ Result<std::vector<std::byte>> encode_pack(std::span<const Entry> entries,
   for (const Placement& placement : placements) {
     Elf64_Sym symbol = {};
     symbol.st_name = strings.add(placement.entry->name + "." + hex(placement.key).substr(0, 8));
-    symbol.st_info = ELF64_ST_INFO(STB_LOCAL, STT_FUNC);
-    symbol.st_shndx = kText;
-    symbol.st_value = placement.code - code;
-    symbol.st_size = placement.entry->code.size();
+    if (is_plan(placement.entry->key_text)) {  // no place in .text: tools would see it in others'
+      symbol.st_info = ELF64_ST_INFO(STB_LOCAL, STT_NOTYPE);
+      symbol.st_shndx = SHN_ABS;
+    } else {
+      symbol.st_info = ELF64_ST_INFO(STB_LOCAL, STT_FUNC);
+      symbol.st_shndx = kText;
+      symbol.st_value = placement.code - code;
+      symbol.st_size = placement.entry->code.size();
+    }
     append_structure(symbols, symbol);
   }
   std::array<Elf64_Shdr, kSections.size()> sections = {};
@@ -248,6 +253,7 @@ Result<Pack> Pack::decode(std::vector<std::byte> bytes) {
     Result<Record> record = pack.record_at(records + i * kRecordBytes);
     if (!record) return record.error();
     if (i != 0 && record->key <= pack.records_.back().key) return Error{"records out of order"};
+    pack.plans_ += is_plan(to_string(record->key_text)) ? 1 : 0;
     pack.records_.push_back(*record);
   }
   return pack;

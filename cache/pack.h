@@ -39,8 +39,9 @@ class Pack {
 
   const std::string& generator() const { return generator_; }
   std::size_t size() const { return records_.size(); }
-  Entry entry(std::size_t index) const;      // in order of key. REQUIRES: index < size()
-  std::string key(std::size_t index) const;  // as in the name of a loose entry
+  std::size_t plans() const { return plans_; }  // of these
+  Entry entry(std::size_t index) const;         // in order of key. REQUIRES: index < size()
+  std::string key(std::size_t index) const;     // as in the name of a loose entry
   std::optional<Entry> find(std::string_view key_text) const;
 
  private:
@@ -56,6 +57,7 @@ class Pack {
   std::vector<std::byte> bytes_;
   std::string generator_;
   std::vector<Record> records_;
+  std::size_t plans_ = 0;
 };
 
 // What TILEWRIGHT_CACHE_PACK names: the file, and its digest as 64 hexadecimal characters if one

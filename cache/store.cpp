@@ -22,7 +22,7 @@
 namespace tilewright::cache {
 namespace {
 
-constexpr const char* kSuffix = ".kernel";
+constexpr std::string_view kKernelSuffix = ".kernel", kPlanSuffix = ".plan";
 constexpr std::int64_t kHour = 3600, kDay = 24 * kHour;
 
 // Makes a directory and the missing ones above it, private to this user.
@@ -64,7 +64,14 @@ struct Place {
   std::string shard, file;
 };
 
-Place place_of(const std::string& key) { return {key.substr(0, 2), key + kSuffix}; }
+Place place_of(std::string_view generator, std::string_view key_text) {
+  const std::string key = key_name(generator, key_text);
+  return {key.substr(0, 2), key + std::string(is_plan(key_text) ? kPlanSuffix : kKernelSuffix)};
+}
+
+bool is_entry(std::string_view file) {
+  return file.ends_with(kKernelSuffix) || file.ends_with(kPlanSuffix);
+}
 
 }  // namespace
 
@@ -203,7 +210,7 @@ Status Store::add_pack(std::shared_ptr<const Pack> pack) {
 // Error: why the file is not used, "" if there is none.
 Result<Entry> Store::State::read(std::string_view key_text, IsaMask host_isa) const {
   if (!root.valid()) return Error{};
-  const Place place = place_of(key_name(generator, key_text));
+  const Place place = place_of(generator, key_text);
   bool absent = false;
   const Result<FileDescriptor> shard = open_shard(place.shard, &absent);
   if (!shard) return absent ? Error{} : shard.error();
@@ -231,7 +238,7 @@ Status Store::State::write(const Entry& entry) {
   if (!bytes) return bytes.error();
   if (max_bytes != 0 && bytes->size() > max_bytes) return Error{"larger than the cache"};
   make_room(bytes->size());
-  const Place place = place_of(key_name(generator, entry.key_text));
+  const Place place = place_of(generator, entry.key_text);
   const Result<FileDescriptor> shard = make_shard(place.shard);
   if (!shard) return shard.error();
   return publish_file(shard->get(), place.file, *bytes);
@@ -275,7 +282,7 @@ void Store::save(const Entry& entry) {
 
 void Store::remove(std::string_view key_text) {
   if (!state_->root.valid() || state_->mode != Mode::read_write) return;
-  const Place place = place_of(key_name(state_->generator, key_text));
+  const Place place = place_of(state_->generator, key_text);
   bool absent = false;
   const Result<FileDescriptor> shard = state_->open_shard(place.shard, &absent);
   if (shard) unlinkat(shard->get(), place.file.c_str(), 0);
@@ -319,7 +326,7 @@ std::uint64_t Store::State::remove_oldest(std::uint64_t limit) const {
     const std::int64_t modified = std::min<std::int64_t>(status.st_mtim.tv_sec, now);
     if (name.starts_with(kTemporaryPrefix)) {
       if (now - modified > kHour) unlinkat(shard, name.c_str(), 0);
-    } else if (name.ends_with(kSuffix)) {
+    } else if (is_entry(name)) {
       entries.push_back({modified, static_cast<std::uint64_t>(status.st_size), shard_name, name});
       total += entries.back().bytes;
     }
@@ -348,9 +355,10 @@ std::vector<Listing> Store::list() const {
   std::vector<Listing> listings;
   if (!state_->root.valid()) return listings;
   state_->for_each_file([&](int shard, const std::string& shard_name, const std::string& name) {
-    if (!name.ends_with(kSuffix)) return;
+    if (!is_entry(name)) return;
     Listing listing;
     listing.file = "objects/" + shard_name + "/" + name;
+    listing.plan = name.ends_with(kPlanSuffix);
     bool absent = false;
     const Result<TrustedFile> file = read_trusted_file(shard, name, kEntryMaxBytes, &absent);
     if (absent) return;
@@ -364,7 +372,7 @@ std::vector<Listing> Store::list() const {
       listing.problem = decoded.error().message;
     } else {
       const Entry& entry = decoded->entry;
-      if (key_name(decoded->generator, entry.key_text) + kSuffix != name) {
+      if (place_of(decoded->generator, entry.key_text).file != name) {
         listing.problem = "other key";
       }
       listing.current = decoded->generator == state_->generator;
@@ -387,6 +395,7 @@ Counters Store::counters() const {
 const std::string& Store::problem() const { return state_->problem; }
 const std::string& Store::directory() const { return state_->directory; }
 Mode Store::mode() const { return state_->mode; }
+bool Store::can_load() const { return state_->root.valid() || !state_->packs.empty(); }
 
 std::string default_directory(std::string_view given) {
   if (has_foreign_privileges()) return {};

@@ -1,10 +1,10 @@
-// Store: the kernel cache on disk, a directory of immutable self-verifying entries.
+// Store: the cache on disk of kernels and plans, a directory of immutable self-verifying entries.
 //
-// One file per kernel at objects/<first two hex digits>/<key>.kernel, published whole by linkat (or
-// rename), so no lock is needed for correctness: a reader sees a complete file or none, and two
-// writers of one key write the same bytes. A load reads the file into private memory and verifies
-// that copy; the path is never touched again and never mapped. Files and directories must belong to
-// this user or root and be writable by nobody else, since what they hold is executed.
+// One file per entry at objects/<first two hex digits>/<key>.kernel (or .plan), published whole by
+// linkat (or rename), so no lock is needed for correctness: a reader sees a complete file or none,
+// and two writers of one key write the same bytes. A load reads the file into private memory and
+// verifies that copy; the path is never touched again and never mapped. Files and directories must
+// belong to this user or root and be writable by nobody else, since what they hold is executed.
 //
 // Sealed packs (pack.h) stand before the directory: load() looks in them first, whatever the mode.
 //
@@ -42,6 +42,7 @@ struct Counters {
 // One file of the cache, verified.
 struct Listing {
   std::string file;     // relative to the directory
+  bool plan = false;    // else a kernel
   std::string problem;  // why the entry would not be used, "" if it is good
   std::uint64_t bytes = 0;
   std::int64_t modified = 0;  // seconds since 1970
@@ -82,6 +83,8 @@ class Store {
   const std::string& problem() const;
   const std::string& directory() const;
   Mode mode() const;
+  // Whether there is anything to look in: a directory or a pack.
+  bool can_load() const;
 
  private:
   struct State;

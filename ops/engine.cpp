@@ -13,6 +13,8 @@
 
 namespace tilewright::ops {
 
+constexpr int kPlanFormat = 1;
+
 const std::vector<ConfiguredPack>& configured_packs() {
   static const std::vector<ConfiguredPack> packs = [] {
     std::vector<ConfiguredPack> found;
@@ -85,7 +87,7 @@ Engine::Engine(Target target, Decision decision, bool on_disk)
 }
 
 Result<std::string> Engine::optimize(const std::string& text) const {
-  Result<graph::Graph> graph = optimized(text);
+  Result<graph::Graph> graph = after_passes(text);
   if (!graph) return graph.error();
   return graph::print(*graph);
 }
@@ -93,9 +95,9 @@ Result<std::string> Engine::optimize(const std::string& text) const {
 Result<Program> Engine::compile(const std::string& text,
                                 const std::map<std::string, TensorView>& constants,
                                 std::shared_ptr<WeightStore> weights, const PackedCallback& packed,
-                                bool keep_weights) const {
+                                bool optimized, bool keep_weights) const {
   if (!problem_.empty()) return Error{problem_};
-  Result<graph::Graph> graph = optimized(text);
+  Result<graph::Graph> graph = optimized ? parsed(text) : after_passes(text);
   if (!graph) return graph.error();
   const Environment& settings = environment();
   CompileOptions options;
@@ -116,11 +118,32 @@ Result<Program> Engine::compile(const std::string& text,
   return ops::compile(*graph, constants, target_, options, kernels_, std::move(weights), packed);
 }
 
-Result<graph::Graph> Engine::optimized(const std::string& text) const {
+std::string Engine::plan_key(std::string_view model) const {
+  return fmt::format("plan {}\npasses {} limit {}\n{}", kPlanFormat, cache::passes_hash(),
+                     environment().pass_limit, model);
+}
+
+std::optional<std::string> Engine::load_plan(std::string_view key) const {
+  std::optional<cache::Entry> entry = store_->load(key, target_.isa);
+  if (!entry) return std::nullopt;
+  return std::move(entry->recipe);
+}
+
+void Engine::save_plan(const std::string& key, const std::string& name,
+                       const std::string& plan) const {
+  store_->save({key, name, 0, {}, plan});
+}
+
+Result<graph::Graph> Engine::parsed(const std::string& text) {
   Result<graph::Graph> graph = graph::parse(text);
-  if (!graph) return graph.error();
-  const Status valid = graph::verify(*graph);
-  if (!valid) return valid.error();
+  if (!graph) return graph;
+  if (const Status valid = graph::verify(*graph); !valid) return valid.error();
+  return graph;
+}
+
+Result<graph::Graph> Engine::after_passes(const std::string& text) const {
+  Result<graph::Graph> graph = parsed(text);
+  if (!graph) return graph;
   return graph::optimize(std::move(graph.value()), target_, environment().pass_limit);
 }
 

@@ -8,7 +8,9 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cache/store.h"
@@ -54,16 +56,25 @@ class Engine {
   // Text to text: parse, check, run the passes.
   Result<std::string> optimize(const std::string& text) const;
 
-  // constants, packed: see compile() in compile.h. keep_weights: on disk, as far as the environment
-  // allows. Error: also problem(), before anything is packed.
+  // constants, packed: see compile() in compile.h. optimized: the passes have run already.
+  // keep_weights: on disk, as far as the environment allows. Error: also problem(), before
+  // anything is packed.
   Result<Program> compile(const std::string& text,
                           const std::map<std::string, TensorView>& constants,
                           std::shared_ptr<WeightStore> weights, const PackedCallback& packed = {},
-                          bool keep_weights = false) const;
+                          bool optimized = false, bool keep_weights = false) const;
+
+  // Plans: what a front end made of a model, kept for later processes (cache/README.md). The key
+  // says what the passes depend on, which is no Target so far, and what the front end says of the
+  // model.
+  std::string plan_key(std::string_view model) const;
+  std::optional<std::string> load_plan(std::string_view key) const;
+  void save_plan(const std::string& key, const std::string& name, const std::string& plan) const;
 
  private:
   Engine(Target target, Decision decision, bool on_disk);
-  Result<graph::Graph> optimized(const std::string& text) const;
+  static Result<graph::Graph> parsed(const std::string& text);
+  Result<graph::Graph> after_passes(const std::string& text) const;
 
   Target target_;
   Decision decision_;

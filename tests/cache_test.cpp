@@ -127,6 +127,27 @@ TEST_F(CacheTest, RoundTripThroughAnotherStore) {
   EXPECT_EQ(reader.counters().misses, 0u);
 }
 
+TEST_F(CacheTest, PlansLieBesideKernels) {
+  Entry plan = make_entry("plan 1\nmodel", 0);
+  plan.required_isa = 0;
+  Store store = open();
+  store.save(plan);
+  store.save(make_entry("planar 1x32"));  // of no such kind
+  EXPECT_EQ(store.load(plan.key_text, 0), plan);
+  const std::vector<Listing> listings = store.list();
+  ASSERT_EQ(listings.size(), 2u);
+  for (const Listing& listing : listings) {
+    EXPECT_EQ(listing.plan, listing.key_text == plan.key_text);
+    EXPECT_EQ(listing.file.ends_with(".plan"), listing.plan);
+    EXPECT_EQ(listing.problem, "");
+  }
+  // A plan in the place of a kernel is none.
+  const fs::path file = fs::path(directory()) / listings[listings[0].plan ? 0 : 1].file;
+  fs::rename(file, fs::path(file).replace_extension(".kernel"));
+  EXPECT_FALSE(store.load(plan.key_text, 0).has_value());
+  EXPECT_EQ(store.prune(0), 2u);
+}
+
 TEST_F(CacheTest, CacheCanBeMoved) {
   open().save(make_entry("linear 1x32"));
   fs::rename(directory(), base_ / "moved");

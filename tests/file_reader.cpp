@@ -2,7 +2,9 @@
 #include "tests/file_reader.h"
 
 #include <algorithm>
+#include <functional>
 #include <random>
+#include <string_view>
 
 #include "cache/content_hash.h"
 #include "cache/entry.h"
@@ -15,7 +17,8 @@ namespace tilewright::testing {
 namespace {
 
 constexpr const char* kGenerator = "4f2a9c";
-constexpr const char* kKeyText = "linear 1x32\nisa avx2\n";
+constexpr const char* kKernelKey = "linear 1x32\nisa avx2\n";
+constexpr const char* kPlanKey = "plan 1\npasses 5d1e\nmodel LlamaForCausalLM\n";
 constexpr IsaMask kHost = bit(Isa::avx2) | bit(Isa::avx_vnni);
 
 constexpr std::size_t kDigestBytes = sizeof(cache::Digest);
@@ -42,20 +45,30 @@ cache::Entry entry_of(const std::string& key_text, std::size_t code_bytes) {
           "kernel linear_f32 {\n  return\n}\n"};
 }
 
-// An entry whose file has exactly so many bytes.
-Bytes entry_file(std::size_t bytes) {
-  const std::size_t rest = encode(entry_of(kKeyText, 0), kGenerator)->size();
-  return *encode(entry_of(kKeyText, bytes - rest), kGenerator);
+// Entries whose files have exactly so many bytes.
+Bytes kernel_file(std::size_t bytes) {
+  const std::size_t rest = encode(entry_of(kKernelKey, 0), kGenerator)->size();
+  return *encode(entry_of(kKernelKey, bytes - rest), kGenerator);
+}
+
+Bytes plan_file(std::size_t bytes) {
+  cache::Entry entry;
+  entry.key_text = kPlanKey;
+  entry.name = "plan_LlamaForCausalLM";
+  entry.recipe = "{}\ngraph model() -> () {\n";
+  const std::size_t rest = encode(entry, kGenerator)->size();
+  for (std::size_t i = rest; i < bytes; ++i) entry.recipe += static_cast<char>('a' + i % 23);
+  return *encode(entry, kGenerator);
 }
 
 // As cache::Store accepts a file; and what it accepts must encode to the same bytes again, so that
 // no field was taken for another.
-Verdict read_entry(std::span<const std::byte> bytes) {
+Verdict read_entry(std::string_view key_text, std::span<const std::byte> bytes) {
   const Result<cache::DecodedEntry> decoded = cache::decode(bytes);
   if (!decoded) return Verdict::rejected;
   const Result<Bytes> again = encode(decoded->entry, decoded->generator);
   if (!again || !std::ranges::equal(*again, bytes)) return Verdict::wrong;
-  const bool wanted = decoded->generator == kGenerator && decoded->entry.key_text == kKeyText &&
+  const bool wanted = decoded->generator == kGenerator && decoded->entry.key_text == key_text &&
                       (decoded->entry.required_isa & ~kHost) == 0;
   return wanted ? Verdict::accepted : Verdict::rejected;
 }
@@ -69,7 +82,7 @@ void seal_entry(Bytes& bytes) {
 
 // The wanted entry among others.
 Bytes pack_file(int others, std::size_t code_bytes) {
-  std::vector<cache::Entry> entries = {entry_of(kKeyText, code_bytes)};
+  std::vector<cache::Entry> entries = {entry_of(kKernelKey, code_bytes)};
   for (int i = 0; i < others; ++i) {
     entries.push_back(entry_of("norm " + std::to_string(i), code_bytes + 1));
   }
@@ -87,7 +100,7 @@ Verdict read_pack(std::span<const std::byte> bytes) {
     if (!named || pack->find(entry.key_text) != entry) return Verdict::wrong;
   }
   if (pack->generator() != kGenerator) return Verdict::rejected;
-  const std::optional<cache::Entry> found = pack->find(kKeyText);
+  const std::optional<cache::Entry> found = pack->find(kKernelKey);
   const bool wanted = found && (found->required_isa & ~kHost) == 0;
   return wanted ? Verdict::accepted : Verdict::rejected;
 }
@@ -103,7 +116,7 @@ Bytes weight_file(std::size_t data_bytes) {
   const Bytes data = random_bytes(data_bytes);
   cache::WeightHeader header;
   header.generator = kGenerator;
-  header.key_text = kKeyText;
+  header.key_text = kKernelKey;
   header.form = "bf16";
   header.data_bytes = data.size();
   header.content = cache::content_hash(data);
@@ -130,7 +143,7 @@ Verdict read_weight(std::span<const std::byte> bytes) {
     const auto read = cache::decode(*written, written->size() + header->data_bytes);
     if (!read || *read != again) return Verdict::wrong;
   }
-  const bool wanted = header->generator == kGenerator && header->key_text == kKeyText;
+  const bool wanted = header->generator == kGenerator && header->key_text == kKernelKey;
   return wanted ? Verdict::accepted : Verdict::rejected;
 }
 
@@ -150,8 +163,12 @@ void seal_weight(Bytes& bytes) {
 std::vector<FileReader> file_readers() {
   return {
       {"entry",
-       {entry_file(1 << 10), entry_file(8 << 10), entry_file(64 << 10)},
-       read_entry,
+       {kernel_file(1 << 10), kernel_file(8 << 10), kernel_file(64 << 10)},
+       std::bind_front(read_entry, kKernelKey),
+       seal_entry},
+      {"plan",
+       {plan_file(1 << 10), plan_file(8 << 10), plan_file(64 << 10)},
+       std::bind_front(read_entry, kPlanKey),
        seal_entry},
       {"pack", {pack_file(0, 300), pack_file(8, 800), pack_file(30, 2000)}, read_pack, seal_pack},
       {"weight",

@@ -18,7 +18,7 @@ namespace {
 constexpr std::string_view kGenerator = "generator";
 
 std::vector<Entry> small_entries() {
-  return {make_entry("linear 1x32", 30), make_entry("norm 64", 7), make_entry("empty", 0)};
+  return {make_entry("linear 1x32", 30), make_entry("norm 64", 7), make_entry("plan 1", 0)};
 }
 
 std::vector<std::byte> small_pack() { return *encode_pack(small_entries(), kGenerator); }
@@ -46,6 +46,7 @@ TEST(PackTest, RoundTrip) {
     ASSERT_TRUE(pack.ok()) << pack.error().message;
     EXPECT_EQ(pack->generator(), kGenerator);
     EXPECT_EQ(pack->size(), entries.size());
+    EXPECT_EQ(pack->plans(), entries.empty() ? 0u : 1u);
     for (const Entry& entry : entries) EXPECT_EQ(pack->find(entry.key_text), entry);
     EXPECT_FALSE(pack->find("linear 1x64").has_value());
   }
@@ -271,7 +272,9 @@ TEST_F(PackFileTest, BinutilsReadIt) {
   sub.name = "tilewright_sub";
   add.code = {std::byte{0xc5}, std::byte{0xfc}, std::byte{0x58}, std::byte{0xc1}, std::byte{0xc3}};
   sub.code = {std::byte{0xc5}, std::byte{0xfc}, std::byte{0x5c}, std::byte{0xc1}, std::byte{0xc3}};
-  write_file(path(), *encode_pack(std::vector{add, sub}, kGenerator));
+  Entry plan = make_entry("plan 1", 0);
+  plan.name = "plan_of_a_model";
+  write_file(path(), *encode_pack(std::vector{plan, add, sub}, kGenerator));
   const std::string code = output_of("objdump -d " + path());
   for (const Entry& entry : {add, sub}) {
     const std::string symbol =
@@ -280,6 +283,7 @@ TEST_F(PackFileTest, BinutilsReadIt) {
   }
   EXPECT_NE(code.find("vaddps %ymm1,%ymm0,%ymm0"), std::string::npos) << code;
   EXPECT_NE(code.find("vsubps %ymm1,%ymm0,%ymm0"), std::string::npos) << code;
+  EXPECT_EQ(code.find(plan.name), std::string::npos) << code;  // it has no code
   // Every section is where its header says; nothing is loaded and nothing relocated.
   const std::string all = output_of("readelf --wide --all " + path());
   EXPECT_EQ(all.find("failed: "), std::string::npos) << all;

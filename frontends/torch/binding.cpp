@@ -15,6 +15,7 @@
 #include <nanobind/stl/set.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
@@ -166,7 +167,7 @@ class PagedCaches {
 std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
                                  const std::map<std::string, TypedAddress>& constants,
                                  std::shared_ptr<ops::WeightStore> weights,
-                                 const nb::object& packed, bool keep_weights) {
+                                 const nb::object& packed, bool optimized, bool keep_weights) {
   nb::gil_scoped_release unlocked;
   const auto call = [&packed](const std::string& name) {
     nb::gil_scoped_acquire locked;
@@ -176,9 +177,10 @@ std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
       error.discard_as_unraisable("a weight that was packed");  // it keeps its memory
     }
   };
-  return Program::make(value_or_throw(engine.compile(
-      text, views_of(constants), std::move(weights),
-      packed.is_none() ? ops::PackedCallback() : ops::PackedCallback(call), keep_weights)));
+  return Program::make(value_or_throw(
+      engine.compile(text, views_of(constants), std::move(weights),
+                     packed.is_none() ? ops::PackedCallback() : ops::PackedCallback(call),
+                     optimized, keep_weights)));
 }
 
 std::vector<graph::DataType> input_types(const ops::Program& program) {
@@ -513,6 +515,7 @@ nb::dict settings() {
   result["num_threads"] = set.num_threads;
   result["verbose"] = set.verbose;
   result["profile"] = set.profile;
+  result["cache_check"] = set.cache_check;
   result["run_dtype"] = set.run_dtype;
   result["onednn"] = set.fallback == Fallback::onednn;
   result["machine_profile"] = set.machine_profile;
@@ -632,7 +635,14 @@ void bind_program(nb::module_& module) {
           },
           "text"_a)
       .def("compile", &compile, "text"_a, "constants"_a, "weights"_a, "packed"_a = nb::none(),
-           "keep_weights"_a = false)
+           "optimized"_a = false, "keep_weights"_a = false)
+      .def("keeps_plans", [](const Engine& self) { return self.store().can_load(); })
+      .def("plan_key", &Engine::plan_key, "model"_a)
+      .def("load_plan", &Engine::load_plan, "key"_a)
+      .def("save_plan", &Engine::save_plan, "key"_a, "name"_a, "plan"_a)
+      .def(
+          "remove_plan", [](Engine& self, const std::string& key) { self.store().remove(key); },
+          "key"_a)
       .def("kernel_counters", &kernel_counters)
       .def("admit", &admit)
       .def("kernel_keys",

@@ -65,6 +65,7 @@ nb::list cache_entries(const std::string& place) {
       const cache::Entry entry = pack.entry(i);
       nb::dict row = row_of(pack.key(i), pack.generator(), entry.key_text, entry.name,
                             entry.required_isa, entry.code.size());
+      row["kind"] = cache::is_plan(entry.key_text) ? "plan" : "kernel";
       row["file"] = place;
       row["bytes"] =
           entry.key_text.size() + entry.name.size() + entry.recipe.size() + entry.code.size();
@@ -76,6 +77,7 @@ nb::list cache_entries(const std::string& place) {
   for (const cache::Listing& entry : directory_store(place, cache::generator_hash()).list()) {
     nb::dict row = row_of(std::filesystem::path(entry.file).stem().string(), entry.generator,
                           entry.key_text, entry.name, entry.required_isa, entry.code_bytes);
+    row["kind"] = entry.plan ? "plan" : "kernel";
     row["file"] = entry.file;
     row["bytes"] = entry.bytes;
     row["modified"] = entry.modified;
@@ -185,7 +187,8 @@ nb::dict cache_state(const ops::Engine& engine) {
   for (const ops::ConfiguredPack& item : ops::configured_packs()) {
     nb::dict row;
     row["name"] = item.name;
-    row["kernels"] = item.pack == nullptr ? 0 : item.pack->size();
+    row["kernels"] = item.pack == nullptr ? 0 : item.pack->size() - item.pack->plans();
+    row["plans"] = item.pack == nullptr ? 0 : item.pack->plans();
     row["problem"] = item.problem;
     packs.append(row);
   }

@@ -110,7 +110,7 @@ std::vector<Variable> make_table() {
       {"MAX_CPU_ISA", "all", Target::ladder_names(),
        "Highest instruction set that generated code may use.",
        [](Text v, E& e) { return Target::ladder(v).ok() && read_text(v, e.max_cpu_isa); }},
-      {"CACHE", "rw", "rw, ro, off", "Kernel cache on disk: read and write, read only, or neither.",
+      {"CACHE", "rw", "rw, ro, off", "Cache on disk: read and write, read only, or neither.",
        [](Text v, E& e) {
          return read_choice<CacheMode>(
              v,
@@ -122,7 +122,7 @@ std::vector<Variable> make_table() {
       {"CACHE_MAX_SIZE", "8G", "bytes, with K, M or G", "Size above which old entries are removed.",
        [](Text v, E& e) { return read_bytes(v, e.cache_max_bytes); }},
       {"CACHE_CHECK", "0", "0, 1",
-       "Emit every cached kernel again and compare the bytes; read mapped weights.",
+       "Make every cached kernel and plan again and compare; read mapped weights.",
        [](Text v, E& e) { return read_flag(v, e.cache_check); }},
       {"CACHE_WEIGHTS", "auto", "auto, on, off",
        "Packed weights on disk: those that are there are used (auto), all that are packed are also "

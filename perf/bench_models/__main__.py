@@ -195,7 +195,7 @@ def start(
     threads: Annotated[int, typer.Option()] = 2,
     output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
 ) -> None:
-    """From nothing to the first token: weights packed at each start, or mapped from the cache."""
+    """From nothing to the first token: captured or from a plan, weights packed or mapped."""
     import tempfile
 
     from bench_models import start as starting
@@ -208,12 +208,10 @@ def start(
                     name, kind, prompt, rounds, threads, Path(cache) / "cache", _say
                 )
             record[f"{name} {kind}"] = found
-            print(
-                f"{name}, {kind}, {prompt} tokens, ms".ljust(44)
-                + "".join(f"{k:>10}" for k in found)
-            )
+            title = f"{name}, {kind}, {prompt} tokens, ms"
+            print(title.ljust(44) + "".join(f"{k:>18}" for k in found))
             for part, values in starting.rows(found):
-                print(f"  {part:42}" + "".join(f"{value:10.1f}" for value in values))
+                print(f"  {part:42}" + "".join(f"{value:18.1f}" for value in values))
     if output is not None:
         output.write_text(json.dumps(record, indent=1) + "\n")
 

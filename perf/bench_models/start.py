@@ -1,14 +1,15 @@
-"""Starts in fresh processes, split into their parts: with packed weights kept, and without.
+"""Starts in fresh processes, split into their parts: with plan and packed weights kept, or less.
 
 Every start is a process of its own that reads the checkpoint, optimises it and makes one token; the
-page cache and the kernel cache are warm. The kinds of start take turns, so that what the machine
-does meanwhile meets all of them. Tested by tests/python/test_bench_models.py.
+page cache and the kernels in the cache are warm. The kinds of start take turns, so that what the
+machine does meanwhile meets all of them. Tested by tests/python/test_bench_models.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from typing import Any
 
 from bench_models import models, places
 
-# What each kind sets.
+# What each kind sets, and whether its cache has plans.
 KINDS = {
-    "packed": {"TILEWRIGHT_CACHE_WEIGHTS": "off"},
-    "mapped": {"TILEWRIGHT_CACHE_WEIGHTS": "auto"},
+    "captured, packed": ({"TILEWRIGHT_CACHE_WEIGHTS": "off"}, False),
+    "captured, mapped": ({"TILEWRIGHT_CACHE_WEIGHTS": "auto"}, False),
+    "planned, packed": ({"TILEWRIGHT_CACHE_WEIGHTS": "off"}, True),
+    "planned, mapped": ({"TILEWRIGHT_CACHE_WEIGHTS": "auto"}, True),
 }
 _FILL = {"TILEWRIGHT_CACHE_WEIGHTS": "on"}
 
@@ -61,20 +64,25 @@ def measure(
     cache: Path,
     say: Callable[[str], None],
 ) -> dict[str, list[dict[str, Any]]]:
-    """The starts of each kind, and of one that wrote the weights ("writing")."""
+    """The starts of each kind, and of one with an empty cache that wrote it ("writing")."""
     directory = models.directory_of(model)
     base = {"TILEWRIGHT_CACHE": "rw", "TILEWRIGHT_CACHE_DIR": str(cache)}
     say(f"{model} {dtype}: filling the cache")
     found = {"writing": [run_start(directory, dtype, prompt, threads, base | _FILL)]}
+    plain = cache.with_name("without-plans")
+    shutil.copytree(cache, plain, copy_function=os.link, ignore=shutil.ignore_patterns("*.plan"))
+    base["TILEWRIGHT_CACHE"] = "ro"
     for number in range(rounds):
-        for kind, settings in KINDS.items():
+        for kind, (settings, has_plans) in KINDS.items():
             say(f"{model} {dtype}: {kind}, {number + 1} of {rounds}")
+            settings = settings | {"TILEWRIGHT_CACHE_DIR": str(cache if has_plans else plain)}
             start = run_start(directory, dtype, prompt, threads, base | settings)
+            assert start["captured"] == (0 if has_plans else 1), "another plan was found"
             found.setdefault(kind, []).append(start)
     tokens = {start["token"] for starts in found.values() for start in starts}
     if len(tokens) != 1:
         raise RuntimeError(f"the first token differs: {sorted(tokens)}")
-    assert not any(start["packed"] for start in found["mapped"]), "a weight was not kept"
+    assert not any(s["packed"] for s in found["planned, mapped"]), "a weight was not kept"
     return found
 
 

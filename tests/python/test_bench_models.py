@@ -449,7 +449,7 @@ def test_a_start_is_split_without_a_rest(tmp_path: Path) -> None:
     made = start.run_start(tmp_path / "model", "fp32", 4, 1, settings)
     assert sum(made["parts"].values()) == pytest.approx(made["total"])
     assert all(made["parts"][name] > 0 for name in ("imports", "hash weights", "write weights"))
-    assert made["packed"] > 0 and made["mapped"] == 0
+    assert made["packed"] > 0 and made["mapped"] == 0 and made["captured"] == 1
 
     rows = dict(start.rows({"packed": [made, made], "mapped": [made]}))
     assert rows["total"] == [made["total"]] * 2

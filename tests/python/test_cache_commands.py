@@ -105,10 +105,11 @@ def test_export_and_import(command, places: list[str], fresh_cache: Path, tmp_pa
     exported = tmp_path / "exported.pack"
     made = json.loads(command("cache", "export", str(exported), "--at", directory, "--json").stdout)
     assert exported.read_bytes() == Path(pack).read_bytes()  # whichever way they went
-    assert made["kernels"] == len(entries(command, pack))
+    inside = entries(command, pack)
+    assert made["kernels"] == sum(entry["kind"] == "kernel" for entry in inside) < len(inside)
 
     first = json.loads(command("cache", "import", pack, "--json").stdout)
-    assert first["written"] == first["entries"] == made["kernels"]
+    assert first["written"] == first["entries"] == len(inside)
     assert Path(first["directory"]) == fresh_cache
     again = json.loads(command("cache", "import", pack, "--json").stdout)
     assert again["written"] == 0
@@ -141,6 +142,6 @@ def test_objdump_names_the_kernels_of_a_prewarm(command, places: list[str]) -> N
     )
     assert done.returncode == 0 and not done.stderr
     # Equal code lies there once, under all of its names; a listing shows one of them.
-    for entry in entries(command, places[1]):
+    for entry in entries(command, places[1]):  # plans, too, in the table of symbols
         assert f"{entry['name']}.{entry['id'][:8]}\n" in done.stdout
     assert "ret" in done.stdout

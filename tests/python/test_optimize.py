@@ -313,7 +313,7 @@ def test_a_model_that_dynamo_cannot_take_either(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: Any, **__: Any) -> None:
         raise torch._dynamo.exc.Unsupported("planted, too")
 
-    monkeypatch.setattr(decoder, "capture_model", refuse)
+    monkeypatch.setattr(decoder, "planned_model", refuse)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     reference = tiny_llama(2)
     optimized = tilewright.llm.optimize(reference)

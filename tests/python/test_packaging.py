@@ -39,7 +39,8 @@ def test_license_is_apache(source_directory: Path) -> None:
     assert "Apache License" in (source_directory / "LICENSE").read_text()[:200]
 
 
-def hash_of_sources(source: Path, output: Path, xbyak: Path) -> str:
+def hashes_of_sources(source: Path, output: Path, xbyak: Path) -> list[str]:
+    """Of the generator, of the passes."""
     command = [
         "cmake",
         f"-DSOURCE_DIR={source}",
@@ -49,9 +50,9 @@ def hash_of_sources(source: Path, output: Path, xbyak: Path) -> str:
         str(source / "cache" / "hash_generator.cmake"),
     ]
     subprocess.run(command, check=True)
-    match = re.search(r'return "([0-9a-f]{64})"', output.read_text())
-    assert match is not None
-    return match.group(1)
+    hashes = re.findall(r'_hash\(\) { return "([0-9a-f]{64})"', output.read_text())
+    assert len(hashes) == 2
+    return hashes
 
 
 def test_generator_hash_follows_content_and_not_place(
@@ -61,29 +62,31 @@ def test_generator_hash_follows_content_and_not_place(
         pytest.skip("no cmake on this machine")
     trees = []
     for name in ("one", "two"):
-        for folder in ("jit", "ops", "cache"):
+        for folder in ("jit", "ops", "cache", "graph"):
             shutil.copytree(source_directory / folder, tmp_path / name / folder)
         (tmp_path / name / "xbyak").mkdir()
         (tmp_path / name / "xbyak" / "xbyak.h").write_text("// version 1\n")
         trees.append(tmp_path / name)
 
-    def digest(tree: Path) -> str:
-        return hash_of_sources(tree, tmp_path / "hash.cpp", tree / "xbyak")
+    def digests(tree: Path) -> list[str]:
+        return hashes_of_sources(tree, tmp_path / "hash.cpp", tree / "xbyak")
 
-    before = digest(trees[0])
-    assert digest(trees[1]) == before
+    before = digests(trees[0])
+    assert digests(trees[1]) == before
     header = trees[1] / "jit" / "emit.h"
     text = header.read_text()
     for path, changed in (
+        (trees[1] / "graph" / "passes" / "new_pass.cpp", "// new\n"),
         (header, text + "\n"),
         (trees[1] / "ops" / "gemm" / "new_kernel.cpp", "// new\n"),
         (trees[1] / "xbyak" / "xbyak.h", "// version 2\n"),
     ):
         restore = path.read_text() if path.exists() else None
         path.write_text(changed)
-        assert digest(trees[1]) != before, path
+        after, of_passes = digests(trees[1]), "graph" in path.parts
+        assert (after[0] != before[0], after[1] != before[1]) == (not of_passes, of_passes), path
         if restore is None:
             path.unlink()
         else:
             path.write_text(restore)
-    assert digest(trees[1]) == before
+    assert digests(trees[1]) == before

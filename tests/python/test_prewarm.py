@@ -38,7 +38,8 @@ for directory in sys.argv[1:]:
     for batch in (1, 3, 7):
         model.generate(ids.repeat(batch, 1), max_new_tokens=4, do_sample=False, pad_token_id=0)
 stats = tilewright.stats()
-print(json.dumps({**stats["kernels"], **stats["kernel_cache"], "fallbacks": stats["fallbacks"]}))
+print(json.dumps({**stats["kernels"], **stats["kernel_cache"], "fallbacks": stats["fallbacks"],
+    "plans": stats["plans"]}))
 """
 
 
@@ -60,7 +61,8 @@ class Prewarmed:
     def keys(self) -> list[str]:
         from tilewright import _core
 
-        return [entry["key"] for entry in _core.cache_entries(str(self.pack))]
+        entries = _core.cache_entries(str(self.pack))
+        return [entry["key"] for entry in entries if entry["kind"] == "kernel"]
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +124,12 @@ def test_a_pack_alone_serves_every_storage(
             TILEWRIGHT_WEIGHTS=weights,
         )
         assert found["emitted"] == 0 and found["fallbacks"] == {}, found
-        assert found["pack_hits"] == found["hits"] == found["loaded"] > 10
+        plans = found["plans"]
+        # Made of the configuration alone, they are those of every storage: values do not matter.
+        assert plans["captured"] == 0 and not plans["unplanned"], plans
+        assert found["pack_hits"] == found["hits"] == found["loaded"] + plans["loaded"] > 10
         assert found["packs"][0]["kernels"] == prewarmed.result["kernels"]
+        assert found["packs"][0]["plans"] == prewarmed.result["plans"] == 2
     assert not nothing.exists()
 
 
@@ -147,15 +153,16 @@ def test_a_refused_pack_is_one_warning(
 def test_the_cache_is_filled_once_and_checked(command, prewarmed: Prewarmed) -> None:
     config, arguments = str(prewarmed.config), ("--dtype", "bf16", "--json")
     before = json.loads(command("cache", "check", config, *arguments, code=1).stdout)
-    assert len(before["missing"]) == before["kernels"] > 0
+    assert len(before["missing"]) == before["kernels"] > 0 and len(before["missing_plans"]) == 2
     first = json.loads(command("prewarm", config, *arguments).stdout)
     assert first["emitted"] == first["kernels"] == before["kernels"] and first["loaded"] == 0
     again = json.loads(command("prewarm", config, "--jobs", "2", *arguments).stdout)
     assert again["emitted"] == 0 and again["loaded"] == first["emitted"]
     entries = json.loads(command("cache", "ls", "--json").stdout)["entries"]
-    assert len(entries) == first["emitted"]
+    assert len(entries) == first["emitted"] + first["plans"]
     after = json.loads(command("cache", "check", config, *arguments).stdout)
-    assert after["missing"] == [] and after["kernels"] == before["kernels"]
+    assert after["missing"] == after["missing_plans"] == []
+    assert after["kernels"] == before["kernels"] and after["plans"] == 2
 
 
 def test_a_directory_with_weights(command, model_directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""`tilewright prewarm` and `tilewright cache ...`: fill the kernel cache, look at it, move it.
+"""`tilewright prewarm` and `tilewright cache ...`: fill the cache, look at it, move it.
 
 A place is a directory or a pack (FILE or FILE@sha256:DIGEST); without one, the directory of this
 environment.
@@ -101,9 +101,10 @@ def prewarm(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Fill the kernel cache for a model, so that no process has to emit its kernels.
+    """Fill the cache for a model, so that no process has to capture it or to emit its kernels.
 
-    Weights are not read: kernels of every storage that they could have are made. Nothing is
+    Weights are not read: kernels of every storage that they could have are made. For the fastest
+    start, `tilewright cache weights MODEL` also keeps them packed. Nothing is
     executed, so any instruction set will do. Kernels that are there are not made again. Exit code
     1 if anything could not be made; all else is there.
     """
@@ -120,7 +121,7 @@ def prewarm(
         fail(str(error))
     text = (
         f"{result['emitted']} kernels emitted, {result['loaded']} were there already, "
-        f"for {', '.join(result['isa'])}, in {result['seconds']:.2f} s"
+        f"and {result['plans']} plans, for {', '.join(result['isa'])}, in {result['seconds']:.2f} s"
     )
     text += f": {result['directory']}" if result["directory"] else ""
     if pack is not None:
@@ -129,6 +130,10 @@ def prewarm(
             f"\n{made['kernels']} kernels, {made['bytes']} bytes in a pack:"
             f"\nTILEWRIGHT_CACHE_PACK={made['file']}@sha256:{made['sha256']}"
         )
+    if not result["plans"] and not model.endswith(".pt2"):
+        text += "\nno plan: each process captures the model (tilewright.stats() says why)"
+    elif result["directory"] and not model.endswith((".json", ".pt2")):
+        text += "\nstarts still pack the weights, unless: tilewright cache weights MODEL"
     show(result, as_json, text)
     report_failures(result["failed"])
 
@@ -173,18 +178,19 @@ def entries_of(place: str) -> tuple[str, list[dict[str, Any]]]:
 
 @app.command("ls")
 def ls(at: Place = "", as_json: Json = False) -> None:
-    """List kernels, of all builds, and count packed weights."""
+    """List kernels and plans, of all builds, and count packed weights."""
     from tilewright import core
 
     place, entries = entries_of(at)
     table = Table(box=None, header_style="bold")
-    for column in ("key", "kernel", "isa", "code", "made by"):
+    for column in ("key", "name", "isa", "code", "made by"):
         table.add_column(column, justify="right" if column == "code" else "left")
     for entry in entries:
         made = entry["problem"] or ("this build" if entry["current"] else "another build")
         table.add_row(entry["id"][:12], entry["name"], entry["isa"], str(entry["code_bytes"]), made)
     total = sum(entry["bytes"] for entry in entries)
-    table.caption = f"{len(entries)} kernels, {total} bytes in {place}"
+    kinds = collections.Counter(entry["kind"] for entry in entries)
+    table.caption = f"{kinds['kernel']} kernels, {kinds['plan']} plans, {total} bytes in {place}"
     weights = [] if at else core.engine().weight_files(False)
     if weights:
         total = sum(weight["bytes"] for weight in weights)
@@ -201,7 +207,7 @@ def chosen(entries: list[dict[str, Any]], key: str) -> dict[str, Any]:
     """The entry whose key begins so."""
     found = [entry for entry in entries if entry["id"].startswith(key.lower())]
     if len(found) != 1:
-        fail(f"{len(found)} kernels have a key that begins with {key}; see tilewright cache ls")
+        fail(f"{len(found)} entries have a key that begins with {key}; see tilewright cache ls")
     return found[0]
 
 
@@ -222,7 +228,8 @@ def show_entry(
     at: Place = "",
     as_json: Json = False,
 ) -> None:
-    """Show one kernel: its full key and the VIR text that its code was emitted from."""
+    """Show one kernel or plan: its full key, and the VIR text that its code was emitted from, or
+    the graph."""
     place, entries = entries_of(at)
     entry = chosen(entries, key)
     inside = contents(place, entry)
@@ -288,9 +295,9 @@ def verify(
     name, entries = entries_of(place)
     bad = [entry for entry in entries if entry["problem"]]
     others = sum(not entry["current"] for entry in entries if not entry["problem"])
-    text = (
-        f"{len(entries) - len(bad)} of {len(entries)} kernels are good ({others} of other builds)"
-    )
+    total, wrong = (collections.Counter(e["kind"] for e in rows) for rows in (entries, bad))
+    kinds = [f"{total[k] - wrong[k]} of {total[k]} {k}s" for k in ("kernel", "plan")]
+    text = f"{' and '.join(kinds)} are good ({others} of other builds)"
     if not place:
         weights = core.engine().weight_files(True)
         bad += [weight for weight in weights if weight["problem"]]
@@ -312,9 +319,9 @@ def check(
     timeout: Timeout = 600,
     as_json: Json = False,
 ) -> None:
-    """Whether the cache and packs of this environment have all kernels of a model.
+    """Whether the cache and packs of this environment have all kernels and plans of a model.
 
-    Exit code 1 if one would have to be emitted.
+    Exit code 1 if one would have to be made.
     """
     from tilewright import prewarm as prewarming
     from tilewright.core import CoreError
@@ -326,13 +333,19 @@ def check(
     except (CoreError, prewarming.NotPrewarmedError, OSError) as error:
         fail(str(error))
     missing = result["missing"]
-    text = f"{result['kernels'] - len(missing)} of {result['kernels']} kernels are there"
+    plans, no_plans = result["plans"], result["missing_plans"]
+    text = (
+        f"{result['kernels'] - len(missing)} of {result['kernels']} kernels and "
+        f"{plans - len(no_plans)} of {plans} plans are there"
+    )
     show(result, as_json, f"{text}, for {', '.join(result['isa'])}")
     if not as_json:
         for kernel in missing:
             out.print(f"missing: {kernel['name']}: {kernel['key'].splitlines()[0]}", markup=False)
+        for key in no_plans:
+            out.print(f"missing: plan: {key.splitlines()[2]}", markup=False)
     report_failures(result["failed"])
-    if missing:
+    if missing or no_plans:
         raise typer.Exit(1)
 
 
@@ -358,7 +371,7 @@ def gc(
     except _core.CoreError as error:
         fail(str(error))
     data = {"directory": directory, "removed": removed}
-    show(data, as_json, f"{removed} kernels removed from {directory}")
+    show(data, as_json, f"{removed} entries removed from {directory}")
 
 
 def byte_count(text: str) -> int:
@@ -375,18 +388,19 @@ def export_pack(
     at: Place = "",
     as_json: Json = False,
 ) -> None:
-    """Write all good kernels of this build into a sealed pack."""
+    """Write all good kernels and plans of this build into a sealed pack."""
     from tilewright import _core
     from tilewright.prewarm import write_pack
 
     place = at or own_directory()
     try:
         made = write_pack(Path(file), _core.encode_pack([place]))
-        kernels = len(_core.cache_entries(f"{file}@sha256:{made['sha256']}"))
+        inside = _core.cache_entries(f"{file}@sha256:{made['sha256']}")
+        kernels = sum(entry["kind"] == "kernel" for entry in inside)
     except (_core.CoreError, OSError) as error:
         fail(str(error))
     text = (
-        f"{kernels} kernels, {made['bytes']} bytes:"
+        f"{kernels} kernels and {len(inside) - kernels} plans, {made['bytes']} bytes:"
         f"\nTILEWRIGHT_CACHE_PACK={made['file']}@sha256:{made['sha256']}"
     )
     show(made | {"kernels": kernels}, as_json, text)
@@ -398,7 +412,7 @@ def import_pack(
     at: Annotated[str, typer.Option("--at", help="The directory to fill.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Copy the kernels of a pack into the cache directory."""
+    """Copy the kernels and plans of a pack into the cache directory."""
     from tilewright import _core
 
     directory = at or own_directory()
@@ -406,9 +420,9 @@ def import_pack(
         result = _core.import_pack(pack, directory)
     except _core.CoreError as error:
         fail(str(error))
-    text = f"{result['written']} of {result['entries']} kernels were new: {directory}"
+    text = f"{result['written']} of {result['entries']} entries were new: {directory}"
     show(result | {"directory": directory}, as_json, text)
     if not result["current"]:
         err.print("tilewright: they are of another build, which alone uses them")
     if result["failed"]:
-        fail(f"{result['failed']} kernels could not be written")
+        fail(f"{result['failed']} entries could not be written")

@@ -16,6 +16,7 @@ Thread-safe: calls take turns. Tested by tests/python/test_optimize.py, test_gen
 from __future__ import annotations
 
 import collections
+import dataclasses
 import inspect
 import threading
 import weakref
@@ -29,9 +30,10 @@ from tilewright import _core, capture_ops, core, ragged, rotary
 from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
-from tilewright.model_capture import RAGGED, CapturedModel, capture_model
+from tilewright.model_capture import RAGGED, CapturedModel
 from tilewright.module_state import ModuleState
 from tilewright.packed import stand_ins, unpack_all
+from tilewright.plans import RefusedPlanError, planned_model
 from tilewright.program import Executable
 
 # What a program computes with; any other argument must be None or false.
@@ -444,29 +446,52 @@ class Decoder(InstalledForward):
         return self._programs[key]
 
     def _make(self, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
-        """Captures and compiles. A model that cannot be captured is not tried again."""
+        """Plans and compiles. A model that cannot be captured is not tried again."""
         if logits_to_keep == RAGGED and self._not_ragged:
             raise NotRunnableError(self._not_ragged)
         try:
             # Not where weights may come from files: those need no memory.
             if not self._programs and not core.engine().keeps_weights():
                 self._store.reserve(_packed_bytes(self.model))
-            with stand_ins(self.model) as packed:
-                captured = capture_model(self.model, self.original, logits_to_keep)
-            tensors = captured.lowered.constants
-            tensors.update({name: packed.get(id(t), t) for name, t in tensors.items()})
-            executable = Executable(captured.lowered, tensors, self._store, self.frees)
+            try:
+                made = self._planned(logits_to_keep)
+            except RefusedPlanError:
+                self.refresh()  # what was packed until then serves nobody
+                made = self._planned(logits_to_keep, may_load=False)
         except (UnsupportedError, core.CoreError) as error:
             if logits_to_keep == RAGGED:
                 self._not_ragged = f"no program of a ragged step: {str(error).splitlines()[0]}"
                 raise NotRunnableError(self._not_ragged) from None
-            self.refresh()  # what was packed until then serves nobody
+            self.refresh()
             self.unsupported = str(error).splitlines()[0]
             raise NotCapturedError(self.unsupported) from None
         finally:
             self._store.settle()
-        self._state = ModuleState(self.model)  # capture may have replaced parameters
-        return captured, executable
+        if self._state is None or not self._state.is_current():  # capture replaced parameters
+            self._state = ModuleState(self.model)
+        return made
+
+    def _planned(
+        self, logits_to_keep: int, may_load: bool = True
+    ) -> tuple[CapturedModel, Executable]:
+        with stand_ins(self.model) as packed:
+            return planned_model(
+                self.model,
+                self.original,
+                logits_to_keep,
+                lambda captured: self._built(captured, packed),
+                may_load=may_load,
+            )
+
+    def _built(
+        self, captured: CapturedModel, packed: dict[int, torch.Tensor]
+    ) -> tuple[CapturedModel, Executable]:
+        """packed: the parameters that stand-ins stand for, by id."""
+        constants = captured.lowered.constants
+        tensors = {name: packed.get(id(t), t) for name, t in constants.items()}
+        executable = Executable(captured.lowered, tensors, self._store, self.frees)
+        # Without the constants: stand-ins serve nobody any more.
+        return dataclasses.replace(captured, lowered=executable.lowered), executable
 
     def _drop_stale(self, is_prefill: bool) -> None:
         """Forgets programs whose weights or modules are no longer the model's.

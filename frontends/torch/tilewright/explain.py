@@ -5,6 +5,7 @@ Tested by tests/python/test_explain.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,8 @@ class Explanation:
     kernels_emitted: int = 0
     kernels_loaded: int = 0
     emit_seconds: float = 0.0
+    captured: int = 0  # models of this process: traced, or taken from plans in the cache
+    planned: int = 0
     weights_packed: int = 0  # of this process, as the kernels
     weights_mapped: int = 0
     target: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +64,8 @@ class Explanation:
             "kernels_emitted": self.kernels_emitted,
             "kernels_loaded": self.kernels_loaded,
             "emit_seconds": self.emit_seconds,
+            "captured": self.captured,
+            "planned": self.planned,
             "weights_packed": self.weights_packed,
             "weights_mapped": self.weights_mapped,
             "phases": self.phases,
@@ -89,6 +94,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = [
             f"{self.model} on {self.target.get('isa', '?')}: "
+            f"{self.captured} graphs captured, {self.planned} from plans in the cache; "
             f"{self.kernels_emitted} kernels emitted, {self.kernels_loaded} loaded from the cache; "
             f"{self.weights_packed} weights packed, {self.weights_mapped} mapped from the cache",
             f"choices of speed: {self.choices.get('source', '?')}",
@@ -142,6 +148,9 @@ def explain(model: nn.Module) -> Explanation:
     explanation.kernels_emitted = counters["emitted"]
     explanation.kernels_loaded = counters["loaded"]
     explanation.emit_seconds = counters["emit_seconds"]
+    if (plans := sys.modules.get("tilewright.plans")) is not None:
+        counted = plans.counters()
+        explanation.captured, explanation.planned = counted["captured"], counted["loaded"]
     weights = engine.weight_counters()
     explanation.weights_packed = weights["packed"]
     explanation.weights_mapped = weights["mapped"]
@@ -153,8 +162,6 @@ def explain(model: nn.Module) -> Explanation:
 
 def executables_of(model: nn.Module, explanation: Explanation) -> list[Executable]:
     """The model's programs; fills in what ran in PyTorch instead."""
-    import sys
-
     found: list[Executable] = []
     decoders = sys.modules.get("tilewright.decoder")
     decoder = decoders.decoder_of(model) if decoders is not None else None

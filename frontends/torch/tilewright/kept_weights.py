@@ -13,7 +13,8 @@ from typing import Any
 from tilewright import _core, core
 from tilewright.decoder import decoder_of
 from tilewright.graph_text import DTYPE_NAMES, UnsupportedError
-from tilewright.model_capture import capture_model
+from tilewright.model_capture import CapturedModel
+from tilewright.plans import planned_model
 
 
 class NotKeptError(Exception):
@@ -33,19 +34,25 @@ def keep_weights(model: Any) -> dict[str, Any]:
         raise NotKeptError(state["problem"] or "TILEWRIGHT_CACHE is not rw")
     before = engine.weight_counters()
     try:
-        lowered = capture_model(model, decoder.original, 1).lowered
+        planned_model(model, decoder.original, 1, _compile)
     except UnsupportedError as error:
         raise NotKeptError(f"{type(model).__name__} has no program: {error}") from None
+    after = engine.weight_counters()
+    counts = {name: after[name] - before[name] for name in ("written", "mapped", "write_failures")}
+    return counts | {"problem": after["write_problem"], "directory": state["directory"]}
+
+
+def _compile(captured: CapturedModel) -> None:
+    """Packs all weights, and writes them."""
+    lowered = captured.lowered
     constants = {name: tensor.contiguous() for name, tensor in lowered.constants.items()}
-    engine.compile(
+    core.engine().compile(
         lowered.text,
         {
             name: (tensor.data_ptr(), DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
             for name, tensor in constants.items()
         },
         _core.WeightStore(),
+        optimized=lowered.has_passed,
         keep_weights=True,
     )
-    after = engine.weight_counters()
-    counts = {name: after[name] - before[name] for name in ("written", "mapped", "write_failures")}
-    return counts | {"problem": after["write_problem"], "directory": state["directory"]}

@@ -44,7 +44,7 @@ NO_OPS = ("_set_grad_enabled", "_inference_mode", "_enter_inference_mode", "_exi
 class Lowered:
     """What the core and a call need to know about a graph."""
 
-    text: str
+    text: str  # as captured, or after the core's passes (has_passed)
     constants: dict[str, torch.Tensor]
     inputs: list[int]  # placeholders that are tensor parameters of the program, in its order
     shape_inputs: list[str]  # further parameters u8[symbol, 0]: they only carry the symbol's value
@@ -58,6 +58,7 @@ class Lowered:
     derived: dict[str, Derived] = field(default_factory=dict)  # symbols computed from the bound
     at_most: list[tuple[Dim, Dim]] = field(default_factory=list)  # in every call: first <= second
     caches: list[int] = field(default_factory=list)  # layers whose caches are parameters, in order
+    has_passed: bool = False
 
     def symbols(self, arguments: Sequence[Any]) -> dict[str, int]:
         """The symbols' values in a call with these arguments. Raises UnsupportedError if the

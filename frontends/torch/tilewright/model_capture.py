@@ -100,20 +100,38 @@ def _capture(
             layers, (v for v in builder.parameters if v.type.is_cache), strict=True
         )
     ]
-    lowered = Lowered(
-        text=builder.text(),
-        constants=builder.constants(),
+    lowered = lowered_model(
+        builder.text(),
+        builder.constants(),
+        [value.type for value in builder.outputs],
+        lowerers[0].externals,
+        logits_to_keep,
+    )
+    return CapturedModel(lowered, output_type, caches)
+
+
+def lowered_model(
+    text: str,
+    constants: dict[str, torch.Tensor],
+    results: list[Type],
+    externals: list[tuple[str, str]],
+    logits_to_keep: int,
+) -> Lowered:
+    """The graph of a whole model, whose inputs are always the same."""
+    ragged = logits_to_keep == RAGGED
+    return Lowered(
+        text=text,
+        constants=constants,
         inputs=[0, 1, 2] if ragged else [0, 1],
         shape_inputs=[],
         bindings={"s": (0, 1), "n": (2, 0)} if ragged else {"b": (0, 0), "s": (0, 1)},
         outputs=[],
         output_tree=None,
-        results=[value.type for value in builder.outputs],
+        results=results,
         tokens=Dim.symbol("s"),
         mutated=frozenset(),
-        externals=lowerers[0].externals,
+        externals=externals,
     )
-    return CapturedModel(lowered, output_type, caches)
 
 
 def _cache_sizes(type_: Type) -> tuple[int, int]:

@@ -29,12 +29,10 @@ class ModuleState:
     """A snapshot of a model. It keeps what it saw alive until it is dropped."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
+        named = list(model.named_modules())
+        modules = [module for _, module in named]
         self._hooks = [
-            (name, module.__dict__[hooks])
-            for name, module in model.named_modules()
-            for hooks in _HOOKS
-            if module is not model
+            (name, module.__dict__[hooks]) for name, module in named[1:] for hooks in _HOOKS
         ]
         # (dictionary, its shallow copy): equal as long as each value is the same or equal.
         self._pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []

@@ -101,7 +101,8 @@ class PackedParameter(torch.Tensor):
             return self._values
         # Never written, so no memory is behind it.
         empty = torch.empty(tuple(self.shape), dtype=self.dtype)
-        return nn.Parameter(empty, requires_grad=False)
+        with torch._C.DisableTorchFunctionSubclass():
+            return nn.Parameter(empty, requires_grad=self.requires_grad)
 
     @classmethod
     def __torch_function__(

@@ -66,6 +66,7 @@ class Outcome:
 
     keys: set[str] = field(default_factory=set)  # every kernel that the units need
     fresh: set[str] = field(default_factory=set)  # not in the cache before; in a check, missing
+    plans: dict[str, bool] = field(default_factory=dict)  # keys; whether one was there
     names: dict[str, str] = field(default_factory=dict)  # of the fresh ones
     poison: set[str] = field(default_factory=set)  # kernels that a worker did not survive
     failed: list[dict[str, Any]] = field(default_factory=list)  # what (first), reason, count
@@ -110,13 +111,16 @@ def prewarm(
             "kernels": len(outcome.keys),
             "emitted": len(outcome.fresh & outcome.keys),
             "loaded": len(outcome.keys - outcome.fresh),
+            "plans": len(outcome.plans),
             "isa": [_isa_name(isa) for isa in isas],
             "directory": directory if usable else "",
             "failed": outcome.failed,
         }
         if pack is not None:
             packs = [row["name"] for row in state["packs"] if not row["problem"]]
-            data = _core.encode_pack([directory, *packs], sorted(outcome.keys))
+            data = _core.encode_pack(
+                [directory, *packs], sorted(outcome.keys | outcome.plans.keys())
+            )
             result["pack"] = write_pack(Path(pack), data) | {"kernels": len(outcome.keys)}
     result["seconds"] = time.perf_counter() - start
     return result
@@ -138,6 +142,8 @@ def check(
     return {
         "kernels": len(outcome.keys),
         "missing": [{"name": outcome.names[key], "key": key} for key in sorted(outcome.fresh)],
+        "plans": len(outcome.plans),
+        "missing_plans": sorted(key for key, there in outcome.plans.items() if not there),
         "isa": [_isa_name(isa) for isa in isas],
         "failed": outcome.failed,
     }
@@ -312,6 +318,8 @@ class _Prewarm:
                 self.outcome.fresh.add(key)
                 self.outcome.names[key] = message["name"]
                 self._progress(self.outcome.units_done, self._total, len(self.outcome.fresh))
+            elif "plan" in message:
+                self.outcome.plans.setdefault(message["plan"], message["there"])
             elif "done" in message:
                 self.outcome.keys.update(message["keys"])
                 at.kernel = at.unit = None

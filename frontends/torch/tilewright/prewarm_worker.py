@@ -5,6 +5,7 @@ It reads one job as JSON from stdin and writes messages, one JSON object a line,
     {"at": "load" | "capture" | "unit", "unit": i}   what it does now
     {"kernel": key, "name": name}                    about to be emitted; in a check: is missing
     {"done": i, "keys": [...]}                       the kernels of a unit, new ones only
+    {"plan": key, "there": bool}                     of a graph that was captured
     {"failed": i, "reason": "..."}                   the unit cannot be compiled
     {"beat": true}                                   twice a second
 
@@ -85,6 +86,7 @@ class Worker:
                 for name, tensor in constants.items()
             },
             _core.WeightStore(*unit["form"]),
+            optimized=lowered.has_passed,
         )
         program.prepare()
         keys = engine.kernel_keys()
@@ -109,10 +111,9 @@ class Worker:
         return not self._job["check"]
 
     def _capture(self, unit: dict[str, Any]) -> Any:
-        """The graph of a unit. Each capture serves many units."""
+        """The graph of a unit. Each capture serves many units, and leaves its plan."""
         from tilewright.exported import OptimizedExport
         from tilewright.graph_text import UnsupportedError
-        from tilewright.model_capture import capture_model
 
         keep = unit["keep"]
         if keep in self._refused:
@@ -125,12 +126,19 @@ class Worker:
                 if isinstance(self._model, OptimizedExport):
                     self._lowered[keep] = self._model.lowered()
                 else:
-                    captured = capture_model(self._model, self._model.forward, keep)
-                    self._lowered[keep] = captured.lowered
+                    self._lowered[keep] = self._planned(keep)
             except UnsupportedError as error:
                 self._refused[keep] = str(error)
                 raise
         return self._lowered[keep]
+
+    def _planned(self, keep: int) -> Any:
+        from tilewright import core, plans
+
+        model, engine = self._model, core.engine()
+        if key := plans.plan_key(model, model.forward, keep, engine):
+            self._channel.send(plan=key, there=engine.load_plan(key) is not None)
+        return plans.planned_model(model, model.forward, keep, lambda made: made.lowered)
 
     def _load(self, unit: int) -> Any:
         """What cannot be loaded ends the process, with the reason as its last line."""

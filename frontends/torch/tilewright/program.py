@@ -233,6 +233,7 @@ class Executable:
             },
             self.store,
             packed if self._frees else None,  # each at once: else all weights are there twice
+            self.lowered.has_passed,
         )
         if self._frees:
             for name in self.program.packed_sources:
@@ -298,7 +299,7 @@ class Executable:
     def empty_results(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]
     ) -> list[torch.Tensor]:
-        """What `run` returns, uninitialised; also for fake tensors."""
+        """What `run` returns, as meta tensors."""
         symbols: dict[str, Any] = dict(zip(self.lowered.shape_inputs, sizes, strict=True))
         types = [text for _, text in self.program.parameters if not text.startswith("cache")]
         for tensor, text in zip(tensors, types, strict=False):
@@ -306,7 +307,9 @@ class Executable:
             symbols.update(
                 {d: n for d, n in zip(dims, tensor.shape, strict=False) if d.isidentifier()}
             )
-        return [torch.empty(size(symbols), dtype=size.dtype) for size in self._results]
+        return [
+            torch.empty(size(symbols), dtype=size.dtype, device="meta") for size in self._results
+        ]
 
     def _host(self, function: str, attributes: str, inputs: Any, outputs: Any) -> None:
         host.run(

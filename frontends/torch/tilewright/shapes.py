@@ -39,6 +39,7 @@ def model_of_shapes(source: str, dtype: str | None) -> Any:
     wanted = TYPE_NAMES[dtype] if dtype else _stored_type(source, config)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
+    model.tie_weights()  # initialisation would have
     for name, parameter in model.named_parameters():
         kept = llm.parameter_type(model, name, parameter, wanted)
         if kept != parameter.dtype:

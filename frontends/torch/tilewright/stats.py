@@ -17,7 +17,8 @@ def stats() -> dict[str, Any]:
 
     problem: why everything runs in PyTorch, "" if it does not.
     tokens: computed by programs of optimised models (prompts included). fallbacks: calls that ran
-    in PyTorch, by reason. weights: how many were packed, or mapped from files. weight_bytes,
+    in PyTorch, by reason. plans: models captured, loaded from plans in the cache, and why some
+    have none (plans.counters). weights: how many were packed, or mapped from files. weight_bytes,
     cache_bytes: packed weights, and keys and values, that are alive now.
     """
     fallbacks: collections.Counter[str] = collections.Counter()
@@ -34,6 +35,7 @@ def stats() -> dict[str, Any]:
             fallbacks[graph.reason] += graph.fallback_calls
     programs = sys.modules.get("tilewright.program")
     caches = sys.modules.get("tilewright.cache")
+    plans = sys.modules.get("tilewright.plans")
     return {
         "problem": core.unavailable(),
         "tokens": tokens,
@@ -41,6 +43,7 @@ def stats() -> dict[str, Any]:
         "fallbacks": dict(fallbacks),
         "kernels": core.counters(),
         "kernel_cache": dict(core.engine().cache_state()),
+        "plans": plans.counters() if plans is not None else {},
         "weights": core.weight_counters(),
         "weight_bytes": programs.weight_bytes() if programs is not None else 0,
         "cache_bytes": caches.bytes_in_use() if caches is not None else 0,

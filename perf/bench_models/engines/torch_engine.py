@@ -215,5 +215,5 @@ def _watch_tilewright(details: dict[str, float]) -> None:
 
     from tilewright import decoder, program
 
-    watched(decoder, "capture_model", "capture")
+    watched(decoder, "planned_model", "capture")
     watched(program.Executable, "bind", "building")
