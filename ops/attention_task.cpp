@@ -16,7 +16,7 @@ namespace tilewright::ops {
 namespace {
 
 bool fills_tiles(const AttentionTask& task, const Queries& queries) {
-  return queries.count > task.few_queries;
+  return queries.at_once > task.few_queries;
 }
 
 const KvCache* cache_of(const AttentionTask& task, const Frame& frame) {
@@ -314,9 +314,15 @@ std::int64_t sequence_count(const AttentionTask& task, const Frame& frame) {
 
 Queries queries_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence) {
   const KvCache* cache = cache_of(task, frame);
-  if (cache == nullptr || !cache->ragged()) return {sequence, 0, frame.dim(task.queries)};
+  if (cache == nullptr || !cache->ragged()) {
+    const std::int64_t queries = frame.dim(task.queries);
+    return {sequence, 0, queries, queries};
+  }
   const auto& ragged = cache->rows().sequences[static_cast<std::size_t>(sequence)];
-  return {0, ragged.first_row, ragged.rows};
+  // One row is taken for a step of decode. It may be the last of a prompt, and the first few may be
+  // of a long one: nobody says. Those may differ from the prompt at once, as kernels do.
+  const std::int64_t at_once = ragged.rows > 1 ? ragged.length + ragged.rows : 1;
+  return {0, ragged.first_row, ragged.rows, at_once};
 }
 
 KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t batch,
@@ -342,7 +348,7 @@ AttentionScratch scratch_of(const AttentionTask& task, const Frame& frame) {
     const Queries queries = queries_of(task, frame, sequence);
     std::int64_t bytes = scratch_bytes(task.spec);
     if (fills_tiles(task, queries)) {
-      const KeyRange last = keys_of(task, frame, queries.batch, queries.first + queries.count - 1);
+      const KeyRange last = keys_of(task, frame, queries.batch, queries.last());
       bytes = row_bytes(task.spec) + prefill_scratch_bytes(task.spec, last.first + last.count);
     } else {
       few = true;

@@ -6,7 +6,7 @@
 // into parts (attention_kernel.h), which are shared out among threads: 3 heads on 2 threads were
 // done as 2 and 1. Who finishes the last part of a sequence's head merges all of them. In a ragged
 // step (ragged_rows.h) each sequence goes as it would alone, so it gets the bits that it gets
-// alone.
+// alone; several rows of one are a piece of its prompt, which goes as the prompt would.
 //
 // Tested by program_test and task_test.
 #pragma once
@@ -23,6 +23,8 @@ void run(const AttentionTask& task, const Frame& frame, int thread, int threads)
 // The sequences of a step, and where the queries of each are in its tensors [batch, queries].
 struct Queries {
   std::int64_t batch, first, count;
+  std::int64_t at_once;  // alone, they would be the last of so many: chooses the kernel
+  std::int64_t last() const { return first + count - 1; }
 };
 std::int64_t sequence_count(const AttentionTask& task, const Frame& frame);
 Queries queries_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence);

@@ -222,10 +222,10 @@ Status prepare_scratch(State& state, const Frame& frame, int threads) {
 double attention_flops(const AttentionTask& task, const Frame& frame) {
   double keys = 0;
   for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
-    const auto [batch, begin, count] = queries_of(task, frame, sequence);
-    const auto first = static_cast<double>(keys_of(task, frame, batch, begin).count);
-    const auto last = static_cast<double>(keys_of(task, frame, batch, begin + count - 1).count);
-    keys += (first + last) / 2 * static_cast<double>(count);
+    const Queries queries = queries_of(task, frame, sequence);
+    const KeyRange first = keys_of(task, frame, queries.batch, queries.first);
+    const KeyRange last = keys_of(task, frame, queries.batch, queries.last());
+    keys += static_cast<double>((first.count + last.count) * queries.count) / 2;
   }
   return 4.0 * keys * task.spec.head_dim * task.spec.group *
          static_cast<double>(frame.dim(task.kv_heads));
@@ -273,8 +273,8 @@ double bytes_read(const Step& step, const Frame& frame) {
     } else if (const auto* attention = std::get_if<AttentionTask>(&task)) {
       std::int64_t keys = 0;
       for (std::int64_t i = 0; i < sequence_count(*attention, frame); ++i) {
-        const auto [batch, first, count] = queries_of(*attention, frame, i);
-        keys += keys_of(*attention, frame, batch, first + count - 1).count;
+        const Queries queries = queries_of(*attention, frame, i);
+        keys += keys_of(*attention, frame, queries.batch, queries.last()).count;
       }
       bytes += 2.0 * static_cast<double>(keys * frame.dim(attention->kv_heads)) *
                attention->spec.head_dim * graph::size_in_bytes(attention->spec.cache);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <random>
 
 #include "graph/interpret.h"
@@ -283,9 +284,11 @@ TEST(Program, BitsAreTheSameForAnyNumberOfThreads) {
 // Sequences of a ragged step, in pages that lie in disorder.
 struct Conversation {
   std::vector<std::int64_t> chunks;  // new tokens, step by step; 0: it waits
+  std::int64_t prompt;               // so many first tokens go at once when it is alone
   std::int64_t length = 0;
-  std::vector<std::int64_t> pages;
-  std::vector<KvCache> alone;
+  std::vector<std::int64_t> pages = {};
+  std::vector<KvCache> alone = {};
+  std::deque<double> logits = {};  // that it got alone, of the tokens to come
 };
 
 Tensor tokens_of(std::int64_t seed, std::int64_t from, std::int64_t count) {
@@ -311,12 +314,13 @@ TEST_P(Ragged, EachSequenceGetsTheBitsThatItGetsAlone) {
   Model model(llama_graph(shape, true, std::string(graph::name(GetParam())), true), GetParam());
   Program program = model.compile();
   for (const std::int64_t page_tokens : {64, 7}) {
-    // Prompts of all lengths, one in pieces, and decode beside them.
-    std::vector<Conversation> conversations(4);
-    conversations[0].chunks = {1, 1, 1, 1};
-    conversations[1].chunks = {40, 1, 1, 1};
-    conversations[2].chunks = {0, 75, 40, 1};
-    conversations[3].chunks = {3, 0, 16, 17};
+    // Prompts of all lengths, some in pieces, and decode beside them.
+    std::vector<Conversation> conversations(5);
+    conversations[0] = {{1, 1, 1, 1}, 1};
+    conversations[1] = {{40, 1, 1, 1}, 40};
+    conversations[2] = {{0, 75, 40, 1}, 115};
+    conversations[3] = {{20, 0, 16, 2}, 38};
+    conversations[4] = {{5, 7, 0, 1}, 12};
     constexpr std::int64_t kPages = 64;
     const std::int64_t token_bytes =
         shape.kv_heads * shape.head_dim * graph::size_in_bytes(GetParam());
@@ -338,7 +342,7 @@ TEST_P(Ragged, EachSequenceGetsTheBitsThatItGetsAlone) {
     std::int64_t next_page = 0;
     for (std::size_t at = 0; at < 4; ++at) {
       std::vector<RaggedRows::Sequence> sequences;
-      std::vector<Tensor> ids, positions, wanted;
+      std::vector<Tensor> ids, positions;
       for (std::size_t i = 0; i < conversations.size(); ++i) {
         Conversation& each = conversations[i];
         const std::int64_t count = each.chunks[at];
@@ -350,10 +354,16 @@ TEST_P(Ragged, EachSequenceGetsTheBitsThatItGetsAlone) {
         ids.push_back(tokens_of(static_cast<std::int64_t>(i), each.length, count));
         positions.push_back(
             integers({1, count}, [&](std::int64_t row) { return each.length + row; }));
-        std::vector<KvCache*> own;
-        for (KvCache& cache : each.alone) own.push_back(&cache);
-        std::vector<Tensor> inputs{ids.back(), positions.back()};
-        wanted.push_back(run(program, inputs, own, 1)[0]);
+        if (each.length == 0 || each.length >= each.prompt) {
+          const std::int64_t at_once = each.length == 0 ? each.prompt : count;
+          std::vector<Tensor> inputs{
+              tokens_of(static_cast<std::int64_t>(i), each.length, at_once),
+              integers({1, at_once}, [&](std::int64_t row) { return each.length + row; })};
+          std::vector<KvCache*> own;
+          for (KvCache& cache : each.alone) own.push_back(&cache);
+          const Tensor logits = run(program, inputs, own, 1)[0];
+          for (std::int64_t k = 0; k < logits.count(); ++k) each.logits.push_back(logits.get(k));
+        }
         each.length += count;
       }
       auto rows = RaggedRows::make(sequences, page_tokens, kPages * page_tokens);
@@ -361,11 +371,14 @@ TEST_P(Ragged, EachSequenceGetsTheBitsThatItGetsAlone) {
       for (KvCache& cache : paged) cache.begin_step(*rows);
       std::vector<Tensor> inputs{joined(ids), joined(positions)};
       const Tensor all = run(program, inputs, pointers, 3)[0];
+      const std::int64_t vocabulary = all.shape.back();
       std::int64_t value = 0;
-      for (std::size_t i = 0; i < wanted.size(); ++i) {
-        for (std::int64_t k = 0; k < wanted[i].count(); ++k, ++value) {
-          ASSERT_EQ(all.get(value), wanted[i].get(k))
+      for (std::size_t i = 0; i < conversations.size(); ++i) {
+        std::deque<double>& logits = conversations[i].logits;
+        for (std::int64_t k = 0; k < conversations[i].chunks[at] * vocabulary; ++k, ++value) {
+          ASSERT_EQ(all.get(value), logits.front())
               << "step " << at << ", sequence " << i << ", pages of " << page_tokens;
+          logits.pop_front();
         }
       }
     }
