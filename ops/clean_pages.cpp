@@ -6,8 +6,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
+
+#include "ops/threads.h"
 
 namespace tilewright::ops {
 namespace {
@@ -36,18 +39,43 @@ bool all_clean(int page_map, std::uintptr_t begin, std::uintptr_t end) {
   return true;
 }
 
+// The whole pages inside of a piece of memory.
+struct Pages {
+  explicit Pages(std::span<const std::byte> memory) {
+    const auto first = reinterpret_cast<std::uintptr_t>(memory.data());
+    begin = (first + kPage - 1) / kPage * kPage;
+    end = std::max((first + memory.size()) / kPage * kPage, begin);
+  }
+  bool drop() const {
+    return madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED) == 0;
+  }
+
+  std::uintptr_t begin, end;
+};
+
 }  // namespace
 
 bool drop_clean_pages(std::span<const std::byte> memory) {
-  const auto first = reinterpret_cast<std::uintptr_t>(memory.data());
-  const std::uintptr_t begin = (first + kPage - 1) / kPage * kPage;
-  const std::uintptr_t end = (first + memory.size()) / kPage * kPage;
-  if (begin >= end) return false;
+  const Pages pages(memory);
+  if (pages.begin == pages.end) return false;
   const int page_map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   if (page_map < 0) return false;
-  const bool clean = all_clean(page_map, begin, end);
+  const bool clean = all_clean(page_map, pages.begin, pages.end);
   close(page_map);
-  return clean && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED) == 0;
+  return clean && pages.drop();
+}
+
+void drop_pages(std::span<const UnneededMemory> unneeded) {
+  std::atomic<std::size_t> next = 0;
+  run_team(default_threads(), [&](int, int) {
+    for (std::size_t i = next++; i < unneeded.size(); i = next++) {
+      if (unneeded[i].is_free) {
+        Pages(unneeded[i].bytes).drop();
+      } else {
+        drop_clean_pages(unneeded[i].bytes);
+      }
+    }
+  });
 }
 
 }  // namespace tilewright::ops

@@ -47,38 +47,6 @@ std::optional<std::span<const std::byte>> memory_of(const WeightBlock& block, st
                    static_cast<std::size_t>(block.rows * k * element_bytes));
 }
 
-// Of each block: the hash of the hashes of its pieces, in order, whoever computed them.
-std::vector<cache::ContentHash> content_hashes(std::span<const std::span<const std::byte>> blocks,
-                                               const cache::ContentSecret& secret) {
-  constexpr std::size_t piece_bytes = 1 << 20;
-  std::int64_t bytes = 0;
-  std::vector<std::span<const std::byte>> pieces;
-  std::vector<std::size_t> ends;
-  for (std::span<const std::byte> block : blocks) {
-    for (std::size_t at = 0; at < block.size(); at += piece_bytes) {
-      pieces.push_back(block.subspan(at, std::min(piece_bytes, block.size() - at)));
-    }
-    ends.push_back(pieces.size());
-    bytes += static_cast<std::int64_t>(block.size());
-  }
-  std::vector<cache::ContentHash> hashes(pieces.size());
-  run_team(team_for(bytes), [&](int thread, int threads) {
-    const auto range = share(static_cast<std::int64_t>(pieces.size()), thread, threads);
-    for (auto i = static_cast<std::size_t>(range.begin); i < static_cast<std::size_t>(range.end);
-         ++i) {
-      hashes[i] = cache::content_hash(pieces[i], secret);
-    }
-  });
-  std::vector<cache::ContentHash> result;
-  std::size_t begin = 0;
-  for (std::size_t end : ends) {
-    const auto of_block = std::span(hashes).subspan(begin, end - begin);
-    result.push_back(cache::content_hash(std::as_bytes(of_block), secret));
-    begin = end;
-  }
-  return result;
-}
-
 constexpr const char* kTwelveBits = "bf16 in 12 bits";
 
 std::string text_of(PackedForm form) {
@@ -110,7 +78,7 @@ bool fetch_by_team(std::span<const std::byte> mapped) {
 KeptWeights::KeptWeights(cache::WeightDirectory directory, Policy policy, bool checked)
     : directory_(std::move(directory)), policy_(policy), checked_(checked) {}
 
-std::string KeptWeights::key(const WeightRequest& request, bool keep) {
+std::string KeptWeights::key(const WeightRequest& request, bool keep, ContentHashes* ahead) {
   const std::optional<cache::ContentSecret> secret = directory_.secret(keep);
   if (!secret) return {};
   const std::int64_t element_bytes = graph::size_in_bytes(request.source);
@@ -120,7 +88,13 @@ std::string KeptWeights::key(const WeightRequest& request, bool keep) {
     if (!memory) return {};
     blocks.push_back(*memory);
   }
-  const auto hashes = content_hashes(blocks, *secret);
+  std::vector<cache::ContentHash> hashes;
+  for (std::size_t i = 0; ahead != nullptr && i < blocks.size(); ++i) {
+    const std::optional<cache::ContentHash> known = ahead->find(blocks[i]);
+    if (!known) break;
+    hashes.push_back(*known);
+  }
+  if (hashes.size() < blocks.size()) hashes = ContentHashes(blocks, *secret).all();
   std::string text =
       fmt::format("weight {}\n{} k={}{}{}{}\n", cache::kWeightFormat, graph::name(request.source),
                   request.k, request.gated ? " gated" : "", request.forms.exact ? " exact" : "",
@@ -179,7 +153,7 @@ Result<std::shared_ptr<const PackedWeight>> KeptWeights::obtain(const WeightRequ
   std::string name;
   if (policy_ != Policy::off) {
     const Stopwatch watch(spent.hash_seconds);
-    name = key(request, keep);
+    name = key(request, keep, request.ahead);
   }
   if (!name.empty()) {
     const Stopwatch watch(spent.map_seconds);
@@ -198,11 +172,19 @@ Result<std::shared_ptr<const PackedWeight>> KeptWeights::obtain(const WeightRequ
     const Stopwatch watch(spent.write_seconds);
     const std::span data((*weight)->data.get(), static_cast<std::size_t>((*weight)->bytes));
     // Somebody may have written the sources meanwhile: what was packed is then of neither content.
-    if (key(request, keep) == name) {
+    if (key(request, keep, nullptr) == name) {
       directory_.save(name, text_of((*weight)->form), std::as_bytes(data));
     }
   }
   return weight;
+}
+
+std::unique_ptr<ContentHashes> KeptWeights::hash_ahead(std::vector<ContentHashes::Block> blocks) {
+  const auto secret = policy_ == Policy::off ? std::nullopt : directory_.secret(false);
+  if (!secret) return nullptr;
+  auto hashes = std::make_unique<ContentHashes>(std::move(blocks), *secret);
+  hashes->begin();
+  return hashes;
 }
 
 bool KeptWeights::any() { return policy_ != Policy::off && directory_.secret(false).has_value(); }

@@ -15,9 +15,11 @@
 #include <mutex>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "cache/weight_directory.h"
 #include "graph/type.h"
+#include "ops/content_hashes.h"
 #include "ops/weights.h"
 
 namespace tilewright::ops {
@@ -35,6 +37,7 @@ struct WeightRequest {
   graph::DataType source = graph::DataType::f32;
   bool gated = false;
   WeightForms forms;
+  ContentHashes* ahead = nullptr;  // of some of the blocks, if anybody began
 };
 
 class KeptWeights {
@@ -51,6 +54,9 @@ class KeptWeights {
   Result<std::shared_ptr<const PackedWeight>> obtain(const WeightRequest& request, bool keep,
                                                      const Pack& pack);
 
+  // Begins to hash what weights will be looked for by; null if none will be.
+  std::unique_ptr<ContentHashes> hash_ahead(std::vector<ContentHashes::Block> blocks);
+
   // Whether this directory holds, or held, any weight. If not nothing is looked for, nor hashed.
   bool any();
   WeightCounters counters() const;
@@ -58,7 +64,7 @@ class KeptWeights {
 
  private:
   // Empty: it cannot be named, or there is nothing to find.
-  std::string key(const WeightRequest& request, bool keep);
+  std::string key(const WeightRequest& request, bool keep, ContentHashes* ahead);
   std::shared_ptr<const PackedWeight> find(const std::string& key, const WeightRequest& request);
   Result<std::shared_ptr<const PackedWeight>> obtain(const WeightRequest& request, bool keep,
                                                      const Pack& pack, WeightCounters& spent);

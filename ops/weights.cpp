@@ -55,7 +55,8 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::pack(
   }
   const auto make = [&] { return packed(item, forms); };
   Result<std::shared_ptr<const PackedWeight>> weight =
-      kept == nullptr ? make() : kept->obtain({blocks, k, source, gated, forms}, keep, make);
+      kept == nullptr ? make()
+                      : kept->obtain({blocks, k, source, gated, forms, ahead_.get()}, keep, make);
   if (!weight) return weight;
   item.weight = *weight;
   items_.push_back(std::move(item));
@@ -212,8 +213,14 @@ void WeightStore::reserve(std::int64_t bytes) {
   memory_.reserve(static_cast<std::size_t>(bytes));
 }
 
+void WeightStore::hash_ahead(std::vector<ContentHashes::Block> sources, KeptWeights& kept) {
+  std::lock_guard lock(mutex_);
+  ahead_ = kept.hash_ahead(std::move(sources));
+}
+
 void WeightStore::settle() {
   std::lock_guard lock(mutex_);
+  ahead_.reset();
   memory_.settle();
 #ifdef __GLIBC__
   // Released weights below malloc's threshold (32 MB) stay in its free lists: 0.65 GB of a model

@@ -22,6 +22,7 @@
 #include "graph/type.h"
 #include "jit/base/fork_mutex.h"
 #include "jit/base/result.h"
+#include "ops/content_hashes.h"
 #include "ops/gemm/pack.h"
 #include "ops/weight_memory.h"
 
@@ -81,6 +82,9 @@ class WeightStore {
   // Around capture and packing: fetches memory for so many bytes of packed weights meanwhile
   // (weight_memory.h); settle() also returns to the system what sources gave back.
   void reserve(std::int64_t bytes);
+  // Or begins to hash sources that weights of `kept` will be looked for by, until settle().
+  // REQUIRES: they stay as they are.
+  void hash_ahead(std::vector<ContentHashes::Block> sources, KeptWeights& kept);
   void settle();
 
  private:
@@ -100,6 +104,7 @@ class WeightStore {
   const std::optional<AssumedValues> assumed_;
   mutable ForkMutex mutex_;
   WeightMemory memory_;
+  std::unique_ptr<ContentHashes> ahead_;
   std::vector<Item> items_;
   std::uintptr_t last_token_ = 0, trimmed_token_ = 0;
 };

@@ -162,6 +162,22 @@ TEST(CleanPages, GoUnlessSomethingWasWritten) {
   munmap(mapping, bytes);
 }
 
+TEST(CleanPages, FreedMemoryGoesWholePagesOnly) {
+  constexpr std::size_t pages = 64;
+  std::vector<std::vector<char>> memory(9, std::vector<char>(pages * 4096, 'a'));
+  std::vector<UnneededMemory> unneeded;
+  for (std::size_t i = 0; i < memory.size(); ++i) {
+    unneeded.push_back({std::as_bytes(std::span(memory[i]).subspan(10)), i % 2 == 0});
+  }
+  drop_pages(unneeded);
+  drop_pages({});
+  for (std::size_t i = 0; i < memory.size(); ++i) {
+    const auto left = static_cast<std::size_t>(std::count(memory[i].begin(), memory[i].end(), 'a'));
+    // What shares a page with others stays.
+    EXPECT_EQ(left, i % 2 == 0 ? memory[i].size() - (pages - 1) * 4096 : memory[i].size()) << i;
+  }
+}
+
 TEST(CleanPages, AnonymousMemoryStays) {
   std::vector<char> memory(1 << 20, 'a');
   EXPECT_FALSE(drop_clean_pages(std::as_bytes(std::span(memory))));

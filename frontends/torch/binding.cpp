@@ -183,6 +183,16 @@ std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
                      optimized, keep_weights)));
 }
 
+// sources: addresses and bytes.
+void hash_ahead(ops::WeightStore& store, const Engine& engine,
+                const std::vector<std::pair<Address, std::size_t>>& sources) {
+  std::vector<ops::ContentHashes::Block> blocks;
+  for (const auto& [address, bytes] : sources) {
+    blocks.emplace_back(static_cast<const std::byte*>(pointer(address)), bytes);
+  }
+  store.hash_ahead(std::move(blocks), *engine.kept_weights());
+}
+
 std::vector<graph::DataType> input_types(const ops::Program& program) {
   std::vector<graph::DataType> types;
   const graph::Graph& graph = program.graph();
@@ -601,6 +611,7 @@ void bind_program(nb::module_& module) {
              check(self.unpack(pointer(token), pointer(to)));
            })
       .def("reserve", &ops::WeightStore::reserve)
+      .def("hash_ahead", &hash_ahead)
       .def("settle", &ops::WeightStore::settle, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("bytes", &ops::WeightStore::bytes);
   nb::class_<Program>(module, "Program", "What runs: steps of kernels and host calls.")
@@ -689,8 +700,13 @@ NB_MODULE(_core, module) {
         return value_or_throw(ops::print_profile(Target::host().cpu, choices, measured));
       },
       "choices"_a, "measured"_a);
-  module.def("drop_clean_pages", [](Address address, std::size_t bytes) {
-    return ops::drop_clean_pages({static_cast<const std::byte*>(pointer(address)), bytes});
+  module.def("drop_pages", [](const std::vector<std::tuple<Address, std::size_t, bool>>& memory) {
+    nb::gil_scoped_release unlocked;
+    std::vector<ops::UnneededMemory> unneeded;
+    for (const auto& [address, bytes, is_free] : memory) {
+      unneeded.push_back({{static_cast<const std::byte*>(pointer(address)), bytes}, is_free});
+    }
+    ops::drop_pages(unneeded);
   });
   module.def("load_onednn", [](const std::string& path) { check(ops::load_onednn(path)); });
 }

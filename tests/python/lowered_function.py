@@ -10,13 +10,14 @@ from torch.utils import _pytree as pytree
 
 import graph_evaluator
 from tilewright import capture, lower
+from tilewright.lowered import Lowered
 
 
 class LoweredFunction:
     """`compiled(...)` computes with the lowered graphs; `graphs` keeps them."""
 
     def __init__(self, function: Callable[..., Any], dynamic: bool | None = None) -> None:
-        self.graphs: list[lower.Lowered] = []
+        self.graphs: list[Lowered] = []
         self.compiled = torch.compile(function, backend=self.backend, dynamic=dynamic)
 
     def backend(self, gm: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:

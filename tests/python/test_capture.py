@@ -11,6 +11,7 @@ from lowered_function import LoweredFunction
 from tilewright import capture, model_capture, stamp, unify
 from tilewright.dims import Dim
 from tilewright.graph_text import UnsupportedError
+from tilewright.lowered import CapturedModel
 from tiny_models import build, llama_config, prompt, tiny_llama
 
 
@@ -30,7 +31,7 @@ def test_outside_of_torch_compile() -> None:
         capture.from_dynamo(gm, [torch.ones(2)])
 
 
-def run_steps(captured: model_capture.CapturedModel, ids: torch.Tensor, steps: int) -> list[int]:
+def run_steps(captured: CapturedModel, ids: torch.Tensor, steps: int) -> list[int]:
     """Greedy tokens through the graph evaluator."""
     caches = [Cache() for _ in captured.caches]
     positions = torch.arange(ids.shape[1]).expand(ids.shape).contiguous()

@@ -11,7 +11,7 @@ pytest.importorskip("tilewright._core")
 from tilewright import core, host
 from tilewright.dims import Dim
 from tilewright.graph_text import DTYPE_NAMES, Type
-from tilewright.lower import Lowered
+from tilewright.lowered import Lowered
 from tilewright.program import Executable
 
 

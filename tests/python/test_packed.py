@@ -19,7 +19,7 @@ pytest.importorskip("tilewright._core")
 import tilewright
 from tilewright import _core
 from tilewright.decoder import decoder_of
-from tilewright.packed import PackedParameter, Source, release
+from tilewright.packed import PackedParameter, Releases, Source
 from tiny_models import prompt, tiny_llama
 
 
@@ -30,6 +30,13 @@ def packed_parameter(dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, tor
     compile_and_release(layer)
     assert type(layer.weight) is PackedParameter and layer.weight.token is not None
     return layer, expected
+
+
+def release(weight: torch.Tensor, store: _core.WeightStore) -> bool:
+    releases = Releases(store)
+    released = releases.release(weight)
+    releases.finish()
+    return released
 
 
 def compile_and_release(layer: nn.Linear) -> None:

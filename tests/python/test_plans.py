@@ -17,7 +17,8 @@ pytest.importorskip("tilewright._core")
 import tilewright
 from tilewright import core, identity, plans
 from tilewright.decoder import decoder_of
-from tilewright.model_capture import RAGGED, capture_model
+from tilewright.lowered import RAGGED
+from tilewright.model_capture import capture_model
 from tiny_models import prompt, tiny_llama
 
 

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from tilewright import _core, capture_ops, core, ragged, rotary
+from tilewright import _core, core, ragged, rotary
 from tilewright.cache import BlockLayer, adopt
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
-from tilewright.model_capture import RAGGED, CapturedModel
+from tilewright.lowered import RAGGED, CapturedModel
 from tilewright.module_state import ModuleState
 from tilewright.packed import stand_ins, unpack_all
 from tilewright.plans import RefusedPlanError, planned_model
@@ -138,13 +138,13 @@ class Decoder(InstalledForward):
                 return self._fall_back(str(reason), args, kwargs)
 
     def _run_parts(self, reason: str, args: Any, kwargs: Any) -> Any:
+        from tilewright import backend, capture_ops
+
         if capture_ops.other_cache_layer(self.model.config):
             # States over time are loops over tokens, which Dynamo would unroll for every length.
             return self._fall_back(reason, args, kwargs)
         if self.no_parts:
             return self._fall_back(self.no_parts, args, kwargs)
-        from tilewright import backend
-
         if self.by_parts is None:
             name = type(self.model).__name__
             core.say_once(f"{name} is no single program, torch.compile takes its parts: {reason}")
@@ -450,9 +450,8 @@ class Decoder(InstalledForward):
         if logits_to_keep == RAGGED and self._not_ragged:
             raise NotRunnableError(self._not_ragged)
         try:
-            # Not where weights may come from files: those need no memory.
-            if not self._programs and not core.engine().keeps_weights():
-                self._store.reserve(_packed_bytes(self.model))
+            if not self._programs:
+                self._begin_packing()
             try:
                 made = self._planned(logits_to_keep)
             except RefusedPlanError:
@@ -470,6 +469,20 @@ class Decoder(InstalledForward):
         if self._state is None or not self._state.is_current():  # capture replaced parameters
             self._state = ModuleState(self.model)
         return made
+
+    def _begin_packing(self) -> None:
+        """What needs no Python, while Python looks for a plan or captures the model."""
+        engine, weights = core.engine(), _matrices(self.model)
+        if engine.keeps_weights():
+            memory = [
+                (weight.data_ptr(), weight.numel() * weight.element_size())
+                for weight in weights
+                if type(weight) is torch.nn.Parameter and weight.is_contiguous()
+            ]
+            self._store.hash_ahead(engine, memory)
+        else:
+            # Pages cost as much as packing, and pay although capture is 0.6 s slower beside it.
+            self._store.reserve(sum(weight.numel() * weight.element_size() for weight in weights))
 
     def _planned(
         self, logits_to_keep: int, may_load: bool = True
@@ -535,8 +548,8 @@ def decoder_of(model: Any) -> Decoder | None:
     return installed if isinstance(installed, Decoder) else None
 
 
-def _packed_bytes(model: Any) -> int:
-    """About what its packed weights will take: matrices, but for tables that are only looked up."""
+def _matrices(model: Any) -> list[torch.nn.Parameter]:
+    """About what will be packed: matrices, but for tables that are only looked up."""
     matrices = {
         id(parameter): parameter
         for module in model.modules()
@@ -544,7 +557,7 @@ def _packed_bytes(model: Any) -> int:
         for parameter in module.parameters(recurse=False)
         if parameter.dim() == 2
     }
-    return sum(p.numel() * p.element_size() for p in matrices.values())
+    return list(matrices.values())
 
 
 def _flat(arguments: dict[str, Any]) -> dict[str, Any]:

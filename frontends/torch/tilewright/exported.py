@@ -24,7 +24,8 @@ from tilewright import capture, core, torchscript
 from tilewright.backend import CompiledGraph, check_inputs, first_line
 from tilewright.dims import Dim
 from tilewright.graph_text import UnsupportedError
-from tilewright.lower import Lowered, lower
+from tilewright.lower import lower
+from tilewright.lowered import Lowered
 from tilewright.outputs import storage_key
 
 MAX_PROGRAMS = 16  # per TorchScript module: one for each signature of shapes

@@ -13,7 +13,7 @@ from typing import Any
 from tilewright import _core, core
 from tilewright.decoder import decoder_of
 from tilewright.graph_text import DTYPE_NAMES, UnsupportedError
-from tilewright.model_capture import CapturedModel
+from tilewright.lowered import CapturedModel
 from tilewright.plans import planned_model
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,49 +34,10 @@ from tilewright import (
 )
 from tilewright.dims import Derived, Dim
 from tilewright.graph_text import GraphBuilder, Type, UnsupportedError, Value, tensor_type
+from tilewright.lowered import Lowered
 from tilewright.outputs import Output, OutputPlanner, storage_key
 
 NO_OPS = ("_set_grad_enabled", "_inference_mode", "_enter_inference_mode", "_exit_inference_mode")
-
-
-@dataclass
-class Lowered:
-    """What the core and a call need to know about a graph."""
-
-    text: str  # as captured, or after the core's passes (has_passed)
-    constants: dict[str, torch.Tensor]
-    inputs: list[int]  # placeholders that are tensor parameters of the program, in its order
-    shape_inputs: list[str]  # further parameters u8[symbol, 0]: they only carry the symbol's value
-    bindings: dict[str, tuple[int, int | None]]  # symbol -> (placeholder, axis or the int itself)
-    outputs: list[Output]
-    output_tree: Any
-    results: list[Type]  # of the program's outputs, in order
-    tokens: Dim | None  # of each sequence in one call; one means decode
-    mutated: frozenset[int]  # placeholders that a run writes
-    externals: list[tuple[str, str]] = field(default_factory=list)  # (function, reason)
-    derived: dict[str, Derived] = field(default_factory=dict)  # symbols computed from the bound
-    at_most: list[tuple[Dim, Dim]] = field(default_factory=list)  # in every call: first <= second
-    caches: list[int] = field(default_factory=list)  # layers whose caches are parameters, in order
-    has_passed: bool = False
-
-    def symbols(self, arguments: Sequence[Any]) -> dict[str, int]:
-        """The symbols' values in a call with these arguments. Raises UnsupportedError if the
-        program is not for them."""
-        found = {
-            name: arguments[i] if axis is None else arguments[i].shape[axis]
-            for name, (i, axis) in self.bindings.items()
-        }
-        for name, derived in self.derived.items():
-            try:
-                found[name] = derived.compute(*(found[symbol] for symbol in derived.symbols))
-            except ZeroDivisionError:
-                raise UnsupportedError(f"the size {name} divides by zero in this call") from None
-            if found[name] < 0:
-                raise UnsupportedError(f"the size {name} is negative in this call")
-        for size, limit in self.at_most:
-            if size.evaluate(found) > limit.evaluate(found):
-                raise UnsupportedError(f"an index up to {size} of only {limit} in this call")
-        return found
 
 
 class Call:

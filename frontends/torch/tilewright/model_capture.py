@@ -17,7 +17,6 @@ Tested by tests/python/test_capture.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -26,31 +25,15 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from tilewright import capture, capture_ops, graph_text, rotary, stamp
-from tilewright.dims import Dim
 from tilewright.expand import body_of, expand_layers
 from tilewright.graph_text import Type, UnsupportedError, Value
-from tilewright.lower import Call, Lowered, Lowerer, result_types
+from tilewright.lower import Call, Lowerer, result_types
+from tilewright.lowered import RAGGED, CacheShape, CapturedModel, lowered_model
 from tilewright.unify import CHOSEN, SAMPLES, unify
 
 _OTHER_MASK = "a mask that is neither causal nor a window"
 _NAMESPACE = "tilewright_capture"
 _RESULTS = ("logits", "past_key_values")
-RAGGED = -1  # in the place of logits_to_keep: the step's third input says which
-
-
-@dataclass
-class CapturedModel:
-    lowered: Lowered
-    output_type: type  # what the model's forward returns
-    caches: list[CacheShape] = field(default_factory=list)  # the program's, in order
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    layer: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
 
 
 def capture_model(
@@ -108,30 +91,6 @@ def _capture(
         logits_to_keep,
     )
     return CapturedModel(lowered, output_type, caches)
-
-
-def lowered_model(
-    text: str,
-    constants: dict[str, torch.Tensor],
-    results: list[Type],
-    externals: list[tuple[str, str]],
-    logits_to_keep: int,
-) -> Lowered:
-    """The graph of a whole model, whose inputs are always the same."""
-    ragged = logits_to_keep == RAGGED
-    return Lowered(
-        text=text,
-        constants=constants,
-        inputs=[0, 1, 2] if ragged else [0, 1],
-        shape_inputs=[],
-        bindings={"s": (0, 1), "n": (2, 0)} if ragged else {"b": (0, 0), "s": (0, 1)},
-        outputs=[],
-        output_tree=None,
-        results=results,
-        tokens=Dim.symbol("s"),
-        mutated=frozenset(),
-        externals=externals,
-    )
 
 
 def _cache_sizes(type_: Type) -> tuple[int, int]:

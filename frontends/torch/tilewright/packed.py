@@ -146,35 +146,68 @@ def _plain(tree: Any) -> Any:
     return pytree.tree_map_only(PackedParameter, PackedParameter.values, tree)
 
 
-def release(parameter: torch.Tensor, store: Any) -> bool:
-    """Frees a packed parameter's own memory: the object becomes a PackedParameter.
+class Releases:
+    """Gives back the memory of parameters that were packed: the objects become PackedParameters.
 
-    False, and nothing happens, if it must stay: the store holds it not exactly once, or somebody
-    holds it in a way that a change of what it is would not reach.
+    Their pages go in groups, on all threads; `finish` ends the last group. Not thread-safe.
     """
-    if type(parameter) is not nn.Parameter or not parameter.is_contiguous():
-        return False
-    # Tensors of a mapped checkpoint share one mapping, which stays as long as one of them does. A
-    # page that comes back is read from the file.
-    size = parameter.numel() * parameter.element_size()
-    _core.drop_clean_pages(parameter.data_ptr(), size)
-    if parameter.grad is not None or parameter._backward_hooks or weakref.getweakrefs(parameter):
-        return False
-    storage = parameter.untyped_storage()
-    if storage.nbytes() != size:
-        return False  # a part of something larger: freeing it would free nothing
-    if torch._C._storage_Use_Count(storage._cdata) > 2:
-        return False  # another tensor shares the values, and may write them
-    del storage
-    token = store.release(parameter.data_ptr())
-    if not token:
-        return False
-    packed = PackedParameter.of(parameter, Source(store, token))
-    try:
-        torch.utils.swap_tensors(parameter, packed)
-    except RuntimeError:
-        return False  # the token goes, and with it the store's copy; the program keeps its own
-    return True
+
+    _GROUP_BYTES = 64 << 20
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._bytes = 0
+        # Address, bytes, whether it is freed next; and who has that memory until then.
+        self._memory: list[tuple[int, int, bool]] = []
+        self._owners: list[torch.Tensor] = []
+
+    def release(self, parameter: torch.Tensor) -> bool:
+        """False, and nothing happens, if it must stay: the store holds it not exactly once, or
+        somebody holds it in a way that a change of what it is would not reach."""
+        if type(parameter) is not nn.Parameter or not parameter.is_contiguous():
+            return False
+        memory = (parameter.data_ptr(), parameter.numel() * parameter.element_size())
+        packed = self._packed(parameter, *memory)
+        # Tensors of a mapped checkpoint share one mapping, which stays as long as one of them does.
+        # A page that comes back is read from the file.
+        owner = parameter if packed is None else packed
+        owns = packed is not None and packed.untyped_storage().resizable()  # torch allocated it
+        self._memory.append((*memory, owns))
+        self._owners.append(owner)
+        self._bytes += memory[1]
+        if self._bytes > self._GROUP_BYTES:
+            self.finish()
+        return packed is not None
+
+    def finish(self) -> None:
+        _core.drop_pages(self._memory)
+        self._memory.clear()
+        self._owners.clear()
+        self._bytes = 0
+
+    def _packed(self, parameter: nn.Parameter, place: int, size: int) -> torch.Tensor | None:
+        """Makes it a PackedParameter, and returns an object that is what it was."""
+        if (
+            parameter.grad is not None
+            or parameter._backward_hooks
+            or weakref.getweakrefs(parameter)
+        ):
+            return None
+        storage = parameter.untyped_storage()
+        if storage.nbytes() != size:
+            return None  # a part of something larger: freeing it would free nothing
+        if torch._C._storage_Use_Count(storage._cdata) > 2:
+            return None  # another tensor shares the values, and may write them
+        del storage
+        token = self._store.release(place)
+        if not token:
+            return None
+        packed = PackedParameter.of(parameter, Source(self._store, token))
+        try:
+            torch.utils.swap_tensors(parameter, packed)
+        except RuntimeError:
+            return None  # the token goes, and with it the store's copy; the program keeps its own
+        return packed
 
 
 def address(tensor: torch.Tensor) -> int:

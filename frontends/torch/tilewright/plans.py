@@ -28,7 +28,7 @@ from tilewright import core, identity
 from tilewright.capture import no_collection
 from tilewright.dims import Dim
 from tilewright.graph_text import DTYPE_NAMES, DTYPES, Type
-from tilewright.model_capture import CacheShape, CapturedModel, capture_model, lowered_model
+from tilewright.lowered import CacheShape, CapturedModel, lowered_model
 
 _MOST_LITERAL_BYTES = 1 << 20  # of a plan; a model with more numbers in its code is captured
 _FIELDS = frozenset({"output", "caches", "results", "constants", "literals", "externals"})
@@ -96,6 +96,8 @@ def planned_model(
             _drop(engine, key, f"refused plan: {reason}")
             raise RefusedPlanError(str(reason)) from None
     with _timed("capture"):
+        from tilewright.model_capture import capture_model
+
         captured = capture_model(model, forward, logits_to_keep)
         captured.lowered.text = engine.optimize(captured.lowered.text)
         captured.lowered.has_passed = True

@@ -22,8 +22,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tilewright import _core, core, host, operators, profile
 from tilewright.graph_text import DTYPE_NAMES, DTYPES, Type
-from tilewright.lower import Lowered
-from tilewright.packed import PackedParameter, address, release
+from tilewright.lowered import Lowered
+from tilewright.packed import PackedParameter, Releases, address
 
 _stores: Any = WeakIdKeyDictionary()
 
@@ -221,9 +221,10 @@ class Executable:
             self.store = store_for(constants.values())
         given = constants | self._copies
         _forget_changed(self.store, given.values())
+        releases = Releases(self.store)
 
         def packed(name: str) -> None:
-            release(constants[name], self.store)
+            releases.release(constants[name])
 
         self.program = core.engine().compile(
             self.lowered.text,
@@ -238,6 +239,7 @@ class Executable:
         if self._frees:
             for name in self.program.packed_sources:
                 packed(name)
+            releases.finish()
         _remember(self.store, given.values())
         self.weights = Weights(constants)
         compute = weakref.WeakMethod(self._host)

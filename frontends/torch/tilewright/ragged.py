@@ -24,7 +24,7 @@ import torch
 
 from tilewright import core
 from tilewright.graph_text import DTYPE_NAMES, UnsupportedError
-from tilewright.model_capture import CacheShape
+from tilewright.lowered import CacheShape
 
 # The runner's, beside those of any forward.
 _KNOWN = frozenset(
