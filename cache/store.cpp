@@ -120,15 +120,23 @@ struct Store::State {
     return make_trusted_directory(objects->get(), shard);
   }
 
-  // Calls visit(shard descriptor, shard name, file name) for every file below objects/.
+  // Calls visit(shard descriptor, shard name, file name) for every file below objects/, and
+  // refused(path, reason) for directories that are not to be trusted.
   void for_each_file(
-      const std::function<void(int, const std::string&, const std::string&)>& visit) const {
+      const std::function<void(int, const std::string&, const std::string&)>& visit,
+      const std::function<void(const std::string&, const std::string&)>& refused = {}) const {
     bool absent = false;
+    const auto refuse = [&](const std::string& path, const Error& reason) {
+      if (!absent && refused) refused(path, reason.message);
+    };
     const Result<FileDescriptor> objects = open_trusted_directory(root.get(), "objects", &absent);
-    if (!objects) return;
+    if (!objects) return refuse("objects", objects.error());
     for (const std::string& shard_name : names_in(objects->get())) {
       const auto shard = open_trusted_directory(objects->get(), shard_name, &absent);
-      if (!shard) continue;
+      if (!shard) {
+        refuse("objects/" + shard_name, shard.error());
+        continue;
+      }
       for (const std::string& name : names_in(shard->get())) visit(shard->get(), shard_name, name);
     }
   }
@@ -354,7 +362,7 @@ std::uint64_t Store::prune(std::uint64_t max_bytes) {
 std::vector<Listing> Store::list() const {
   std::vector<Listing> listings;
   if (!state_->root.valid()) return listings;
-  state_->for_each_file([&](int shard, const std::string& shard_name, const std::string& name) {
+  const auto visit = [&](int shard, const std::string& shard_name, const std::string& name) {
     if (!is_entry(name)) return;
     Listing listing;
     listing.file = "objects/" + shard_name + "/" + name;
@@ -383,6 +391,11 @@ std::vector<Listing> Store::list() const {
       listing.code_bytes = entry.code.size();
     }
     listings.push_back(std::move(listing));
+  };
+  state_->for_each_file(visit, [&](const std::string& path, const std::string& reason) {
+    Listing& listing = listings.emplace_back();
+    listing.file = path;
+    listing.problem = reason;
   });
   return listings;
 }

@@ -39,7 +39,8 @@ struct Counters {
   std::map<std::string, std::uint64_t> write_problems;  // why write_failures
 };
 
-// One file of the cache, verified.
+// One file of the cache, verified; or a directory of it that is not to be trusted, with the
+// problem.
 struct Listing {
   std::string file;     // relative to the directory
   bool plan = false;    // else a kernel

@@ -308,6 +308,11 @@ std::vector<WeightListing> WeightDirectory::list(bool checked) const {
   if (!state_->root.valid()) return listings;
   bool absent = false;
   const auto folder = open_trusted_directory(state_->root.get(), kFolder, &absent);
+  if (!folder && !absent) {
+    WeightListing& listing = listings.emplace_back();
+    listing.file = kFolder;
+    listing.problem = folder.error().message;
+  }
   if (!folder) return listings;
   for (const std::string& name : names_in(state_->path())) {
     if (!name.ends_with(kSuffix)) continue;

@@ -13,6 +13,7 @@
 #include <csignal>
 #include <numeric>
 
+#include "cache/weight_directory.h"
 #include "tests/cache_fixture.h"
 #include "tests/fault_count.h"
 #include "tests/system_call_trace.h"
@@ -56,6 +57,11 @@ class CacheFaultTest : public CacheTest {
   const Entry entry_ = make_entry("linear 1x32", 140'000);
   const Entry broken_ = make_entry("broken");
   const Entry fresh_ = make_entry("fresh", 3000);
+  const Entry kept_ = make_entry("kept", 3000);  // its code stands for a weight's data
+
+  WeightDirectory keep_weights() const {
+    return WeightDirectory::open(directory(), Mode::read_write, 0);
+  }
 
   std::vector<Operation> operations() const {
     const auto save = [this](Store& store) {
@@ -79,17 +85,33 @@ class CacheFaultTest : public CacheTest {
          [this](Store& store) { return store.load(broken_.key_text, kHost) ? 1 : 0; }},
         {"save", false, save},
         {"save by rename", true, save},
+        {"keep a weight", false,
+         [this](Store&) {
+           WeightDirectory weights = keep_weights();
+           weights.save(entry_.key_text, "bf16", entry_.code);
+           const WeightCounters counters = weights.counters();
+           return counters.writes + counters.write_failures <= 1 ? 0 : 1;
+         }},
+        {"find a weight", false,
+         [this](Store&) {
+           const auto found = keep_weights().map(kept_.key_text, true, {});
+           return !found ||
+                          std::ranges::equal(std::span(found->data.get(), found->bytes), kept_.code)
+                      ? 0
+                      : 1;
+         }},
         {"prune", false, [](Store& store) { return store.prune(0) <= 2 ? 0 : 1; }},
     };
   }
 
-  // The directory as every operation finds it: one good entry, one broken file.
+  // The directory as every operation finds it: one good entry, one broken file, one weight.
   void fill() const {
     std::error_code ignored;
     fs::remove_all(directory(), ignored);
     Store store = open();
     store.save(entry_);
     store.save(broken_);
+    keep_weights().save(kept_.key_text, "bf16", kept_.code);
     fs::resize_file(path_of(broken_.key_text), 150);
   }
 
@@ -100,6 +122,9 @@ class CacheFaultTest : public CacheTest {
       if (!listing.problem.empty() && listing.file.find(broken_key()) == std::string::npos) {
         return false;
       }
+    }
+    for (const WeightListing& listing : keep_weights().list(true)) {
+      if (!listing.problem.empty()) return false;
     }
     for (const Entry* entry : {&entry_, &fresh_, &broken_}) {
       if (const auto loaded = store.load(entry->key_text, kHost); loaded && *loaded != *entry) {
@@ -169,7 +194,7 @@ TEST_F(CacheFaultTest, KilledAtEverySystemCall) {
     if (item.is_regular_file()) utimensat(AT_FDCWD, item.path().c_str(), times, 0);
   }
   store.prune(0);
-  for (const auto& item : fs::recursive_directory_iterator(directory())) {
+  for (const auto& item : fs::recursive_directory_iterator(fs::path(directory()) / "objects")) {
     left += item.is_regular_file();
   }
   EXPECT_EQ(left, 0);

@@ -91,6 +91,10 @@ TEST_F(CacheTrustTest, DirectoriesThatOthersCanWriteAreRejected) {
   for (const fs::path& path : {shard, shard.parent_path()}) {
     ASSERT_EQ(chmod(path.c_str(), 0720), 0);
     expect_reject("linear 1x32", "directory writable by others");
+    const std::vector<Listing> listings = open().list();  // none of its files is passed over
+    ASSERT_EQ(listings.size(), 1u);
+    EXPECT_EQ(listings[0].file, fs::relative(path, directory()).string());
+    EXPECT_EQ(listings[0].problem, "directory writable by others");
     ASSERT_EQ(chmod(path.c_str(), 0700), 0);
   }
   for (mode_t mode : {0702u, 0720u, 0777u, 01777u}) {

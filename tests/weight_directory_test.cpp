@@ -210,6 +210,9 @@ TEST_F(WeightDirectoryTest, FilesThatOthersCouldHaveMadeAreMisses) {
   fs::remove(weight_path());
   ASSERT_EQ(chmod((fs::path(directory()) / "weights").c_str(), 0770), 0);
   expect_miss({{"directory writable by others", 1}});
+  const std::vector<WeightListing> listings = weights().list(false);
+  ASSERT_EQ(listings.size(), 1u);
+  EXPECT_EQ(listings[0].file + ": " + listings[0].problem, "weights: directory writable by others");
 }
 
 TEST_F(WeightDirectoryTest, AFileOfAnotherOwnerIsAMiss) {

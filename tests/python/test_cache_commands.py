@@ -91,6 +91,11 @@ def test_verify_finds_damage(command, places: list[str]) -> None:
     assert json.loads(listed)["rejects"] == {"wrong digest": 1}
     assert "not used: wrong digest (1)" in command("cache", "ls", "--at", directory).stdout
 
+    victim.parent.chmod(0o777)  # nothing in it is looked at, and that is said
+    said = command("cache", "verify", directory, code=1).stderr
+    assert f"objects/{victim.parent.name}: directory writable by others" in said
+    victim.parent.chmod(0o700)
+
     Path(pack).chmod(0o644)
     damaged = bytearray(Path(pack).read_bytes())
     damaged[len(damaged) // 2] ^= 1
