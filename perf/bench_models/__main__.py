@@ -1,5 +1,5 @@
-"""The commands behind ./dev bench: setup, roof, models, ops, encoder, start, cache, report
-and compare.
+"""The commands behind ./dev bench: setup, roof, models, ops, encoder, generation, start, cache,
+report and compare.
 
 Tested by tests/python/test_bench_models.py.
 """
@@ -245,6 +245,47 @@ def cache(
                 print(f"  {what:40}{count:10}{opening:10.2f}{passed:10.2f}{goal:6.0f}")
     if output is not None:
         output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@app.command()
+def generation(
+    model: Annotated[str, typer.Option("--models")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",
+    count: Annotated[int, typer.Option(help="requests")] = 16,
+    new: Annotated[int, typer.Option(help="new tokens of each")] = 32,
+    rounds: Annotated[int, typer.Option(help="blocks to keep of each way")] = 5,
+    threads: Annotated[int, typer.Option()] = 2,
+    output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
+) -> None:
+    """Requests of all lengths at once, and prompt lookup: speed, and lonely tokens."""
+    import torch
+
+    from bench_models import generation as ways
+    from bench_models import models as known
+
+    torch.set_num_threads(threads)
+    limits = gate.measure(threads)
+    record = results.new_record("generation", limits, threads)
+    record["versions"] = {"torch": torch.__version__}
+    record["cases"] = []
+    probe = gate.Gate(threads)
+    try:
+        for name, kind in ((name, kind) for name in _split(model) for kind in _split(dtype)):
+            directory = known.directory_of(name)
+            _say(f"{name} {kind}: requests")
+            found = [ways.requests_case(directory, kind, count, new, probe, rounds)]
+            for repeats in (True, False) if (directory / "tokenizer.json").exists() else ():
+                _say(f"{name} {kind}: prompt lookup")
+                found.append(ways.lookup_case(directory, kind, repeats, 8 * new, probe, rounds))
+            for case in found:
+                case["case"] = f"{name} {case['case']}"
+                table.print_ways(case, Console(width=None if Console().is_terminal else 150))
+                record["cases"].append(case)
+    finally:
+        probe.close()
+    path = output or results.default_path(record)
+    results.write(record, path)
+    print(f"wrote {path}")
 
 
 @app.command()

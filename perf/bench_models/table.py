@@ -151,3 +151,20 @@ def print_encoder(record: dict[str, Any], console: Console) -> None:
             f"{row['kept']}+{row['dropped']}",
         )
     console.print(table)
+
+
+def print_ways(case: dict[str, Any], console: Console) -> None:
+    """A line per way to generate; ratios are times faster than it the first one is."""
+    first = next(iter(case["ways"]))
+    table = Table(title=case["case"], title_justify="left")
+    for column in ("way", "tokens/s", f"{first} ahead", "lonely tokens", "blocks"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for name, row in case["ways"].items():
+        table.add_row(
+            name,
+            f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else "-",
+            interval(row["ratio"]) if "ratio" in row else "-",
+            f"{row['alike']} of {case['requests']}",
+            f"{row['kept']}+{row['dropped']}" if "kept" in row else "-",
+        )
+    console.print(table)

@@ -21,6 +21,7 @@ from bench_models import (
     compare,
     encoders,
     figures,
+    generation,
     gguf_file,
     intervals,
     latest,
@@ -324,6 +325,19 @@ def test_an_encoder_is_measured_and_checked() -> None:
         encoders.check_names(["inductor", "inductor:freezing"])
     console = Console(file=io.StringIO(), width=150)
     table.print_encoder({"machine": {"cpu": "x"}, "cases": [record]}, console)
+    assert "tilewright ahead" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_ways_to_generate_are_measured_and_checked(model_directory: Path) -> None:
+    tiny = generation.requests_case(model_directory, "fp32", 3, 4, StillMachine(), 1)
+    lookup = generation.lookup_case(model_directory, "fp32", True, 4, StillMachine(), 1)
+    for case in (tiny, lookup):
+        assert all(row["alike"] == case["requests"] for row in case["ways"].values()), case
+        first, *others = case["ways"].values()
+        assert "ratio" not in first and first["tokens_per_second"] > 0
+        assert all(row["ratio"]["median"] > 0 and row["kept"] == 1 for row in others)
+    console = Console(file=io.StringIO(), width=150)
+    table.print_ways(tiny, console)
     assert "tilewright ahead" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
