@@ -26,7 +26,7 @@ Result<std::vector<std::byte>> encode(const Entry& entry, std::string_view gener
   const std::array<std::span<const std::byte>, kParts> parts = {
       std::as_bytes(std::span(generator)), std::as_bytes(std::span(entry.key_text)),
       std::as_bytes(std::span(entry.name)), std::span(entry.code),
-      std::as_bytes(std::span(entry.recipe))};
+      std::as_bytes(std::span(entry.recipe.packed()))};
   std::uint64_t total = kHeaderBytes + kTrailerBytes;
   for (const auto& part : parts) total += part.size();
   if (total > kEntryMaxBytes) return Error{"entry too large"};
@@ -70,7 +70,7 @@ Result<DecodedEntry> decode(std::span<const std::byte> bytes) {
   decoded.entry.name = to_string(parts[2]);
   decoded.entry.required_isa = read_integer<std::uint32_t>(bytes, 12);
   decoded.entry.code.assign(parts[3].begin(), parts[3].end());
-  decoded.entry.recipe = to_string(parts[4]);
+  decoded.entry.recipe = Recipe::of_packed(parts[4]);
   return decoded;
 }
 

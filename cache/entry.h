@@ -15,12 +15,13 @@
 #include <string_view>
 #include <vector>
 
+#include "cache/recipe.h"
 #include "jit/base/result.h"
 #include "jit/base/target.h"
 
 namespace tilewright::cache {
 
-constexpr std::uint32_t kEntryFormat = 1;
+constexpr std::uint32_t kEntryFormat = 2;
 constexpr std::size_t kEntryMinBytes = 64 + 32;   // header and trailer
 constexpr std::size_t kEntryMaxBytes = 16 << 20;  // larger files are not read
 
@@ -29,7 +30,7 @@ struct Entry {
   std::string name;             // as perf and gdb show the kernel; of a plan, "plan_" and the model
   IsaMask required_isa = 0;     // collected from the instructions emitted
   std::vector<std::byte> code;  // position independent, no relocations
-  std::string recipe;           // the VIR text that the code was emitted from; of a plan, itself
+  Recipe recipe;                // the VIR text that the code was emitted from; of a plan, itself
 
   friend bool operator==(const Entry&, const Entry&) = default;
 };

@@ -120,7 +120,7 @@ std::pair<std::size_t, std::size_t> place(std::vector<Placement>& placements, st
   for (Placement& placement : placements) {
     const Entry& entry = *placement.entry;
     placement.texts = end;
-    end += entry.key_text.size() + entry.name.size() + entry.recipe.size();
+    end += entry.key_text.size() + entry.name.size() + entry.recipe.packed().size();
   }
   const std::size_t code = aligned(end, kCodeAlignment);
   end = code;
@@ -205,14 +205,14 @@ Result<std::vector<std::byte>> encode_pack(std::span<const Entry> entries,
     append_integer(bytes, entry.required_isa);
     append_integer(bytes, std::uint32_t{0});
     for (std::size_t field : {placement.texts, entry.key_text.size(), entry.name.size(),
-                              entry.recipe.size(), placement.code, entry.code.size()}) {
+                              entry.recipe.packed().size(), placement.code, entry.code.size()}) {
       append_integer(bytes, std::uint64_t{field});
     }
   }
   for (const Placement& placement : placements) {
     append(bytes, placement.entry->key_text);
     append(bytes, placement.entry->name);
-    append(bytes, placement.entry->recipe);
+    append(bytes, placement.entry->recipe.packed());
   }
   bytes.resize(code_end);
   for (const Placement& placement : placements) {
@@ -289,7 +289,7 @@ Entry Pack::entry(std::size_t index) const {
           to_string(record.name),
           record.required_isa,
           {record.code.begin(), record.code.end()},
-          to_string(record.recipe)};
+          Recipe::of_packed(record.recipe)};
 }
 
 std::string Pack::key(std::size_t index) const { return hex(records_[index].key); }

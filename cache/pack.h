@@ -22,7 +22,7 @@
 
 namespace tilewright::cache {
 
-constexpr std::uint32_t kPackFormat = 1;
+constexpr std::uint32_t kPackFormat = 2;
 constexpr std::size_t kPackMaxBytes = std::size_t{1} << 30;  // larger files are not read
 
 // The bytes depend on the set of entries only. Error: two different entries of one key, or more

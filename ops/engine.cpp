@@ -13,7 +13,7 @@
 
 namespace tilewright::ops {
 
-constexpr int kPlanFormat = 1;
+constexpr int kPlanFormat = 2;
 
 const std::vector<ConfiguredPack>& configured_packs() {
   static const std::vector<ConfiguredPack> packs = [] {
@@ -126,12 +126,13 @@ std::string Engine::plan_key(std::string_view model) const {
 std::optional<std::string> Engine::load_plan(std::string_view key) const {
   std::optional<cache::Entry> entry = store_->load(key, target_.isa);
   if (!entry) return std::nullopt;
-  return std::move(entry->recipe);
+  Result<std::string> plan = entry->recipe.text();
+  return plan ? std::optional(std::move(*plan)) : std::nullopt;
 }
 
 void Engine::save_plan(const std::string& key, const std::string& name,
                        const std::string& plan) const {
-  store_->save({key, name, 0, {}, plan});
+  store_->save({key, name, 0, {}, cache::Recipe(plan)});
 }
 
 Result<graph::Graph> Engine::parsed(const std::string& text) {

@@ -23,7 +23,7 @@ Result<cache::Entry> emit_entry(const std::string& key, const std::string& name,
   Result<jit::CodeObject> code = jit::emit(function, target);
   if (!code) return Error{fmt::format("{}: {}", name, code.error().message)};
   return cache::Entry{key, name, code->required_isa, std::move(code->bytes),
-                      jit::vir::print(function)};
+                      cache::Recipe(jit::vir::print(function))};
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ inline Entry make_entry(const std::string& key_text, std::size_t code_bytes = 20
   for (std::size_t i = 0; i < code_bytes; ++i) {
     entry.code.push_back(static_cast<std::byte>(random()));
   }
-  entry.recipe = "kernel linear_f32 {\n  return\n}\n";
+  entry.recipe = Recipe("kernel linear_f32 {\n  return\n}\n");
   return entry;
 }
 

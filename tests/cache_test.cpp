@@ -34,7 +34,7 @@ TEST(KeyTest, FieldsDoNotRunIntoEachOther) {
 // The name of an entry is part of the format: caches of other processes depend on it.
 TEST(KeyTest, NameIsSha256OfTaggedFields) {
   std::string bytes = "f";
-  bytes += std::string("\x01\0\0\0\0\0\0\0", 8) + "1";
+  bytes += std::string("\x01\0\0\0\0\0\0\0", 8) + "2";
   bytes += "g" + std::string("\x03\0\0\0\0\0\0\0", 8) + "gen";
   bytes += "k" + std::string("\x04\0\0\0\0\0\0\0", 8) + "text";
   EXPECT_EQ(key_name("gen", "text"), hex(sha256(bytes)));
@@ -89,6 +89,44 @@ void expect_wrong_lengths(std::vector<std::byte> bytes,
   EXPECT_EQ(decoded.error().message, "wrong part length");
 }
 
+TEST(RecipeTest, TextComesBack) {
+  std::mt19937 random(3);
+  std::string noise(100'000, ' ');
+  for (char& c : noise) c = static_cast<char>(random());
+  std::string vir;
+  for (int i = 0; i < 3000; ++i) vir += "  %" + std::to_string(i) + " = fma_f32x8(%1, %2, %3)\n";
+  for (const std::string& text : {std::string(), std::string("x"), noise, vir}) {
+    const Recipe recipe(text);
+    EXPECT_EQ(*recipe.text(), text);
+    EXPECT_EQ(Recipe::of_packed(std::as_bytes(std::span(recipe.packed()))), recipe);
+  }
+  EXPECT_LT(Recipe(vir).packed().size(), vir.size() / 3);
+}
+
+// Under a right digest nothing but a fault of ours makes one; it is an error and no crash.
+TEST(RecipeTest, MalformedOnesAreErrors) {
+  const std::string text(2000, 'v');
+  const std::string good = Recipe(text).packed();
+  const auto text_of = [](std::string_view packed) {
+    return Recipe::of_packed(std::as_bytes(std::span(packed))).text();
+  };
+  for (std::size_t size = 1; size < good.size(); ++size) {
+    EXPECT_FALSE(text_of(good.substr(0, size)).ok()) << size;
+  }
+  for (std::size_t byte = 0; byte < 8; ++byte) {  // of the length
+    std::string bad = good;
+    bad[byte] = static_cast<char>(bad[byte] ^ 0x55);
+    EXPECT_FALSE(text_of(bad).ok()) << byte;
+  }
+  std::mt19937 random(5);
+  for (int i = 0; i < 20'000; ++i) {
+    std::string bad = good;
+    for (int k = 0; k < 3; ++k) bad[8 + random() % (bad.size() - 8)] = static_cast<char>(random());
+    const Result<std::string> made = text_of(bad);
+    EXPECT_TRUE(!made || made->size() == text.size());
+  }
+}
+
 TEST(EntryTest, WrongLengthsUnderAValidDigestAreRejected) {
   const std::vector<std::byte> good = *encode(make_entry("linear 1x32"), "generator");
   const std::uint64_t lies[] = {0, 1, good.size(), std::uint64_t{1} << 63, ~std::uint64_t{0}};
@@ -102,7 +140,7 @@ TEST(EntryTest, LengthsWhoseSumWrapsAroundAreRejected) {
   const std::vector<std::byte> good = *encode(entry, "generator");
   constexpr std::uint64_t kHalf = std::uint64_t{1} << 63;
   expect_wrong_lengths(good, {{0, kHalf + 9}, {1, kHalf + entry.key_text.size()}});
-  expect_wrong_lengths(good, {{3, ~std::uint64_t{0}}, {4, entry.recipe.size() + 201}});
+  expect_wrong_lengths(good, {{3, ~std::uint64_t{0}}, {4, entry.recipe.packed().size() + 201}});
 }
 
 TEST(EntryTest, TooLargeIsAnError) {
@@ -128,7 +166,7 @@ TEST_F(CacheTest, RoundTripThroughAnotherStore) {
 }
 
 TEST_F(CacheTest, PlansLieBesideKernels) {
-  Entry plan = make_entry("plan 1\nmodel", 0);
+  Entry plan = make_entry("plan 2\nmodel", 0);
   plan.required_isa = 0;
   Store store = open();
   store.save(plan);

@@ -231,7 +231,7 @@ TEST_F(KernelLibraryFault, EntriesOfOtherCpus) {
         fs::copy_file(path(made->key), path(our_key));
         wrong += static_cast<std::int64_t>(shared->load(our_key, reader).has_value());
       }
-      cache::Entry claims{"claims", "claims", writer, std::vector<std::byte>(16), ""};
+      cache::Entry claims{"claims", "claims", writer, std::vector<std::byte>(16), {}};
       shared->save(claims);
       const bool subset = (writer & ~reader) == 0;
       wrong += static_cast<std::int64_t>(shared->load("claims", reader).has_value() != subset);

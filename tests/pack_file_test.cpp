@@ -18,7 +18,7 @@ namespace {
 constexpr std::string_view kGenerator = "generator";
 
 std::vector<Entry> small_entries() {
-  return {make_entry("linear 1x32", 30), make_entry("norm 64", 7), make_entry("plan 1", 0)};
+  return {make_entry("linear 1x32", 30), make_entry("norm 64", 7), make_entry("plan 2", 0)};
 }
 
 std::vector<std::byte> small_pack() { return *encode_pack(small_entries(), kGenerator); }
@@ -272,7 +272,7 @@ TEST_F(PackFileTest, BinutilsReadIt) {
   sub.name = "tilewright_sub";
   add.code = {std::byte{0xc5}, std::byte{0xfc}, std::byte{0x58}, std::byte{0xc1}, std::byte{0xc3}};
   sub.code = {std::byte{0xc5}, std::byte{0xfc}, std::byte{0x5c}, std::byte{0xc1}, std::byte{0xc3}};
-  Entry plan = make_entry("plan 1", 0);
+  Entry plan = make_entry("plan 2", 0);
   plan.name = "plan_of_a_model";
   write_file(path(), *encode_pack(std::vector{plan, add, sub}, kGenerator));
   const std::string code = output_of("objdump -d " + path());

@@ -174,7 +174,8 @@ Result<std::vector<Input>> graph_kernels(const Input& input, const Target& targe
   auto library = std::make_shared<ops::KernelLibrary>(target, store);
   std::vector<Input> kernels;
   library->observe([&](const cache::Entry& entry) {
-    kernels.push_back({entry.key_text.substr(0, entry.key_text.rfind("\nisa ")), entry.recipe});
+    kernels.push_back({entry.key_text.substr(0, entry.key_text.rfind("\nisa ")),
+                       entry.recipe.text().value()});  // packed just now
   });
   ops::CompileOptions options;
   options.exact_weights = false;  // zeros would fit 16 bits

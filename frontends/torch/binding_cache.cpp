@@ -68,7 +68,7 @@ nb::list cache_entries(const std::string& place) {
       row["kind"] = cache::is_plan(entry.key_text) ? "plan" : "kernel";
       row["file"] = place;
       row["bytes"] =
-          entry.key_text.size() + entry.name.size() + entry.recipe.size() + entry.code.size();
+          entry.key_text.size() + entry.name.size() + entry.recipe.packed().size() + entry.code.size();
       row["problem"] = "";
       result.append(row);
     }
@@ -96,7 +96,7 @@ nb::dict cache_entry(const std::string& place, const std::string& generator,
   if (!entry) throw CoreError("this entry is gone");
   nb::dict result;
   result["code"] = python_bytes(entry->code);
-  result["recipe"] = entry->recipe;
+  result["recipe"] = value_or_throw(entry->recipe.text());
   return result;
 }
 
