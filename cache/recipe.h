@@ -1,9 +1,8 @@
 // Recipe: the text that an entry was made from, packed.
 //
-// A load reads and hashes the whole file, and the VIR text of a kernel is six times as long as its
-// code: unpacked, a kernel of 16 KiB was a file of 114 KiB and took 170 us to load instead of 60.
-// The text itself is wanted by people and by plans only. LZ4 packs it at 500 MB/s, 4 % of the time
-// of an emission.
+// A load reads and hashes the whole file, and the VIR text of a kernel is five to six times as long
+// as its code; only people and plans want the text. zstd leaves a sixth of it, at a fifth of the
+// time of an emission (LZ4: a third, at a tenth; perf/results/cache-avx2.md).
 //
 // Thread-safe. Tested by cache_test.
 #pragma once
@@ -17,16 +16,15 @@
 
 namespace tilewright::cache {
 
-constexpr std::size_t kRecipeMaxBytes = 256 << 20;  // of text; what claims more is malformed
+constexpr std::size_t kRecipeMaxBytes = 64 << 20;  // of text; what claims more is malformed
 
 class Recipe {
  public:
   Recipe() = default;
-  // REQUIRES: at most kRecipeMaxBytes.
   explicit Recipe(std::string_view text);
   static Recipe of_packed(std::span<const std::byte> bytes);
 
-  // As cache/README.md has it.
+  // A frame of zstd (RFC 8878), or nothing for no text.
   const std::string& packed() const { return packed_; }
   // Error: "malformed recipe".
   Result<std::string> text() const;

@@ -120,7 +120,7 @@ TEST(PackTest, WrongFieldsUnderAValidDigestAreRejected) {
   };
   const std::uint64_t lies[] = {1, good.size(), std::uint64_t{1} << 63, ~std::uint64_t{0},
                                 ~std::uint64_t{0} - 40};
-  for (std::uint64_t format : {0, 2}) refused(72, format, 4);
+  for (std::uint64_t format : {0, 1, 3}) refused(72, format, 4);
   for (std::uint64_t lie : lies) {
     refused(76, lie | 0x10, 4);                                         // number of records
     refused(80, lie + 1);                                               // length of the file
