@@ -67,8 +67,8 @@ nb::list cache_entries(const std::string& place) {
                             entry.required_isa, entry.code.size());
       row["kind"] = cache::is_plan(entry.key_text) ? "plan" : "kernel";
       row["file"] = place;
-      row["bytes"] =
-          entry.key_text.size() + entry.name.size() + entry.recipe.packed().size() + entry.code.size();
+      row["bytes"] = entry.key_text.size() + entry.name.size() + entry.recipe.packed().size() +
+                     entry.code.size();
       row["problem"] = "";
       result.append(row);
     }

@@ -307,7 +307,7 @@ def test_any_module() -> None:
 def test_a_model_that_dynamo_cannot_take_either(monkeypatch: pytest.MonkeyPatch) -> None:
     from tilewright import decoder
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise UnsupportedError("planted")
 
     def fail(*_: Any, **__: Any) -> None:

@@ -3,6 +3,7 @@ model is in the digest that finds its plan; what is malformed is captured again.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -126,8 +127,23 @@ def test_a_number_in_the_code_is_in_the_plan() -> None:
     captured = capture_model(model, model.forward, 1)
     names = plans.named_tensors(model)
     literals = {n: t for n, t in captured.lowered.constants.items() if n not in names}
-    assert literals
+    assert literals and literals.keys() == captured.literals.keys() == loaded.literals.keys()
     assert all(torch.equal(loaded.lowered.constants[n], t) for n, t in literals.items())
+
+
+@torch.no_grad()
+def test_a_program_keeps_the_numbers_in_its_code() -> None:
+    """They are nobody else's: their memory was freed, and the next tensor lay in it."""
+    model = scaled(torch.tensor([1.5, 2.5] * 32))
+    expected = model(prompt()).logits
+    for _ in range(2):  # captured, and from the plan
+        optimized = tilewright.llm.optimize(model)
+        for _ in range(3):
+            logits = optimized(prompt()).logits
+            assert (logits - expected).norm() < 1e-4 * expected.norm()
+            gc.collect()
+            assert [torch.full((64,), 7.0) for _ in range(100)]
+        assert not decoder_of(optimized).fallbacks
 
 
 def test_equal_models_have_one_digest() -> None:

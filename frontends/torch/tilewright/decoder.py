@@ -503,7 +503,7 @@ class Decoder(InstalledForward):
         constants = captured.lowered.constants
         tensors = {name: packed.get(id(t), t) for name, t in constants.items()}
         executable = Executable(captured.lowered, tensors, self._store, self.frees)
-        # Without the constants: stand-ins serve nobody any more.
+        # Without the constants, but for literals: stand-ins serve nobody any more.
         return dataclasses.replace(captured, lowered=executable.lowered), executable
 
     def _drop_stale(self, is_prefill: bool) -> None:

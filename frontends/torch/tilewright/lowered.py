@@ -65,6 +65,8 @@ class CapturedModel:
     lowered: Lowered
     output_type: type  # what the model's forward returns
     caches: list[CacheShape] = field(default_factory=list)  # the program's, in order
+    # Constants that no module has: programs read them where they are, so who has one keeps these.
+    literals: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

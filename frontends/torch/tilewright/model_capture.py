@@ -83,14 +83,16 @@ def _capture(
             layers, (v for v in builder.parameters if v.type.is_cache), strict=True
         )
     ]
+    constants = builder.constants()
+    literals = {name: tensor for name, tensor in constants.items() if id(tensor) not in names}
     lowered = lowered_model(
         builder.text(),
-        builder.constants(),
+        constants,
         [value.type for value in builder.outputs],
         lowerers[0].externals,
         logits_to_keep,
     )
-    return CapturedModel(lowered, output_type, caches)
+    return CapturedModel(lowered, output_type, caches, literals)
 
 
 def _cache_sizes(type_: Type) -> tuple[int, int]:

@@ -128,7 +128,7 @@ def plan_key(
 def _text_of(captured: CapturedModel, model: nn.Module) -> str:
     """The plan, or "" if there can be none."""
     try:
-        return encode(captured, named_tensors(model))
+        return encode(captured)
     except UnplannableError as reason:
         _unplan(f"{type(model).__name__}: {reason}")
         return ""
@@ -178,12 +178,9 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 # --- text
 
 
-def encode(captured: CapturedModel, named: Mapping[str, torch.Tensor]) -> str:
+def encode(captured: CapturedModel) -> str:
     """The plan's text. Raises UnplannableError."""
-    lowered = captured.lowered
-    literals = {
-        name: tensor for name, tensor in lowered.constants.items() if named.get(name) is not tensor
-    }
+    lowered, literals = captured.lowered, captured.literals
     if any(isinstance(tensor, nn.Parameter) for tensor in literals.values()):
         raise UnplannableError("a weight that no module names")
     if sum(t.numel() * t.element_size() for t in literals.values()) > _MOST_LITERAL_BYTES:
@@ -213,10 +210,10 @@ def decode(text: str, named: Mapping[str, torch.Tensor], logits_to_keep: int) ->
         if head.keys() != _FIELDS:
             raise MalformedPlanError("other fields")
         constants = {name: named[name] for name in head["constants"]}
-        constants |= {name: _decode_tensor(*kept) for name, kept in head["literals"].items()}
+        literals = {name: _decode_tensor(*kept) for name, kept in head["literals"].items()}
         lowered = lowered_model(
             graph,
-            constants,
+            constants | literals,
             [
                 Type(DTYPES[dtype], tuple(_decode_dim(size) for size in shape))
                 for dtype, shape in head["results"]
@@ -229,7 +226,7 @@ def decode(text: str, named: Mapping[str, torch.Tensor], logits_to_keep: int) ->
             CacheShape(int(layer), int(heads), int(size), DTYPES[dtype])
             for layer, heads, size, dtype in head["caches"]
         ]
-        return CapturedModel(lowered, _output_type(*head["output"]), caches)
+        return CapturedModel(lowered, _output_type(*head["output"]), caches, literals)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise MalformedPlanError(f"{type(error).__name__}: {error}") from None
 
