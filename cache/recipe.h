@@ -1,7 +1,7 @@
 // Recipe: the text that an entry was made from, packed.
 //
 // A load reads and hashes the whole file, and the VIR text of a kernel is five to six times as long
-// as its code; only people and plans want the text. zstd leaves a sixth of it, at a fifth of the
+// as its code; only people and plans want the text. zstd leaves a sixth of it, at a quarter of the
 // time of an emission (LZ4: a third, at a tenth; perf/results/cache-avx2.md).
 //
 // Thread-safe. Tested by cache_test.

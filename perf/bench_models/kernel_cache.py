@@ -28,7 +28,7 @@ KINDS: dict[str, Callable[[Path], dict[str, str]]] = {
     },
 }
 GOALS = {"emitted": 100.0, "directory": 20.0, "pack": 20.0}  # milliseconds of a model's kernels
-READERS = ("content_hash", "entry", "key", "pack", "sha256", "store", "trusted_file")
+READERS = ("content_hash", "entry", "key", "pack", "recipe", "sha256", "store", "trusted_file")
 
 
 def one_kernel() -> dict[str, Any]:
@@ -36,7 +36,7 @@ def one_kernel() -> dict[str, Any]:
     root = places.REPOSITORY
     sources = [places.PERF / "cache_load" / "cache_load.cpp", root / "jit/base/fork_mutex.cpp"]
     sources += [root / "cache" / f"{name}.cpp" for name in READERS]
-    flags = (f"-I{root}", "-w", "-l:libcrypto.a", "-ldl")
+    flags = (f"-I{root}", "-DFMT_HEADER_ONLY", "-w", "-l:libcrypto.a", "-l:libzstd.a", "-ldl")
     done = subprocess.run(
         [str(gate.build("cache_load", sources, *flags))], capture_output=True, text=True, check=True
     )

@@ -33,7 +33,16 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "perf" / "results" / "campaign-cache.json"
 FUZZ_EXECUTIONS = 1_000_000
 # What tests/file_reader.cpp reads with, of cache/.
-READERS = ["entry", "pack", "weight_header", "content_hash", "key", "sha256", "trusted_file"]
+READERS = [
+    "entry",
+    "pack",
+    "recipe",
+    "weight_header",
+    "content_hash",
+    "key",
+    "sha256",
+    "trusted_file",
+]
 
 Row = dict[str, Any]
 
@@ -126,7 +135,7 @@ def fuzz(share: float) -> list[Row]:
         sources += [f"cache/{name}.cpp" for name in READERS]
         command = [compiler, "-std=c++20", "-O1", "-g", "-march=x86-64-v2", "-I.", *sources]
         command += ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined"]
-        command += ["-l:libcrypto.a", "-ldl", "-pthread", "-o", str(program)]
+        command += ["-l:libcrypto.a", "-l:libzstd.a", "-ldl", "-pthread", "-o", str(program)]
         if not run(command, log):
             return [{**row, "problem": log.read_text()[-2000:]}]
         corpus = Path(folder) / "corpus"
