@@ -127,7 +127,9 @@ std::optional<std::string> Engine::load_plan(std::string_view key) const {
   std::optional<cache::Entry> entry = store_->load(key, target_.isa);
   if (!entry) return std::nullopt;
   Result<std::string> plan = entry->recipe.text();
-  return plan ? std::optional(std::move(*plan)) : std::nullopt;
+  if (plan) return std::move(*plan);
+  store_->remove(key);  // else its key would be stuck
+  return std::nullopt;
 }
 
 void Engine::save_plan(const std::string& key, const std::string& name,

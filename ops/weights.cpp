@@ -172,6 +172,7 @@ bool WeightStore::is_token(const void* source) {
 
 const void* WeightStore::release(const void* source) {
   std::lock_guard lock(mutex_);
+  if (ahead_) ahead_->all();  // who reads sources ahead is done: from here on they may be freed
   WeightBlock* only = nullptr;
   Item* owner = nullptr;
   for (Item& item : items_) {

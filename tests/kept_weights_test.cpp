@@ -3,6 +3,7 @@
 #include "ops/kept_weights.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <cstring>
 #include <random>
@@ -130,6 +131,25 @@ TEST_F(KeptWeightsTest, ReleasedSourcesUnpackFromTheFile) {
     std::vector<char> unpacked(block.size());
     ASSERT_TRUE(store.unpack(token, unpacked.data()).ok());
     EXPECT_EQ(unpacked, block);
+  }
+}
+
+// A part of a source is packed, and the source freed, while its whole is being hashed ahead.
+TEST_F(KeptWeightsTest, SourcesMayGoOnceTheyAreReleased) {
+  constexpr std::size_t kBytes = 256 << 20;
+  pack(kept().get(), true);                   // a directory without weights hashes nothing
+  for (int round = 0; round < 30; ++round) {  // the thread may begin late
+    void* source = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    ASSERT_NE(source, MAP_FAILED);
+    WeightStore store;
+    const auto reader = kept();
+    store.hash_ahead({std::span(static_cast<const std::byte*>(source), kBytes)}, *reader);
+    const std::vector<WeightBlock> part = {{source, kRows, kDepth * 2, false}};
+    ASSERT_TRUE(store.pack(part, kDepth, DataType::bf16, false, {}, reader.get()).ok());
+    ASSERT_NE(store.release(source), nullptr);
+    munmap(source, kBytes);
+    store.settle();
   }
 }
 

@@ -455,6 +455,7 @@ class Decoder(InstalledForward):
             try:
                 made = self._planned(logits_to_keep)
             except RefusedPlanError:
+                self._store.settle()  # hashes begun ahead are of memory that goes now
                 self.refresh()  # what was packed until then serves nobody
                 made = self._planned(logits_to_keep, may_load=False)
         except (UnsupportedError, core.CoreError) as error:
@@ -481,7 +482,7 @@ class Decoder(InstalledForward):
             ]
             self._store.hash_ahead(engine, memory)
         else:
-            # Pages cost as much as packing, and pay although capture is 0.6 s slower beside it.
+            # Pages cost as much as packing, and pay although Python is 0.7 s slower beside it.
             self._store.reserve(sum(weight.numel() * weight.element_size() for weight in weights))
 
     def _planned(

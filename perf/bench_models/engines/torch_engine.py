@@ -184,6 +184,8 @@ class Engine:
             details["isa"] = explanation["target"].get("isa", "")
             # Building a program is passes, layouts, emission and packing of the weights.
             building = details.pop("building", 0.0)
+            if "capture" in details:  # a plan is sought, or made, and built in one
+                details["capture"] = max(0.0, details["capture"] - building)
             details["passes_and_packing"] = max(0.0, building - details["emission"])
         return details
 
