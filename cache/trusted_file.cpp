@@ -259,6 +259,11 @@ Status publish_file(int directory, const std::string& name, std::span<const std:
   return publish(directory, name, {Pieces(&bytes, 1)});
 }
 
+Status replace_file(int directory, const std::string& name, std::span<const std::byte> bytes) {
+  const BlockFileSizeSignal no_signal;
+  return publish_by_rename(directory, name, {Pieces(&bytes, 1)});
+}
+
 Status publish_synced_file(int directory, const std::string& name, Pieces pieces) {
   return publish(directory, name, {pieces, 0400, true});
 }

@@ -80,6 +80,9 @@ Status publish_file(int directory, const std::string& name, std::span<const std:
 Status publish_synced_file(int directory, const std::string& name,
                            std::span<const std::span<const std::byte>> pieces);
 
+// The same, but a file that exists already is replaced by this one.
+Status replace_file(int directory, const std::string& name, std::span<const std::byte> bytes);
+
 // Whether this process runs with somebody else's privileges (AT_SECURE): its environment is an
 // attacker's, and no file that it names may be read.
 bool has_foreign_privileges();

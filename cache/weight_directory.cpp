@@ -29,6 +29,8 @@ namespace fs = std::filesystem;
 constexpr const char* kFolder = "weights";
 constexpr const char* kSuffix = ".weight";
 constexpr const char* kSecret = "weights.secret";
+constexpr const char* kSources = "weights.sources";
+constexpr std::size_t kMostSourceBytes = 16 << 20;
 constexpr std::int64_t kHour = 3600, kDay = 24 * kHour;
 
 // Reads [0, size) of a file that is not shorter. Error: the reason.
@@ -235,6 +237,28 @@ std::optional<ContentSecret> WeightDirectory::secret(bool make) {
   std::ranges::copy(file->bytes, secret.begin());
   state_->secret = secret;
   return secret;
+}
+
+FileContents WeightDirectory::file_contents() {
+  const std::optional<ContentSecret> key = secret(false);
+  if (!key) return {};
+  bool absent = false;
+  const auto file = read_trusted_file(state_->root.get(), kSources, kMostSourceBytes, &absent);
+  if (!file) return {};
+  return FileContents::parse(
+      {reinterpret_cast<const char*>(file->bytes.data()), file->bytes.size()}, *key);
+}
+
+bool WeightDirectory::keeps_file_contents() const {
+  return state_->root.valid() && state_->mode == Mode::read_write;
+}
+
+void WeightDirectory::save(const FileContents& contents) {
+  const std::optional<ContentSecret> key = secret(false);
+  if (!key || !keeps_file_contents()) return;
+  const std::string text = contents.text(*key);
+  if (text.size() > kMostSourceBytes) return;
+  (void)replace_file(state_->root.get(), kSources, std::as_bytes(std::span(text)));
 }
 
 std::optional<MappedWeight> WeightDirectory::map(std::string_view key_text, bool checked,

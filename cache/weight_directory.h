@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "cache/content_hash.h"
+#include "cache/file_contents.h"
 #include "cache/key.h"
 #include "cache/store.h"
 #include "cache/weight_header.h"
@@ -67,6 +68,13 @@ class WeightDirectory {
   // What content hashes are taken with. Without one nothing can be found or kept; none is there
   // until a weight is to be kept (`make`).
   std::optional<ContentSecret> secret(bool make);
+
+  // What is known of files from which weights were read; REQUIRES: there is a secret.
+  FileContents file_contents();
+  // Keeps it for later processes, which find nothing of a file if this fails: no error. Of several
+  // processes at once the last one's stays.
+  bool keeps_file_contents() const;
+  void save(const FileContents& contents);
 
   // The weight of this key. checked: its data is read and compared with its hash. usable: the
   // caller's own look at it; false is a reject.

@@ -6,11 +6,8 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <vector>
-
-#include "ops/threads.h"
+#include <utility>
 
 namespace tilewright::ops {
 namespace {
@@ -26,7 +23,7 @@ bool is_clean(std::uint64_t page) {
   return (page & kSwapped) == 0 && ((page & kPresent) == 0 || (page & kOfFile) != 0);
 }
 
-bool all_clean(int page_map, std::uintptr_t begin, std::uintptr_t end) {
+bool all_clean_in(int page_map, std::uintptr_t begin, std::uintptr_t end) {
   constexpr std::uintptr_t piece = 8192;  // pages; 64 KiB of the map
   std::vector<std::uint64_t> pages(piece);
   for (std::uintptr_t at = begin / kPage; at < end / kPage; at += piece) {
@@ -37,6 +34,15 @@ bool all_clean(int page_map, std::uintptr_t begin, std::uintptr_t end) {
     if (!std::all_of(pages.begin(), last, is_clean)) return false;
   }
   return true;
+}
+
+// From one beginning of a page to another.
+bool all_clean(std::uintptr_t begin, std::uintptr_t end) {
+  const int page_map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (page_map < 0) return false;
+  const bool clean = all_clean_in(page_map, begin, end);
+  close(page_map);
+  return clean;
 }
 
 // The whole pages inside of a piece of memory.
@@ -55,27 +61,36 @@ struct Pages {
 
 }  // namespace
 
-bool drop_clean_pages(std::span<const std::byte> memory) {
-  const Pages pages(memory);
-  if (pages.begin == pages.end) return false;
-  const int page_map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-  if (page_map < 0) return false;
-  const bool clean = all_clean(page_map, pages.begin, pages.end);
-  close(page_map);
-  return clean && pages.drop();
+bool holds_its_file(std::span<const std::byte> memory) {
+  const auto first = reinterpret_cast<std::uintptr_t>(memory.data());
+  return all_clean(first / kPage * kPage, (first + memory.size() + kPage - 1) / kPage * kPage);
 }
 
-void drop_pages(std::span<const UnneededMemory> unneeded) {
-  std::atomic<std::size_t> next = 0;
-  run_team(default_threads(), [&](int, int) {
-    for (std::size_t i = next++; i < unneeded.size(); i = next++) {
-      if (unneeded[i].is_free) {
-        Pages(unneeded[i].bytes).drop();
-      } else {
-        drop_clean_pages(unneeded[i].bytes);
-      }
+bool drop_clean_pages(std::span<const std::byte> memory) {
+  const Pages pages(memory);
+  return pages.begin != pages.end && all_clean(pages.begin, pages.end) && pages.drop();
+}
+
+void PageDropper::drop(std::vector<UnneededMemory> unneeded) {
+  wait();
+  unneeded_ = std::move(unneeded);
+  next_ = 0;
+  thread_.begin([this] { work(); });  // without a thread wait() does everything
+}
+
+void PageDropper::wait() {
+  work();
+  thread_.join();
+}
+
+void PageDropper::work() {
+  for (std::size_t i = next_++; i < unneeded_.size(); i = next_++) {
+    if (unneeded_[i].is_free) {
+      Pages(unneeded_[i].bytes).drop();
+    } else {
+      drop_clean_pages(unneeded_[i].bytes);
     }
-  });
+  }
 }
 
 }  // namespace tilewright::ops

@@ -1,11 +1,7 @@
 // ContentHashes: see content_hashes.h. Tested by content_hashes_test.
 #include "ops/content_hashes.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <memory>
-#include <system_error>
 #include <utility>
 
 #include "ops/threads.h"
@@ -34,16 +30,12 @@ ContentHashes::ContentHashes(std::vector<Block> blocks, const cache::ContentSecr
 
 ContentHashes::~ContentHashes() {
   next_ = pieces_.size();
-  join();
+  thread_.join();
 }
 
 void ContentHashes::begin() {
-  try {
-    thread_ = std::thread([this] { work(); });
-    begun_by_ = getpid();
-  } catch (const std::system_error&) {
-    // Then all() does everything.
-  }
+  // Without a thread all() does everything.
+  is_begun_ = thread_.begin([this] { work(); });
 }
 
 void ContentHashes::work() {
@@ -52,21 +44,15 @@ void ContentHashes::work() {
   }
 }
 
-void ContentHashes::join() {
-  // In a child after fork() another thread may have got the same handle: it is neither joined nor
-  // detached, but forgotten.
-  if (begun_by_ != getpid()) std::construct_at(&thread_);
-  if (thread_.joinable()) thread_.join();
-}
-
 const std::vector<cache::ContentHash>& ContentHashes::all() {
-  if (of_blocks_.size() == blocks_.size()) return of_blocks_;
-  if (thread_.joinable() && begun_by_ != getpid()) next_ = 0;
+  if (complete()) return of_blocks_;
+  const bool helped = thread_.begun();
+  if (is_begun_ && !helped) next_ = 0;  // a child after fork()
   const std::size_t begun = std::min<std::size_t>(next_, pieces_.size());
   const bool team = pieces_.size() - begun >= kPiecesWorthATeam;
-  const int helping = thread_.joinable() && begun_by_ == getpid() ? 1 : 0;
-  run_team(team ? std::max(default_threads() - helping, 1) : 1, [this](int, int) { work(); });
-  join();
+  const int threads = team ? std::max(default_threads() - (helped ? 1 : 0), 1) : 1;
+  run_team(threads, [this](int, int) { work(); });
+  thread_.join();
   std::size_t begin = 0;
   for (std::size_t end : ends_) {
     const auto of_block = std::span(of_pieces_).subspan(begin, end - begin);

@@ -8,16 +8,14 @@
 // has no thread and hashes everything itself. Tested by content_hashes_test.
 #pragma once
 
-#include <sys/types.h>
-
 #include <atomic>
 #include <cstddef>
 #include <optional>
 #include <span>
-#include <thread>
 #include <vector>
 
 #include "cache/content_hash.h"
+#include "ops/background.h"
 
 namespace tilewright::ops {
 
@@ -34,20 +32,20 @@ class ContentHashes {
   void begin();
   // Of each block: the hash of the hashes of its pieces, in order, whoever computed them.
   const std::vector<cache::ContentHash>& all();
+  bool complete() const { return of_blocks_.size() == blocks_.size(); }
   // Of exactly this block, once all are there; nothing if it is none of them.
   std::optional<cache::ContentHash> find(Block block);
 
  private:
   void work();
-  void join();
 
   std::vector<Block> blocks_, pieces_;
   std::vector<std::size_t> ends_;  // of each block, in pieces_
   std::vector<cache::ContentHash> of_pieces_, of_blocks_;
   cache::ContentSecret secret_;
   std::atomic<std::size_t> next_ = 0;
-  std::thread thread_;
-  pid_t begun_by_ = 0;  // the process that has this thread
+  Background thread_;
+  bool is_begun_ = false;
 };
 
 }  // namespace tilewright::ops

@@ -78,7 +78,7 @@ bool fetch_by_team(std::span<const std::byte> mapped) {
 KeptWeights::KeptWeights(cache::WeightDirectory directory, Policy policy, bool checked)
     : directory_(std::move(directory)), policy_(policy), checked_(checked) {}
 
-std::string KeptWeights::key(const WeightRequest& request, bool keep, ContentHashes* ahead) {
+std::string KeptWeights::key(const WeightRequest& request, bool keep, SourceHashes* ahead) {
   const std::optional<cache::ContentSecret> secret = directory_.secret(keep);
   if (!secret) return {};
   const std::int64_t element_bytes = graph::size_in_bytes(request.source);
@@ -179,15 +179,15 @@ Result<std::shared_ptr<const PackedWeight>> KeptWeights::obtain(const WeightRequ
   return weight;
 }
 
-std::unique_ptr<ContentHashes> KeptWeights::hash_ahead(std::vector<ContentHashes::Block> blocks) {
-  const auto secret = policy_ == Policy::off ? std::nullopt : directory_.secret(false);
-  if (!secret) return nullptr;
-  auto hashes = std::make_unique<ContentHashes>(std::move(blocks), *secret);
-  hashes->begin();
-  return hashes;
+std::unique_ptr<SourceHashes> KeptWeights::hash_ahead(std::vector<SourceHashes::Block> blocks) {
+  if (!any()) return nullptr;
+  return std::make_unique<SourceHashes>(std::move(blocks), directory_,
+                                        SourceHashes::Options{.read_all = checked_});
 }
 
-bool KeptWeights::any() { return policy_ != Policy::off && directory_.secret(false).has_value(); }
+bool KeptWeights::any() {
+  return policy_ != Policy::off && directory_.secret(policy_ == Policy::on).has_value();
+}
 
 WeightCounters KeptWeights::counters() const {
   const std::lock_guard lock(mutex_);

@@ -19,7 +19,7 @@
 
 #include "cache/weight_directory.h"
 #include "graph/type.h"
-#include "ops/content_hashes.h"
+#include "ops/source_hashes.h"
 #include "ops/weights.h"
 
 namespace tilewright::ops {
@@ -37,7 +37,7 @@ struct WeightRequest {
   graph::DataType source = graph::DataType::f32;
   bool gated = false;
   WeightForms forms;
-  ContentHashes* ahead = nullptr;  // of some of the blocks, if anybody began
+  SourceHashes* ahead = nullptr;  // of some of the blocks, if anybody began
 };
 
 class KeptWeights {
@@ -55,16 +55,17 @@ class KeptWeights {
                                                      const Pack& pack);
 
   // Begins to hash what weights will be looked for by; null if none will be.
-  std::unique_ptr<ContentHashes> hash_ahead(std::vector<ContentHashes::Block> blocks);
+  std::unique_ptr<SourceHashes> hash_ahead(std::vector<SourceHashes::Block> blocks);
 
-  // Whether this directory holds, or held, any weight. If not nothing is looked for, nor hashed.
+  // Whether this directory holds, or held, any weight, or is to. If not nothing is looked for, nor
+  // hashed.
   bool any();
   WeightCounters counters() const;
   const cache::WeightDirectory& directory() const { return directory_; }
 
  private:
   // Empty: it cannot be named, or there is nothing to find.
-  std::string key(const WeightRequest& request, bool keep, ContentHashes* ahead);
+  std::string key(const WeightRequest& request, bool keep, SourceHashes* ahead);
   std::shared_ptr<const PackedWeight> find(const std::string& key, const WeightRequest& request);
   Result<std::shared_ptr<const PackedWeight>> obtain(const WeightRequest& request, bool keep,
                                                      const Pack& pack, WeightCounters& spent);

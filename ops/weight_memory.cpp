@@ -63,12 +63,7 @@ void WeightMemory::reserve(std::size_t bytes) {
       if (madvise(at, size, MADV_POPULATE_WRITE) != 0) return;
     }
   };
-  try {
-    populator_ = std::thread(populate);
-    populated_by_ = getpid();
-  } catch (const std::system_error&) {
-    // No thread to be had: the pages come when touched.
-  }
+  populator_.begin(populate);  // without a thread pages come when touched
 }
 
 WeightBytes WeightMemory::allocate(std::size_t bytes) {
@@ -83,10 +78,7 @@ WeightBytes WeightMemory::allocate(std::size_t bytes) {
 
 void WeightMemory::settle() {
   stop_ = true;
-  // A child after fork() does not have the thread, and a thread of its own may have got the same
-  // handle: it is neither joined nor detached, but forgotten.
-  if (populated_by_ != getpid()) std::construct_at(&populator_);
-  if (populator_.joinable()) populator_.join();
+  populator_.join();
   if (next_ != end_) munmap(next_, reserved_bytes());
   next_ = end_ = nullptr;
 }

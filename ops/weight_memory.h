@@ -12,13 +12,12 @@
 // fetched ahead any more. Tested by weight_memory_test.
 #pragma once
 
-#include <sys/types.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <memory>
-#include <thread>
+
+#include "ops/background.h"
 
 namespace tilewright::ops {
 
@@ -52,8 +51,7 @@ class WeightMemory {
   std::atomic<char*> next_ = nullptr;  // of the reservation, not handed out yet
   char* end_ = nullptr;
   std::atomic<bool> stop_ = false;
-  std::thread populator_;
-  pid_t populated_by_ = 0;  // the process that has this thread
+  Background populator_;
 };
 
 }  // namespace tilewright::ops

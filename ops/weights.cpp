@@ -172,7 +172,7 @@ bool WeightStore::is_token(const void* source) {
 
 const void* WeightStore::release(const void* source) {
   std::lock_guard lock(mutex_);
-  if (ahead_) ahead_->all();  // who reads sources ahead is done: from here on they may be freed
+  if (ahead_) ahead_->wait();  // who reads sources ahead is done: from here on they may be freed
   WeightBlock* only = nullptr;
   Item* owner = nullptr;
   for (Item& item : items_) {
@@ -214,13 +214,14 @@ void WeightStore::reserve(std::int64_t bytes) {
   memory_.reserve(static_cast<std::size_t>(bytes));
 }
 
-void WeightStore::hash_ahead(std::vector<ContentHashes::Block> sources, KeptWeights& kept) {
+void WeightStore::hash_ahead(std::vector<SourceHashes::Block> sources, KeptWeights& kept) {
   std::lock_guard lock(mutex_);
   ahead_ = kept.hash_ahead(std::move(sources));
 }
 
 void WeightStore::settle() {
   std::lock_guard lock(mutex_);
+  if (ahead_) ahead_->learn();
   ahead_.reset();
   memory_.settle();
 #ifdef __GLIBC__

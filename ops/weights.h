@@ -22,8 +22,8 @@
 #include "graph/type.h"
 #include "jit/base/fork_mutex.h"
 #include "jit/base/result.h"
-#include "ops/content_hashes.h"
 #include "ops/gemm/pack.h"
+#include "ops/source_hashes.h"
 #include "ops/weight_memory.h"
 
 namespace tilewright::ops {
@@ -84,7 +84,7 @@ class WeightStore {
   void reserve(std::int64_t bytes);
   // Or begins to hash sources that weights of `kept` will be looked for by, until settle().
   // REQUIRES: they stay as they are.
-  void hash_ahead(std::vector<ContentHashes::Block> sources, KeptWeights& kept);
+  void hash_ahead(std::vector<SourceHashes::Block> sources, KeptWeights& kept);
   void settle();
 
  private:
@@ -104,7 +104,7 @@ class WeightStore {
   const std::optional<AssumedValues> assumed_;
   mutable ForkMutex mutex_;
   WeightMemory memory_;
-  std::unique_ptr<ContentHashes> ahead_;
+  std::unique_ptr<SourceHashes> ahead_;
   std::vector<Item> items_;
   std::uintptr_t last_token_ = 0, trimmed_token_ = 0;
 };

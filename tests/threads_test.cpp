@@ -1,10 +1,16 @@
-// Threads: the barrier orders steps, teams cover all work, shares partition exactly.
+// Threads: the barrier orders steps, teams cover all work, shares partition exactly; work in the
+// background is done when it was joined.
 #include "ops/threads.h"
 
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <thread>
 #include <vector>
 
+#include "ops/background.h"
 #include "ops/read_bandwidth.h"
 
 namespace tilewright::ops {
@@ -52,6 +58,43 @@ TEST(Threads, NestedTeamsRunOnTheCaller) {
 }
 
 // Between what the slowest memory and the fastest cache could do.
+TEST(Background, WorksUntilItIsJoined) {
+  int sum = 0;
+  {
+    Background work;
+    work.join();
+    EXPECT_FALSE(work.begun());
+    ASSERT_TRUE(work.begin([&] { sum += 1; }));
+    EXPECT_TRUE(work.begun());
+    work.join();
+    EXPECT_FALSE(work.begun());
+    EXPECT_EQ(sum, 1);
+    ASSERT_TRUE(work.begin([&] { sum += 2; }));
+  }
+  EXPECT_EQ(sum, 3);
+}
+
+TEST(Background, AChildForgetsIt) {
+  Background work;
+  std::atomic<bool> goes_on = true;
+  ASSERT_TRUE(work.begin([&] {
+    while (goes_on) std::this_thread::yield();
+  }));
+  const pid_t child = fork();
+  if (child == 0) {
+    const bool known = work.begun();
+    work.join();  // would wait for ever
+    bool done = false;
+    const bool begins = work.begin([&] { done = true; });
+    work.join();
+    _exit(!known && begins && done ? 0 : 1);
+  }
+  goes_on = false;
+  int status = 1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+}
+
 TEST(ReadBandwidth, IsPlausible) {
   const double bandwidth = read_bandwidth(2);
   EXPECT_GT(bandwidth, 1e8);

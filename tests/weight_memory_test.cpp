@@ -169,8 +169,15 @@ TEST(CleanPages, FreedMemoryGoesWholePagesOnly) {
   for (std::size_t i = 0; i < memory.size(); ++i) {
     unneeded.push_back({std::as_bytes(std::span(memory[i]).subspan(10)), i % 2 == 0});
   }
-  drop_pages(unneeded);
-  drop_pages({});
+  {
+    PageDropper dropper;
+    dropper.drop({unneeded.begin(), unneeded.begin() + 4});
+    dropper.drop({unneeded.begin() + 4, unneeded.begin() + 6});
+    dropper.wait();
+    dropper.wait();
+    dropper.drop({unneeded.begin() + 6, unneeded.end()});
+    dropper.drop({});
+  }
   for (std::size_t i = 0; i < memory.size(); ++i) {
     const auto left = static_cast<std::size_t>(std::count(memory[i].begin(), memory[i].end(), 'a'));
     // What shares a page with others stays.

@@ -186,12 +186,38 @@ std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
 // sources: addresses and bytes.
 void hash_ahead(ops::WeightStore& store, const Engine& engine,
                 const std::vector<std::pair<Address, std::size_t>>& sources) {
-  std::vector<ops::ContentHashes::Block> blocks;
+  std::vector<ops::SourceHashes::Block> blocks;
   for (const auto& [address, bytes] : sources) {
     blocks.emplace_back(static_cast<const std::byte*>(pointer(address)), bytes);
   }
   store.hash_ahead(std::move(blocks), *engine.kept_weights());
 }
+
+// Drops pages beside Python; the owners of the memory live until that is done.
+class PageDropper {
+ public:
+  // memory: addresses, bytes, and whether it is freed next.
+  void drop(const std::vector<std::tuple<Address, std::size_t, bool>>& memory, nb::object owners) {
+    wait();
+    std::vector<ops::UnneededMemory> unneeded;
+    for (const auto& [address, bytes, is_free] : memory) {
+      unneeded.push_back({{static_cast<const std::byte*>(pointer(address)), bytes}, is_free});
+    }
+    owners_ = std::move(owners);
+    dropper_.drop(std::move(unneeded));
+  }
+  void wait() {
+    {
+      const nb::gil_scoped_release unlocked;
+      dropper_.wait();
+    }
+    owners_.reset();
+  }
+
+ private:
+  nb::object owners_;
+  ops::PageDropper dropper_;  // goes first
+};
 
 std::vector<graph::DataType> input_types(const ops::Program& program) {
   std::vector<graph::DataType> types;
@@ -700,13 +726,9 @@ NB_MODULE(_core, module) {
         return value_or_throw(ops::print_profile(Target::host().cpu, choices, measured));
       },
       "choices"_a, "measured"_a);
-  module.def("drop_pages", [](const std::vector<std::tuple<Address, std::size_t, bool>>& memory) {
-    nb::gil_scoped_release unlocked;
-    std::vector<ops::UnneededMemory> unneeded;
-    for (const auto& [address, bytes, is_free] : memory) {
-      unneeded.push_back({{static_cast<const std::byte*>(pointer(address)), bytes}, is_free});
-    }
-    ops::drop_pages(unneeded);
-  });
+  nb::class_<PageDropper>(module, "PageDropper")
+      .def(nb::init<>())
+      .def("drop", &PageDropper::drop, "memory"_a, "owners"_a)
+      .def("wait", &PageDropper::wait);
   module.def("load_onednn", [](const std::string& path) { check(ops::load_onednn(path)); });
 }

@@ -74,10 +74,12 @@ def roof(
 def models(
     quick: Annotated[bool, typer.Option(help="the set for every commit")] = False,
     names: Annotated[str, typer.Option("--systems", help="comma-separated, or all")] = "",
-    model: Annotated[str, typer.Option("--models", help="none: the quick or the full set")] = "",
-    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32",
-    prompt: Annotated[str, typer.Option("--prompts")] = "128",
-    batch: Annotated[str, typer.Option("--batches")] = "1",
+    model: Annotated[
+        str, typer.Option("--models", "--model", help="none: the quick or the full set")
+    ] = "",
+    dtype: Annotated[str, typer.Option("--dtypes", "--dtype")] = "fp32",
+    prompt: Annotated[str, typer.Option("--prompts", "--prompt")] = "128",
+    batch: Annotated[str, typer.Option("--batches", "--batch")] = "1",
     new: Annotated[int, typer.Option(help="new tokens")] = 33,
     rounds: Annotated[int, typer.Option(help="blocks of each system; 0: 5 if quick, else 7")] = 0,
     threads: Annotated[int, typer.Option()] = 2,
@@ -156,8 +158,8 @@ def compare(
     old: Annotated[str, typer.Argument(help="a directory with the package, or a git revision")],
     new: Annotated[str, typer.Argument(help="the same")],
     margin: Annotated[float, typer.Option(help="how much slower counts")] = 0.05,
-    model: Annotated[str, typer.Option("--models")] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",
+    model: Annotated[str, typer.Option("--models", "--model")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option("--dtypes", "--dtype")] = "fp32,bf16",
     mode: Annotated[str, typer.Option(help="optimize, compile or both")] = "optimize",
     processes: Annotated[int, typer.Option(help="processes of each build")] = 6,
     rounds: Annotated[int, typer.Option(help="blocks to keep of each pair of processes")] = 2,
@@ -188,8 +190,8 @@ def compare(
 
 @app.command()
 def start(
-    model: Annotated[str, typer.Option("--models")] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",
+    model: Annotated[str, typer.Option("--models", "--model")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option("--dtypes", "--dtype")] = "fp32,bf16",
     prompt: Annotated[int, typer.Option(help="tokens of the prompt")] = 16,
     rounds: Annotated[int, typer.Option(help="starts of each kind")] = 5,
     threads: Annotated[int, typer.Option()] = 2,
@@ -218,8 +220,8 @@ def start(
 
 @app.command()
 def cache(
-    model: Annotated[str, typer.Option("--models")] = "smollm2-135m,llama-1b",
-    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32",
+    model: Annotated[str, typer.Option("--models", "--model")] = "smollm2-135m,llama-1b",
+    dtype: Annotated[str, typer.Option("--dtypes", "--dtype")] = "fp32",
     rounds: Annotated[int, typer.Option(help="processes of each kind")] = 5,
     output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
 ) -> None:
@@ -249,8 +251,8 @@ def cache(
 
 @app.command()
 def generation(
-    model: Annotated[str, typer.Option("--models")] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",
+    model: Annotated[str, typer.Option("--models", "--model")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option("--dtypes", "--dtype")] = "fp32,bf16",
     count: Annotated[int, typer.Option(help="requests")] = 16,
     new: Annotated[int, typer.Option(help="new tokens of each")] = 32,
     rounds: Annotated[int, typer.Option(help="blocks to keep of each way")] = 5,
@@ -315,8 +317,10 @@ def report(
 @app.command()
 def ops(
     wanted: Annotated[str, typer.Option("--set", help="matmul, attention, rows or all")] = "all",
-    dtype: Annotated[str, typer.Option("--dtypes")] = "fp32,bf16",
-    row: Annotated[str, typer.Option("--rows", help="M of each case; none: 1,4,16,128,512")] = "",
+    dtype: Annotated[str, typer.Option("--dtypes", "--dtype")] = "fp32,bf16",
+    row: Annotated[
+        str, typer.Option("--rows", "--row", help="M of each case; none: 1,4,16,128,512")
+    ] = "",
     match: Annotated[str, typer.Option(help="only cases whose title contains this")] = "",
     rounds: Annotated[int, typer.Option(help="blocks to keep of each implementation")] = 5,
     threads: Annotated[int, typer.Option()] = 2,

@@ -66,7 +66,7 @@ class NotCapturedError(NotRunnableError):
     """No program can be made of this model."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Step:
     """A call in the form that programs take."""
 
@@ -77,7 +77,7 @@ class Step:
     logits_to_keep: int
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Ends:
     """When sequences are finished, and which are."""
 
@@ -86,7 +86,7 @@ class Ends:
     finished: list[bool]  # per sequence, or empty: none
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Prepared:
     """A step with what runs it; the next one differs in its tokens and positions only."""
 

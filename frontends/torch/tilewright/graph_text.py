@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,8 +39,7 @@ class UnsupportedError(Exception):
     """What we were asked to lower is outside our domain; the message is the reason users see."""
 
 
-@dataclass(frozen=True)
-class Type:
+class Type(NamedTuple):
     """An element type and a shape; ``is_cache`` marks the key/value cache of one layer."""
 
     dtype: torch.dtype
@@ -64,7 +63,7 @@ def tensor_type(dtype: torch.dtype, shape: Iterable[Any]) -> Type:
         raise UnsupportedError(str(error)) from None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Value:
     """One SSA value; identity is equality."""
 
@@ -80,7 +79,7 @@ class Value:
         return self.type.dtype
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Node:
     op: str
     operands: list[Value]

@@ -76,7 +76,7 @@ _IRRELEVANT = frozenset(
         "_cached_continuous_batching_manager",
     }
 )
-_OWN = frozenset(nn.Module().__dict__) - {"training"}
+_OWN_OR_IRRELEVANT = frozenset(nn.Module().__dict__) - {"training"} | _IRRELEVANT
 _NOT_STATE = frozenset(
     [
         "__doc__",
@@ -332,8 +332,9 @@ class _Description:
         self._say("module")
         self._add(type(module))
         for name, value in state.items():
-            installed = name == "forward" and module is self._model
-            if name not in _OWN and name not in _IRRELEVANT and not installed:
+            if name in _OWN_OR_IRRELEVANT:
+                continue
+            if name != "forward" or module is not self._model:  # installed by us
                 self._say(name)
                 self._add(value)
         for name, tensor in state["_parameters"].items():

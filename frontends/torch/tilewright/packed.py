@@ -149,15 +149,17 @@ def _plain(tree: Any) -> Any:
 class Releases:
     """Gives back the memory of parameters that were packed: the objects become PackedParameters.
 
-    Their pages go in groups, on all threads; `finish` ends the last group. Not thread-safe.
+    Their pages go in groups, beside what else happens; `finish` waits for the last. Not
+    thread-safe.
     """
 
-    _GROUP_BYTES = 64 << 20
+    _GROUP_BYTES = 16 << 20
 
     def __init__(self, store: Any) -> None:
         self._store = store
+        self._dropper = _core.PageDropper()
         self._bytes = 0
-        # Address, bytes, whether it is freed next; and who has that memory until then.
+        # Of the group: address, bytes, whether it is freed next; and who has that memory.
         self._memory: list[tuple[int, int, bool]] = []
         self._owners: list[torch.Tensor] = []
 
@@ -176,14 +178,16 @@ class Releases:
         self._owners.append(owner)
         self._bytes += memory[1]
         if self._bytes > self._GROUP_BYTES:
-            self.finish()
+            self._end_group()
         return packed is not None
 
     def finish(self) -> None:
-        _core.drop_pages(self._memory)
-        self._memory.clear()
-        self._owners.clear()
-        self._bytes = 0
+        self._end_group()
+        self._dropper.wait()
+
+    def _end_group(self) -> None:
+        self._dropper.drop(self._memory, self._owners)
+        self._memory, self._owners, self._bytes = [], [], 0
 
     def _packed(self, parameter: nn.Parameter, place: int, size: int) -> torch.Tensor | None:
         """Makes it a PackedParameter, and returns an object that is what it was."""

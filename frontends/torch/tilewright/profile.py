@@ -21,7 +21,7 @@ PHASES = ("prefill", "decode")
 _programs: list[Any] = []  # of the core; kept alive, so that what a dropped model did is shown too
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Row:
     """What one kind of region did in a phase."""
 

@@ -50,7 +50,7 @@ _KNOWN = frozenset(
 _FULL = "full_attention"
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class RaggedStep:
     """A call in the form that programs take."""
 
