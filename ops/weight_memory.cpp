@@ -2,17 +2,9 @@
 #include "ops/weight_memory.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
-#include <memory>
-#include <system_error>
-
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23  // Linux 5.14; Debian 12's headers have it, older ones do not
-#endif
 
 namespace tilewright::ops {
 namespace {
@@ -52,18 +44,6 @@ void WeightMemory::reserve(std::size_t bytes) {
   next_ = map(bytes);
   if (next_ == nullptr) return;
   end_ = next_ + bytes;
-  stop_ = false;
-  const auto populate = [this, begin = next_.load(), end = end_, ahead = lead(bytes)] {
-    // In pieces, to stop soon when asked to. An error ends it: pages then come when touched.
-    constexpr std::size_t piece = 8 * kHugePage;
-    for (char* at = begin; at < end && !stop_; at += piece) {
-      while (at >= next_ + ahead && !stop_)
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      const auto size = std::min(piece, static_cast<std::size_t>(end - at));
-      if (madvise(at, size, MADV_POPULATE_WRITE) != 0) return;
-    }
-  };
-  populator_.begin(populate);  // without a thread pages come when touched
 }
 
 WeightBytes WeightMemory::allocate(std::size_t bytes) {
@@ -77,8 +57,6 @@ WeightBytes WeightMemory::allocate(std::size_t bytes) {
 }
 
 void WeightMemory::settle() {
-  stop_ = true;
-  populator_.join();
   if (next_ != end_) munmap(next_, reserved_bytes());
   next_ = end_ = nullptr;
 }

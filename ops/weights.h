@@ -79,8 +79,8 @@ class WeightStore {
   // Writes the source's rows, row-major in its own type, bit for bit as they were.
   Status unpack(const void* token, void* to) const;
   std::int64_t bytes() const;
-  // Around capture and packing: fetches memory for so many bytes of packed weights meanwhile
-  // (weight_memory.h); settle() also returns to the system what sources gave back.
+  // Before packing: address space for so many bytes of packed weights (weight_memory.h); settle()
+  // ends that, and returns to the system what sources gave back.
   void reserve(std::int64_t bytes);
   // Or begins to hash sources that weights of `kept` will be looked for by, until settle().
   // REQUIRES: they stay as they are.

@@ -1,22 +1,18 @@
 // Tests of ops/weight_memory: pieces are zeroed, writable and apart, from a reservation and beyond
-// it; what is left of a reservation goes back; pieces outlive it; a child after fork() can go on.
+// it; what is left of a reservation goes back; pieces outlive it.
 // And of ops/clean_pages: what was read from a file goes, what was written stays.
 #include "ops/weight_memory.h"
 
 #include <gtest/gtest.h>
 #include <sys/mman.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
-#include <latch>
 #include <memory>
 #include <span>
-#include <thread>
 #include <vector>
 
 #include "ops/clean_pages.h"
@@ -57,19 +53,6 @@ TEST(WeightMemory, PiecesAreZeroedAndApart) {
   }
 }
 
-TEST(WeightMemory, FetchesOnlySoFarAhead) {
-  WeightMemory memory;
-  const std::size_t bytes = 400 * kMegabyte, lead = WeightMemory::lead(bytes);
-  ASSERT_LT(lead + 64 * kMegabyte, bytes);
-  memory.reserve(bytes);
-  WeightBytes first = memory.allocate(4 * kMegabyte);
-  std::this_thread::sleep_for(std::chrono::milliseconds(200));
-  const char* far = first.get() + 4 * kMegabyte + lead + 32 * kMegabyte;
-  unsigned char resident = 0;
-  ASSERT_EQ(mincore(const_cast<char*>(far), 1, &resident), 0);
-  EXPECT_EQ(resident & 1, 0);
-}
-
 TEST(WeightMemory, WhatIsLeftGoesBack) {
   WeightMemory memory;
   memory.reserve(32 * kMegabyte);
@@ -84,28 +67,6 @@ TEST(WeightMemory, WhatIsLeftGoesBack) {
   EXPECT_TRUE(is_mapped(piece));
   kept.reset();
   EXPECT_FALSE(is_mapped(piece));
-}
-
-// The child has the handle of the thread that fetches, but not the thread. The C library gives that
-// thread's stack, which is its handle, to the first thread of the child: joining would wait for it.
-TEST(WeightMemory, AChildAfterForkSettles) {
-  WeightMemory memory;
-  memory.reserve(32 * kMegabyte);
-  WeightBytes kept = memory.allocate(kMegabyte);
-  const pid_t child = fork();
-  if (child == 0) {
-    alarm(10);
-    std::latch settled(1);
-    std::thread another([&] { settled.wait(); });
-    memory.settle();
-    settled.count_down();
-    another.join();
-    expect_zeroed_and_fill(kept.get(), kMegabyte, 1);
-    _exit(::testing::Test::HasFailure() || memory.reserved_bytes() != 0 ? 1 : 0);
-  }
-  int status = 0;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
 }
 
 TEST(WeightMemory, MoreThanThereIsIsRefused) {

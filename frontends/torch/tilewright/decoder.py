@@ -482,7 +482,6 @@ class Decoder(InstalledForward):
             ]
             self._store.hash_ahead(engine, memory)
         else:
-            # Pages cost as much as packing, and pay although Python is 0.7 s slower beside it.
             self._store.reserve(sum(weight.numel() * weight.element_size() for weight in weights))
 
     def _planned(
