@@ -78,9 +78,10 @@ std::optional<FileState> lasting_state(int file, std::chrono::seconds age) {
 
 FileContents FileContents::parse(std::string_view text, const ContentSecret& secret) {
   FileContents contents;
-  if (text.size() < 33 || text.back() != '\n') return {};
-  const std::size_t end = text.size() - 33;  // of what is sealed
-  if (hash_of(text.substr(end, 32)) != seal(text.substr(0, end), secret)) return {};
+  constexpr std::size_t last_line = 2 * sizeof(ContentHash) + 1;
+  if (text.size() < last_line) return {};
+  const std::size_t end = text.size() - last_line;
+  if (text.substr(end) != hexadecimal(seal(text.substr(0, end), secret)) + '\n') return {};
 
   std::istringstream lines{std::string(text.substr(0, end))};
   std::string line;
@@ -103,6 +104,7 @@ FileContents FileContents::parse(std::string_view text, const ContentSecret& sec
     if (!fields || !hash || contents.files_.empty()) return {};
     contents.files_.back().parts[part] = *hash;
   }
+  if (contents.text(secret) != text) return {};  // of another form than ours
   return contents;
 }
 

@@ -73,9 +73,7 @@ TEST(FileContentsTest, NothingIsFoundInABrokenRecord) {
     for (int bit = 0; bit < 8; ++bit) {
       std::string bad = good;
       bad[i] = static_cast<char>(bad[i] ^ (1 << bit));
-      // The case of a digit of the last line is no matter.
-      const std::string found = FileContents::parse(bad, kOwn).text(kOwn);
-      EXPECT_TRUE(found == FileContents().text(kOwn) || found == good) << i << ' ' << bit;
+      EXPECT_TRUE(is_empty(bad, kOwn)) << i << ' ' << bit;
     }
   }
 }

@@ -8,6 +8,7 @@
 
 #include "cache/content_hash.h"
 #include "cache/entry.h"
+#include "cache/file_contents.h"
 #include "cache/key.h"
 #include "cache/pack.h"
 #include "cache/sha256.h"
@@ -157,6 +158,48 @@ void seal_weight(Bytes& bytes) {
   put_digest(bytes, *header);
 }
 
+const cache::ContentSecret kSecret = [] {
+  cache::ContentSecret secret;
+  std::ranges::copy(random_bytes(secret.size()), secret.begin());
+  return secret;
+}();
+const cache::FileState kState{1, 2, 3000, 4, 5};
+const cache::FilePart kPart{10, 20};
+
+std::string_view text_of(std::span<const std::byte> bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+// The wanted part among others.
+Bytes contents_file(std::uint64_t others) {
+  cache::FileContents contents;
+  contents.add(kState, kPart, {});
+  for (std::uint64_t i = 0; i < others; ++i) contents.add({1, 3 + i / 8}, {i, 1}, {});
+  const std::string text = contents.text(kSecret);
+  const auto bytes = std::as_bytes(std::span(text));
+  return {bytes.begin(), bytes.end()};
+}
+
+// As cache::WeightDirectory reads its record of sources.
+Verdict read_contents(std::span<const std::byte> bytes) {
+  const auto contents = cache::FileContents::parse(text_of(bytes), kSecret);
+  if (!contents.find(kState, kPart)) return Verdict::rejected;
+  return contents.text(kSecret) == text_of(bytes) ? Verdict::accepted : Verdict::wrong;
+}
+
+void seal_contents(Bytes& bytes) {
+  constexpr std::size_t kSeal = 33;  // 32 digits and the end of the line
+  if (bytes.size() < kSeal) return;
+  const auto sealed = std::span<const std::byte>(bytes).first(bytes.size() - kSeal);
+  auto to = bytes.end() - kSeal;
+  for (std::byte byte : cache::content_hash(sealed, kSecret)) {
+    for (const auto digit : {byte >> 4, byte & std::byte{15}}) {
+      *to++ = static_cast<std::byte>("0123456789abcdef"[std::to_integer<std::size_t>(digit)]);
+    }
+  }
+  *to = std::byte{'\n'};
+}
+
 }  // namespace
 
 std::vector<FileReader> file_readers() {
@@ -174,6 +217,10 @@ std::vector<FileReader> file_readers() {
        {weight_file(0), weight_file(4096), weight_file(64 << 10)},
        read_weight,
        seal_weight},
+      {"sources",
+       {contents_file(0), contents_file(30), contents_file(500)},
+       read_contents,
+       seal_contents},
   };
 }
 

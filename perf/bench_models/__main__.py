@@ -1,5 +1,5 @@
-"""The commands behind ./dev bench: setup, roof, models, ops, encoder, generation, start, cache,
-report and compare.
+"""The commands behind ./dev bench: setup, roof, models, ops, encoder, generation, overhead, start,
+cache, report and compare.
 
 Tested by tests/python/test_bench_models.py.
 """
@@ -288,6 +288,40 @@ def generation(
     path = output or results.default_path(record)
     results.write(record, path)
     print(f"wrote {path}")
+
+
+@app.command()
+def overhead(
+    model: Annotated[str, typer.Option("--models", "--model")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option("--dtypes", "--dtype")] = "fp32,bf16",
+    prompt: Annotated[int, typer.Option(help="tokens of a prefill")] = 512,
+    rounds: Annotated[int, typer.Option(help="repetitions")] = 7,
+    threads: Annotated[int, typer.Option()] = 2,
+    output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
+) -> None:
+    """A step beside its kernels, and how long a prefill keeps other Python threads waiting."""
+    import torch
+
+    from bench_models import models as known
+    from bench_models import overhead as measuring
+
+    torch.set_num_threads(threads)
+    record: dict[str, object] = {"machine": places.machine(), "commit": places.commit()}
+    for kind in _split(dtype):
+        steps = measuring.step_overhead(known.directory_of("tiny"), kind, 200, rounds)
+        record[f"step beside its kernels, us, tiny {kind}"] = steps
+        for way, microseconds in steps.items():
+            print(f"{kind} {way:40}{microseconds:8.1f} us a step")
+        for name in _split(model):
+            late = measuring.waiting(known.directory_of(name), kind, prompt, rounds)
+            record[f"a thread's sleep of 1 ms, ms too long, {name} {kind}"] = late
+            for beside, values in late.items():
+                print(
+                    f"{kind} {name}, a thread that sleeps 1 ms, {beside:12} "
+                    f"late by {values['p99']:.2f} ms (p99), {values['most']:.2f} at most"
+                )
+    if output is not None:
+        output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 @app.command()

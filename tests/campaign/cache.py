@@ -35,6 +35,7 @@ FUZZ_EXECUTIONS = 1_000_000
 # What tests/file_reader.cpp reads with, of cache/.
 READERS = [
     "entry",
+    "file_contents",
     "pack",
     "recipe",
     "weight_header",

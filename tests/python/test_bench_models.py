@@ -26,6 +26,7 @@ from bench_models import (
     intervals,
     latest,
     models,
+    overhead,
     places,
     readme,
     report,
@@ -339,6 +340,14 @@ def test_ways_to_generate_are_measured_and_checked(model_directory: Path) -> Non
     console = Console(file=io.StringIO(), width=150)
     table.print_ways(tiny, console)
     assert "tilewright ahead" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_overheads_are_measured(model_directory: Path) -> None:
+    steps = overhead.step_overhead(model_directory, "fp32", 8, 2)
+    assert len(steps) == 3 and all(microseconds > 0 for microseconds in steps.values())
+    late = overhead.waiting(model_directory, "fp32", 16, 2)
+    assert len(late) == 2
+    assert all(0 <= v["p99"] <= v["most"] and v["ticks"] > 0 for v in late.values())
 
 
 def test_compare_refuses_what_is_no_build(bench: Path) -> None:
