@@ -51,7 +51,8 @@ def step_overhead(directory: Path, dtype: str, steps: int, rounds: int) -> dict[
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=new,
-            min_new_tokens=new,
+            eos_token_id=None,
+            pad_token_id=0,
             do_sample=False,
         )
 
