@@ -24,15 +24,23 @@ def _ratio(row: dict[str, Any], part: str) -> str:
     return f" ({found['median']:.2f}x)" if found else ""
 
 
+def _closest(cell: dict[str, Any]) -> float:
+    """The least ratio of any system that is not ours."""
+    peers = [row for row in latest.running(cell) if not latest.is_ours(row["system"])]
+    ratios = [found["median"] for row in peers for found in row.get("ratio", {}).values()]
+    return min(ratios, default=0.0)
+
+
 def table_of(cells: list[dict[str, Any]]) -> list[str]:
-    """One per model and dtype: the smallest batch with the longest prompt, and batch 16."""
+    """One per model and dtype: of the smallest batch the prompt that most systems were measured
+    with, the one with the closest peer of those; and batch 16."""
     lines: list[str] = []
     kinds = sorted({(cell["model"], cell["dtype"]) for cell in cells}, reverse=True)
     for model, dtype in kinds:
         of_kind = [cell for cell in cells if (cell["model"], cell["dtype"]) == (model, dtype)]
         smallest = min(cell["batch"] for cell in of_kind)
         single = [cell for cell in of_kind if cell["batch"] == smallest]
-        main = max(single, key=lambda cell: cell["prompt"])
+        main = max(single, key=lambda cell: (len(latest.running(cell)), -_closest(cell)))
         wide = {
             row["system"]: row
             for cell in of_kind
