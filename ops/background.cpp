@@ -12,7 +12,12 @@ namespace tilewright::ops {
 bool Background::begin(std::function<void()> work) {
   join();
   try {
-    thread_ = std::thread(std::move(work));
+    thread_ = std::thread([work = std::move(work)] {
+      try {
+        work();
+      } catch (...) {  // out of memory; beyond a thread's end it would end the process
+      }
+    });
   } catch (const std::system_error&) {
     return false;
   }

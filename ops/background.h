@@ -21,8 +21,8 @@ class Background {
   Background(const Background&) = delete;
   Background& operator=(const Background&) = delete;
 
-  // False, and nothing happens, if there is no thread to be had. REQUIRES: none was begun since the
-  // last join().
+  // False, and nothing happens, if there is no thread to be had. Work that throws ends early, in
+  // silence: who joins looks at what it left. REQUIRES: none was begun since the last join().
   bool begin(std::function<void()> work);
   // Whether this process began one and has not joined it.
   bool begun() const;

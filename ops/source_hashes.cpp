@@ -20,7 +20,7 @@ SourceHashes::SourceHashes(std::vector<Block> blocks, cache::WeightDirectory& di
 
 SourceHashes::LookedUp& SourceHashes::looked_up() {
   thread_.join();
-  if (!looked_up_) looked_up_ = look_up();  // no thread, or a child after fork()
+  if (!looked_up_) looked_up_ = look_up();  // no thread, no memory, or a child after fork()
   return *looked_up_;
 }
 

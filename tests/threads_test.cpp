@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -57,7 +58,6 @@ TEST(Threads, NestedTeamsRunOnTheCaller) {
   EXPECT_EQ(wide.load(), 0);
 }
 
-// Between what the slowest memory and the fastest cache could do.
 TEST(Background, WorksUntilItIsJoined) {
   int sum = 0;
   {
@@ -95,6 +95,14 @@ TEST(Background, AChildForgetsIt) {
   EXPECT_EQ(status, 0);
 }
 
+TEST(Background, WorkThatThrowsEndsNothingElse) {
+  Background work;
+  ASSERT_TRUE(work.begin([] { throw std::bad_alloc(); }));
+  work.join();
+  EXPECT_FALSE(work.begun());
+}
+
+// Between what the slowest memory and the fastest cache could do.
 TEST(ReadBandwidth, IsPlausible) {
   const double bandwidth = read_bandwidth(2);
   EXPECT_GT(bandwidth, 1e8);

@@ -38,6 +38,15 @@ def _say(text: str) -> None:
     messages.print(text, style="dim", highlight=False)
 
 
+def _new_record() -> dict[str, object]:
+    return {"machine": places.machine(), "commit": places.commit()}
+
+
+def _keep(record: dict[str, object], output: Path | None) -> None:
+    if output is not None:
+        output.write_text(json.dumps(record, indent=1) + "\n")
+
+
 @app.command("setup")
 def setup_command(
     names: Annotated[list[str] | None, typer.Argument(help="environments; all if none")] = None,
@@ -202,7 +211,7 @@ def start(
 
     from bench_models import start as starting
 
-    record: dict[str, object] = {"machine": places.machine(), "commit": places.commit()}
+    record = _new_record()
     for name in _split(model):
         for kind in _split(dtype):
             with tempfile.TemporaryDirectory(prefix="start-", dir=places.home()) as cache:
@@ -214,8 +223,7 @@ def start(
             print(title.ljust(44) + "".join(f"{k:>18}" for k in found))
             for part, values in starting.rows(found):
                 print(f"  {part:42}" + "".join(f"{value:18.1f}" for value in values))
-    if output is not None:
-        output.write_text(json.dumps(record, indent=1) + "\n")
+    _keep(record, output)
 
 
 @app.command()
@@ -230,7 +238,7 @@ def cache(
 
     from bench_models import kernel_cache
 
-    record: dict[str, object] = {"machine": places.machine(), "commit": places.commit()}
+    record = _new_record()
     record["one kernel"] = one = kernel_cache.one_kernel()
     print("one kernel, microseconds".ljust(42) + "       p50       p99")
     for kind, values in one.items():
@@ -245,8 +253,7 @@ def cache(
             for what, count, opening, passed in kernel_cache.rows(found):
                 goal = kernel_cache.GOALS[what]
                 print(f"  {what:40}{count:10}{opening:10.2f}{passed:10.2f}{goal:6.0f}")
-    if output is not None:
-        output.write_text(json.dumps(record, indent=1) + "\n")
+    _keep(record, output)
 
 
 @app.command()
@@ -306,7 +313,7 @@ def overhead(
     from bench_models import overhead as measuring
 
     torch.set_num_threads(threads)
-    record: dict[str, object] = {"machine": places.machine(), "commit": places.commit()}
+    record = _new_record()
     for kind in _split(dtype):
         steps = measuring.step_overhead(known.directory_of("tiny"), kind, 200, rounds)
         record[f"step beside its kernels, us, tiny {kind}"] = steps
@@ -320,8 +327,7 @@ def overhead(
                     f"{kind} {name}, a thread that sleeps 1 ms, {beside:12} "
                     f"late by {values['p99']:.2f} ms (p99), {values['most']:.2f} at most"
                 )
-    if output is not None:
-        output.write_text(json.dumps(record, indent=1) + "\n")
+    _keep(record, output)
 
 
 @app.command()

@@ -25,6 +25,19 @@ from bench_models.generation import DTYPES
 TICK = 1e-3  # seconds
 
 
+def optimized(directory: Path, dtype: str) -> Any:
+    """The model, in place."""
+    import transformers
+
+    import tilewright
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    kind = transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(directory, dtype=DTYPES[dtype]).eval()
+    return tilewright.llm.optimize(model, inplace=True)
+
+
 def own_seconds(model: Any) -> float:
     """What the core's regions took so far."""
     import tilewright
@@ -34,15 +47,7 @@ def own_seconds(model: Any) -> float:
 
 def step_overhead(directory: Path, dtype: str, steps: int, rounds: int) -> dict[str, float]:
     """Microseconds a step by way; medians of `rounds`."""
-    import transformers
-
-    import tilewright
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    kind = transformers.AutoModelForCausalLM
-    model = kind.from_pretrained(directory, dtype=DTYPES[dtype]).eval()
-    model = tilewright.llm.optimize(model, inplace=True)
+    model = optimized(directory, dtype)
     compiled = torch.compile(model, backend="tilewright", fullgraph=True)
     prompt = torch.tensor([text.random_tokens(model.config.vocab_size, 16, seed=1)])
 
@@ -87,15 +92,7 @@ def step_overhead(directory: Path, dtype: str, steps: int, rounds: int) -> dict[
 
 def waiting(directory: Path, dtype: str, prompt: int, prefills: int) -> dict[str, dict[str, float]]:
     """Milliseconds that the thread came back late: the most, and of 99 in 100 times."""
-    import transformers
-
-    import tilewright
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    kind = transformers.AutoModelForCausalLM
-    model = kind.from_pretrained(directory, dtype=DTYPES[dtype]).eval()
-    model = tilewright.llm.optimize(model, inplace=True)
+    model = optimized(directory, dtype)
     ids = torch.tensor([text.random_tokens(model.config.vocab_size, prompt, seed=1)])
 
     def beside(work: Callable[[], None]) -> dict[str, float]:
