@@ -55,10 +55,10 @@ struct RunArguments {
 
 // Counted while running.
 struct PhaseCounters {
+  // steps: those that all threads compute, so as many barriers.
   std::uint64_t runs = 0, steps = 0, fallback_calls = 0, onednn_calls = 0;
-  std::uint64_t layers = 0,
-                layer_steps =
-                    0;  // steps between the first and the last attention, and how many intervals
+  // Those from the first attention to the last, and how many layers these are.
+  std::uint64_t layer_steps = 0, layers = 0;
   double own_flops = 0, fallback_flops = 0;
   double own_seconds = 0, fallback_seconds = 0;
   // Only with TILEWRIGHT_VERBOSE=profile. Between the end of the program's last run and the

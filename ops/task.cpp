@@ -97,15 +97,58 @@ void run(const MatmulTask& task, const Frame& frame, int thread, int threads) {
   }
 }
 
-// The rows of a nest that one thread takes; everything on thread 0 when there is little.
-WorkRange share_rows(std::int64_t rows, std::int64_t columns, int thread, int threads) {
-  if (rows * columns < smallest_share) return thread == 0 ? WorkRange{0, rows} : WorkRange{0, 0};
-  return share(rows, thread, threads);
+// What a task is shared out by, where it is rows that it is shared out by.
+struct Extent {
+  std::int64_t rows, columns;  // columns: elements of a row
+};
+
+Extent extent(const RowTask& task, const Frame& frame) {
+  return {iterations(task.loops, frame), frame.dim(task.columns)};
+}
+Extent extent(const CopyTask& task, const Frame& frame) {
+  return {iterations(task.loops, frame), frame.dim(task.columns)};
+}
+Extent extent(const RopeTask& task, const Frame& frame) {
+  return {frame.dim(task.batch) * frame.dim(task.tokens), frame.dim(task.heads) * 64};
+}
+Extent extent(const AppendTask& task, const Frame& frame) {
+  return {frame.dim(task.batch) * frame.dim(task.tokens), frame.dim(task.heads) * task.columns};
+}
+Extent extent(const EmbeddingTask& task, const Frame& frame) {
+  return {frame.dim(task.rows), task.columns};
+}
+Extent extent(const PackedEmbeddingTask& task, const Frame& frame) {
+  return {frame.dim(task.rows), task.columns};
+}
+Extent extent(const ArangeTask& task, const Frame& frame) { return {1, frame.dim(task.count)}; }
+Extent extent(const IntegerTask& task, const Frame& frame) {
+  return {iterations(task.loops, frame), 1};
+}
+Extent extent(const GatherTask& task, const Frame& frame) {
+  return {frame.dim(task.rows), frame.dim(task.count)};
+}
+Extent extent(const CumsumTask& task, const Frame& frame) {
+  return {frame.dim(task.rows), frame.dim(task.columns)};
+}
+Extent extent(const TopTask& task, const Frame& frame) {
+  return {frame.dim(task.rows), frame.dim(task.columns)};
+}
+
+bool is_little(const Extent& work) {
+  return work.rows <= 1 || work.rows * work.columns < smallest_share;
+}
+
+// The rows that one thread takes; everything on thread 0 when there is little.
+template <class Task>
+WorkRange share_rows(const Task& task, const Frame& frame, int thread, int threads) {
+  const Extent work = extent(task, frame);
+  if (!is_little(work)) return share(work.rows, thread, threads);
+  return thread == 0 ? WorkRange{0, work.rows} : WorkRange{0, 0};
 }
 
 void run(const RowTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t columns = frame.dim(task.columns);
-  const WorkRange rows = share_rows(iterations(task.loops, frame), columns, thread, threads);
+  const WorkRange rows = share_rows(task, frame, thread, threads);
   run_loops(task.loops, task.operands, frame, rows.begin, rows.end,
             [&](char* const* addresses, std::int64_t count, const std::int64_t* strides) {
               std::int64_t arguments[RowArgs::first_operand + 2 * 32];
@@ -121,7 +164,7 @@ void run(const RowTask& task, const Frame& frame, int thread, int threads) {
 
 void run(const CopyTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t columns = frame.dim(task.columns);
-  const WorkRange rows = share_rows(iterations(task.loops, frame), columns, thread, threads);
+  const WorkRange rows = share_rows(task, frame, thread, threads);
   const Operand operands[] = {task.x, task.y};
   run_loops(task.loops, operands, frame, rows.begin, rows.end,
             [&](char* const* addresses, std::int64_t count, const std::int64_t* strides) {
@@ -159,8 +202,7 @@ Rows destination_rows(const HeadDestination& destination, const Frame& frame, st
 
 void run(const RopeTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t tokens = frame.dim(task.tokens);
-  const WorkRange work =
-      share_rows(frame.dim(task.batch) * tokens, frame.dim(task.heads) * 64, thread, threads);
+  const WorkRange work = share_rows(task, frame, thread, threads);
   std::int64_t arguments[RopeArgs::count];
   arguments[RopeArgs::rows] = frame.dim(task.heads);
   arguments[RopeArgs::x_row_stride] = frame.dim(task.x_strides.head) * task.x.element_bytes;
@@ -183,8 +225,7 @@ void run(const RopeTask& task, const Frame& frame, int thread, int threads) {
 
 void run(const AppendTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t tokens = frame.dim(task.tokens);
-  const WorkRange work = share_rows(frame.dim(task.batch) * tokens,
-                                    frame.dim(task.heads) * task.columns, thread, threads);
+  const WorkRange work = share_rows(task, frame, thread, threads);
   std::int64_t arguments[CopyArgs::count];
   arguments[CopyArgs::rows] = frame.dim(task.heads);
   arguments[CopyArgs::columns] = task.columns;
@@ -202,7 +243,7 @@ void run(const AppendTask& task, const Frame& frame, int thread, int threads) {
 }
 
 void run(const EmbeddingTask& task, const Frame& frame, int thread, int threads) {
-  const WorkRange rows = share_rows(frame.dim(task.rows), task.columns, thread, threads);
+  const WorkRange rows = share_rows(task, frame, thread, threads);
   const auto* indices = reinterpret_cast<const std::int64_t*>(task.indices.address(frame));
   const std::int64_t table_rows = frame.dim(task.table_rows);
   for (std::int64_t i = rows.begin; i < rows.end; ++i) {
@@ -224,7 +265,7 @@ void run(const EmbeddingTask& task, const Frame& frame, int thread, int threads)
 }
 
 void run(const PackedEmbeddingTask& task, const Frame& frame, int thread, int threads) {
-  const WorkRange rows = share_rows(frame.dim(task.rows), task.columns, thread, threads);
+  const WorkRange rows = share_rows(task, frame, thread, threads);
   const auto* indices = reinterpret_cast<const std::int64_t*>(task.indices.address(frame));
   const std::int64_t row_bytes = task.columns * task.y.element_bytes;
   for (std::int64_t i = rows.begin; i < rows.end; ++i) {
@@ -237,8 +278,8 @@ void run(const PackedEmbeddingTask& task, const Frame& frame, int thread, int th
   }
 }
 
-void run(const ArangeTask& task, const Frame& frame, int thread, int) {
-  if (thread != 0) return;
+void run(const ArangeTask& task, const Frame& frame, int thread, int threads) {
+  if (share_rows(task, frame, thread, threads).end == 0) return;
   auto* y = reinterpret_cast<std::int64_t*>(task.y.address(frame));
   const std::int64_t start = frame.dim(task.start), count = frame.dim(task.count);
   for (std::int64_t i = 0; i < count; ++i) y[i] = start + i;
@@ -262,7 +303,7 @@ void write_integer(graph::DataType type, char* to, std::int64_t value) {
 }
 
 void run(const IntegerTask& task, const Frame& frame, int thread, int threads) {
-  const WorkRange range = share_rows(iterations(task.loops, frame), 1, thread, threads);
+  const WorkRange range = share_rows(task, frame, thread, threads);
   run_loops(task.loops, task.operands, frame, range.begin, range.end,
             [&](char* const* addresses, std::int64_t count, const std::int64_t* strides) {
               const auto operand = [&](std::size_t which, std::int64_t i) {
@@ -279,7 +320,7 @@ void run(const IntegerTask& task, const Frame& frame, int thread, int threads) {
 void run(const GatherTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t columns = frame.dim(task.columns), count = frame.dim(task.count);
   const auto bytes = static_cast<std::size_t>(task.x.element_bytes);
-  const WorkRange rows = share_rows(frame.dim(task.rows), count, thread, threads);
+  const WorkRange rows = share_rows(task, frame, thread, threads);
   const auto* places = reinterpret_cast<const std::int64_t*>(task.indices.address(frame));
   for (std::int64_t row = rows.begin; row < rows.end; ++row) {
     const char* x = task.x.address(frame) + row * columns * task.x.element_bytes;
@@ -297,7 +338,7 @@ void run(const GatherTask& task, const Frame& frame, int thread, int threads) {
 
 void run(const CumsumTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t columns = frame.dim(task.columns);
-  const WorkRange rows = share_rows(frame.dim(task.rows), columns, thread, threads);
+  const WorkRange rows = share_rows(task, frame, thread, threads);
   const auto* x = reinterpret_cast<const std::int64_t*>(task.x.address(frame));
   auto* y = reinterpret_cast<std::int64_t*>(task.y.address(frame));
   for (std::int64_t row = rows.begin; row < rows.end; ++row) {
@@ -351,7 +392,7 @@ void find_largest(const TopTask& task, const Frame& frame, WorkRange rows, Read&
 }
 
 void run(const TopTask& task, const Frame& frame, int thread, int threads) {
-  const WorkRange rows = share_rows(frame.dim(task.rows), frame.dim(task.columns), thread, threads);
+  const WorkRange rows = share_rows(task, frame, thread, threads);
   const graph::DataType dtype = task.dtype;
   if (graph::is_float(dtype)) {
     find_largest(task, frame, rows, [dtype](const char* x) { return read_scalar(dtype, x); });
@@ -363,6 +404,18 @@ void run(const TopTask& task, const Frame& frame, int thread, int threads) {
 void run(const HostTask&, const Frame&, int, int) {}
 
 }  // namespace
+
+bool is_little(const Task& task, const Frame& frame) {
+  return std::visit(
+      [&](const auto& work) {
+        if constexpr (requires { extent(work, frame); }) {
+          return is_little(extent(work, frame));
+        } else {
+          return false;
+        }
+      },
+      task);
+}
 
 void run_task(const Task& task, const Frame& frame, int thread, int threads) {
   std::visit([&](const auto& work) { run(work, frame, thread, threads); }, task);

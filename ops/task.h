@@ -248,6 +248,9 @@ using Task = std::variant<LinearTask, MatmulTask, RowTask, CopyTask, RopeTask, A
                           AttentionTask, EmbeddingTask, PackedEmbeddingTask, ArangeTask,
                           IntegerTask, GatherTask, CumsumTask, TopTask, HostTask>;
 
+// Whether one thread computes all of it: sharing it out would cost more than it saves.
+bool is_little(const Task& task, const Frame& frame);
+
 // One thread's share. HostTask is not run here.
 void run_task(const Task& task, const Frame& frame, int thread, int threads);
 

@@ -13,14 +13,7 @@ void pause() { __builtin_ia32_pause(); }
 
 }  // namespace
 
-void Barrier::wait(int threads) {
-  if (threads == 1) return;
-  const std::uint32_t generation = generation_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
-  }
+void Barrier::spin(std::uint32_t generation) const {
   using Clock = std::chrono::steady_clock;
   constexpr auto spin = std::chrono::microseconds(50);
   constexpr int pauses_per_look = 64;

@@ -19,10 +19,20 @@ namespace tilewright::ops {
 // an unbounded spin could hold the very core that the late thread needs.
 class Barrier {
  public:
-  // All `threads` threads of the team call wait(); it returns when the last has.
-  void wait(int threads);
+  // All `threads` threads of the team call wait(). The last to arrive calls alone() before any of
+  // them returns: what it writes, all see.
+  template <class Alone>
+  void wait(int threads, const Alone& alone) {
+    const std::uint32_t generation = generation_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads) return spin(generation);
+    alone();
+    arrived_.store(0, std::memory_order_relaxed);
+    generation_.store(generation + 1, std::memory_order_release);
+  }
 
  private:
+  void spin(std::uint32_t generation) const;
+
   std::atomic<int> arrived_{0};
   std::atomic<std::uint32_t> generation_{0};
 };

@@ -224,7 +224,7 @@ TEST_P(Decoder, WithCachesMatchesTheInterpreter) {
   const PhaseCounters& decode = program.counters(Phase::decode);
   EXPECT_EQ(decode.runs, 2u);
   EXPECT_EQ(decode.fallback_calls, 0u);
-  EXPECT_EQ(decode.layer_steps, 8 * decode.layers) << graph::print(model.optimized);
+  EXPECT_EQ(decode.layer_steps, 5 * decode.layers) << graph::print(model.optimized);
 }
 
 TEST_P(Decoder, WithGrowingTensorsMatchesTheInterpreter) {
@@ -253,7 +253,7 @@ TEST_P(Decoder, WithGrowingTensorsMatchesTheInterpreter) {
   }
   const PhaseCounters& decode = program.counters(Phase::decode);
   EXPECT_EQ(decode.fallback_calls, 0u);
-  EXPECT_EQ(decode.layer_steps, 8 * decode.layers) << graph::print(model.optimized);
+  EXPECT_EQ(decode.layer_steps, 5 * decode.layers) << graph::print(model.optimized);
 }
 
 INSTANTIATE_TEST_SUITE_P(DataTypes, Decoder,

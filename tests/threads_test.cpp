@@ -35,12 +35,16 @@ TEST(Threads, BarrierSeparatesSteps) {
   constexpr int steps = 2000;
   std::vector<std::atomic<int>> done(steps);
   std::atomic<bool> early{false};
+  int alone = 0;  // no atomic: one thread at a time, seen by all
   Barrier barrier;
   run_team(3, [&](int, int threads) {
     for (int step = 0; step < steps; ++step) {
       done[static_cast<std::size_t>(step)].fetch_add(1);
-      barrier.wait(threads);
-      if (done[static_cast<std::size_t>(step)].load() != threads) early = true;
+      barrier.wait(threads, [&] {
+        if (done[static_cast<std::size_t>(step)].load() != threads) early = true;
+        alone += 1;
+      });
+      if (done[static_cast<std::size_t>(step)].load() != threads || alone != step + 1) early = true;
     }
   });
   EXPECT_FALSE(early);
