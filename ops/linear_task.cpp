@@ -43,7 +43,8 @@ std::int64_t row_bytes(const LinearKernel& spec) {
 std::int64_t vector_scratch_bytes(const LinearTask& task, std::int64_t rows) {
   const std::int64_t stretches = round_up(task.spec.k, partial_sum_length()) / partial_sum_length();
   const std::int64_t x_bytes = packs(task, rows) ? stretches * stretch_bytes(task.spec) : 0;
-  return chunk_rows(task, rows) * (kPartialSumsBytesPerRow + x_bytes) + unpacked_bytes();
+  const std::int64_t chunk = chunk_rows(task, rows);
+  return partial_sums_bytes(chunk) + chunk * x_bytes + unpacked_bytes();
 }
 
 void put_zero(char* to) { std::memset(to, 0, sizeof(std::uint16_t)); }
@@ -81,7 +82,7 @@ class LinearRun {
             const RowPlaces& places, std::int64_t rows)
       : task_(task), panels_(panels), places_(places), rows_(rows) {
     char* scratch = frame.scratch[static_cast<std::size_t>(thread)];
-    packed_ = scratch + chunk_rows(task, rows) * kPartialSumsBytesPerRow;
+    packed_ = scratch + partial_sums_bytes(chunk_rows(task, rows));
     arguments_[LinearArgs::partial_sums] = argument(scratch);
     arguments_[LinearArgs::weight] = argument(task.weight->data.get());
     arguments_[LinearArgs::unpacked] =
@@ -330,8 +331,7 @@ class ExpertRun {
     char* sums = y_ + task.variants[0].rows * padded_bytes(task.spec.n, task.spec.output);
     arguments_[LinearArgs::partial_sums] = argument(sums);
     arguments_[LinearArgs::weight] = argument(task.weight->data.get());
-    arguments_[LinearArgs::unpacked] =
-        argument(sums) + kPartialSumsBytesPerRow * task.variants[0].rows;
+    arguments_[LinearArgs::unpacked] = argument(sums) + partial_sums_bytes(task.variants[0].rows);
     arguments_[LinearArgs::panel_count] = panels.end - panels.begin;
     arguments_[LinearArgs::block_count] = 1;
   }
@@ -456,9 +456,8 @@ std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {
   }
   return (rows * 8 + 63) / 64 * 64 +
          task.variants[0].rows *
-             (row_bytes(task.spec) + padded_bytes(task.spec.n, task.spec.output) +
-              kPartialSumsBytesPerRow) +
-         unpacked_bytes();
+             (row_bytes(task.spec) + padded_bytes(task.spec.n, task.spec.output)) +
+         partial_sums_bytes(task.variants[0].rows) + unpacked_bytes();
 }
 
 }  // namespace tilewright::ops

@@ -25,11 +25,19 @@ std::int64_t most_rows(const LinearKernel& spec, const Choices& choices) {
   return std::max(std::min(fitting, choices.most_chunk_rows), choices.fewest_chunk_rows);
 }
 
+// Of fp16 no stream waits for memory: widening takes longer.
+int streams(LinearKernel spec, int rows, const Choices& choices) {
+  spec.rows = rows;
+  const bool waits = spec.weight != graph::DataType::f16;
+  return waits && reads_several_panels(spec) ? static_cast<int>(choices.streams_row) : 1;
+}
+
 std::int64_t prefetch(const LinearKernel& spec, int rows, const Choices& choices) {
   if (spec.twelve_bits) return choices.prefetch_twelve_bits;
   if (spec.weight == graph::DataType::f16) return choices.prefetch_f16;
-  const bool single = rows == 1 && spec.weight == graph::DataType::f32;
-  return single ? choices.prefetch_row : choices.prefetch;
+  const bool short_loop = rows == 1 && spec.weight == graph::DataType::f32;
+  const bool by_hardware = short_loop || streams(spec, rows, choices) > 1;
+  return by_hardware ? choices.prefetch_row : choices.prefetch;
 }
 
 // A core's L2 holds them beside a piece of the weights, and each chunk reads all weights again.
@@ -59,10 +67,12 @@ void Lowering::add_kernels(LinearTask& task) {
   if (choice.many_rows && !task.experts) add_tiles(task, *choice.many_rows);
   const Choices& choices = options_.choices;
   for (int rows : choices.row_blocks(task.spec.lanes)) {
-    task.variants.push_back({rows, nullptr, prefetch(task.spec, rows, choices)});
+    task.variants.push_back(
+        {rows, nullptr, prefetch(task.spec, rows, choices), streams(task.spec, rows, choices)});
   }
   task.many = {task.variants.front().rows};
   task.spec.prefetch = task.variants.back().prefetch;
+  task.spec.streams = task.variants.back().streams;
   task.most_rows = most_rows(task.spec, choices);
   task.many_blocks = choices.many_blocks;
   task.pack_panels = choices.pack_panels;

@@ -117,6 +117,7 @@ void request_kernel(State& state, const LinearTask& linear, LinearTask::Variant&
   LinearKernel spec = linear.spec;
   spec.rows = variant.rows;
   spec.prefetch = variant.prefetch;
+  spec.streams = variant.streams;
   spec.many_blocks = &variant == &linear.many;
   if (variant.tiles) spec.arithmetic = linear.tiles->arithmetic;
   variant.kernel = state.kernels->request(print(spec), [spec] { return build(spec); });

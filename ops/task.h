@@ -72,6 +72,7 @@ struct LinearTask {
     int rows;
     const Kernel* kernel = nullptr;  // until a run needs it
     std::int64_t prefetch = 0;       // as the kernel's
+    int streams = 1;                 // likewise
     bool tiles = false;
   };
   // Many rows, where tiles multiply them.

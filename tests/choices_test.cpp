@@ -249,12 +249,14 @@ TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
       R"({"prefetch": 512})",
       R"({"prefetch_f16": 512})",
       R"({"prefetch_row": 512})",
+      R"({"streams_row": 1})",
       R"({"prefetch_twelve_bits": 0, "twelve_bits_from": 0})",
       R"({"twelve_bits_from": 0})",
       R"({"twelve_bits_percent": 75, "twelve_bits_from": 0})",
       R"({"few_queries": 3})",
   };
-  const std::set<std::string> in_code = {"row_blocks_avx2", "prefetch", "prefetch_row",
+  const std::set<std::string> in_code = {"row_blocks_avx2",      "prefetch",
+                                         "prefetch_row",         "streams_row",
                                          "prefetch_twelve_bits", "twelve_bits_from"};
   for (const ChoiceRow& row : rows({})) {
     const bool is_tried = std::ranges::any_of(changes, [&](std::string_view change) {

@@ -170,7 +170,7 @@ struct Problem {
     call.number(LinearArgs::y_row_stride, spec.n * 4);
     call.number(LinearArgs::panel_count, ops::panel_count(spec.n));
     call.number(LinearArgs::block_count, 1);
-    const std::int64_t sums = spec.rows * ops::kPartialSumsBytesPerRow;
+    const std::int64_t sums = ops::partial_sums_bytes(spec.rows);
     call.memory(LinearArgs::partial_sums, static_cast<std::size_t>(sums));
     const std::int64_t unpacked = tiled ? ops::tile_unpacked_bytes() : ops::unpacked_bytes();
     call.memory(LinearArgs::unpacked, static_cast<std::size_t>(unpacked));

@@ -97,7 +97,7 @@ struct Problem {
     residual = guarded(m, outputs(), spec.output, flush);
     fill_rows(*bias, spec.output, 1, spec.n, fill, random);
     fill_rows(*residual, spec.output, m, outputs(), fill, random);
-    partial_sums = guarded(1, blocks * spec.rows * ops::kPartialSumsBytesPerRow / 4, DataType::f32,
+    partial_sums = guarded(1, ops::partial_sums_bytes(blocks * spec.rows) / 4, DataType::f32,
                            GuardedRows::Flush::end);
     if (spec.twelve_bits && fill == Fill::normal) scatter_outsiders();
     if (change) change(*this);

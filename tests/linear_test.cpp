@@ -22,6 +22,7 @@ class Linear : public ::testing::TestWithParam<Case> {
     spec.rows = rows;
     spec.n = n;
     spec.k = k;
+    if (reads_several_panels(spec)) spec.streams = ops::kMostStreams;
     return spec;
   }
 
@@ -119,6 +120,7 @@ TEST_P(Linear, BitsDoNotDependOnHowWorkIsCut) {
     if (rows > ops::max_rows(whole.lanes)) continue;
     LinearKernel spec = whole;
     spec.rows = rows;
+    spec.streams = 1;
     const Problem problem(spec, 12 / rows, Fill::normal, 11, GuardedRows::Flush::end);
     for (Engine engine : engines(spec)) {
       for (std::int64_t panel = ops::panel_count(spec.n) - 1; panel >= 0; --panel) {
@@ -128,6 +130,27 @@ TEST_P(Linear, BitsDoNotDependOnHowWorkIsCut) {
         run_kernel(engine, build(spec), args);
       }
       EXPECT_EQ(problem.results(), wanted) << name(engine) << " rows=" << rows;
+    }
+  }
+}
+
+// Panels side by side and one after the other, an odd one alone.
+TEST_P(Linear, BitsDoNotDependOnStreams) {
+  std::size_t turn = 0;
+  const std::vector<ops::Epilogue> all = epilogues();
+  for (std::int64_t n : {32, 64, 70, 130}) {
+    for (std::int64_t k : {1, 2, 31, 128, 259}) {
+      LinearKernel spec = kernel(1, n, k);
+      if (spec.streams == 1) return;
+      spec.epilogue = all[turn++ % all.size()];
+      const Problem several(spec, 1, Fill::normal, 11, GuardedRows::Flush::end);
+      spec.streams = 1;
+      const Problem one(spec, 1, Fill::normal, 11, GuardedRows::Flush::end);
+      one.run(Engine::interpreter);
+      for (Engine engine : engines(spec)) {
+        several.run(engine);
+        EXPECT_EQ(several.results(), one.results()) << name(engine) << " n=" << n << " k=" << k;
+      }
     }
   }
 }
@@ -199,7 +222,10 @@ TEST_P(Linear, InnerLoopsDoNotSpill) {
       for (DataType output : kFloats) {
         for (std::int64_t n : {576, 610}) {
           LinearKernel spec = kernel(rows, n, 576);
-          spec.many_blocks = n == 610;
+          if (n == 610) {
+            spec.many_blocks = true;
+            spec.streams = 1;
+          }
           spec.epilogue = each;
           spec.output = output;
           const auto code = jit::emit(build(spec), target_with_lanes(spec.lanes));
@@ -341,6 +367,11 @@ TEST(LinearSupported, SaysWhyNot) {
   bad = good;
   bad.weight = DataType::i64;
   EXPECT_EQ(supported(bad).error().message, "linear in i64");
+  bad = good;
+  bad.streams = ops::kMostStreams;
+  EXPECT_TRUE(supported(bad).ok());
+  bad.rows = 2;
+  EXPECT_EQ(supported(bad).error().message, "2 panels side by side");
 }
 
 // One chain of additions over all of k would round about twice as much.
@@ -379,6 +410,8 @@ TEST(LinearPrint, TellsEveryFieldApart) {
   EXPECT_EQ(print(spec),
             "linear lanes=8 rows=1 n=960 k=576 weight=f32 output=f32 bias "
             "activation=silu gated residual prefetch=1024");
+  spec.streams = 2;
+  EXPECT_TRUE(print(spec).ends_with(" prefetch=1024 streams=2"));
 }
 
 }  // namespace

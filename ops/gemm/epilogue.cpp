@@ -83,14 +83,13 @@ void finish_vector(Builder& b, const LinearKernel& spec, const OutputVector& vec
 namespace {
 
 // Stores `width` outputs of each row, `offset` bytes from the rows' beginnings.
-void finish_rows(Builder& b, const LinearKernel& spec, Reg offset, int width, Reg rows) {
+void finish_rows(Builder& b, const LinearKernel& spec, Reg offset, int width, Reg rows, Reg sums) {
   OutputRow row;
   row.y = b.add(b.arg(LinearArgs::y), offset);
   if (spec.epilogue.residual) row.residual = b.add(b.arg(LinearArgs::residual), offset);
   if (spec.epilogue.bias) row.bias = b.add(b.arg(LinearArgs::bias), offset);
   const int vectors = static_cast<int>(panel_columns()) / spec.lanes;
   const int stored = vectors / (spec.epilogue.gated ? 2 : 1);
-  const Reg sums = b.arg(LinearArgs::partial_sums);
   const auto sum = [&](int i) {
     return b.load(jit::vir::Element::f32, b.at(sums, i * b.vector_bytes()));
   };
@@ -112,17 +111,17 @@ void finish_rows(Builder& b, const LinearKernel& spec, Reg offset, int width, Re
 
 }  // namespace
 
-void finish_panel(Builder& b, const LinearKernel& spec, Reg panel, Reg rows) {
+void finish_panel(Builder& b, const LinearKernel& spec, Reg panel, Reg rows, Reg sums) {
   const int runs = spec.epilogue.gated ? 2 : 1;
   const std::int64_t outputs = spec.n / runs, panel_outputs = panel_columns() / runs;
   const std::int64_t panel_bytes = panel_outputs * graph::size_in_bytes(spec.output);
   const Reg offset = b.mul(panel, panel_bytes);
   const auto width = static_cast<int>(panel_outputs), tail = static_cast<int>(outputs % width);
-  if (tail == 0) return finish_rows(b, spec, offset, width, rows);
+  if (tail == 0) return finish_rows(b, spec, offset, width, rows, sums);
   b.if_nonzero(
       b.add(offset, -(outputs / panel_outputs * panel_bytes)),
-      [&] { finish_rows(b, spec, offset, width, rows); },
-      [&] { finish_rows(b, spec, offset, tail, rows); });
+      [&] { finish_rows(b, spec, offset, width, rows, sums); },
+      [&] { finish_rows(b, spec, offset, tail, rows, sums); });
 }
 
 }  // namespace tilewright::ops

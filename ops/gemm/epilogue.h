@@ -30,9 +30,9 @@ struct OutputRow {
 void finish_vector(jit::vir::Builder& builder, const LinearKernel& spec, const OutputVector& vector,
                    const OutputRow& row);
 
-// Finishes and stores the first `rows` rows of a panel, whose sums lie one row below the other at
-// LinearArgs::partial_sums. Consumes `rows`.
+// Finishes and stores the first `rows` rows of a panel, whose sums lie one row below the other.
+// Consumes `rows` and moves `sums` behind them.
 void finish_panel(jit::vir::Builder& builder, const LinearKernel& spec, jit::vir::Reg panel,
-                  jit::vir::Reg rows);
+                  jit::vir::Reg rows, jit::vir::Reg sums);
 
 }  // namespace tilewright::ops

@@ -58,6 +58,7 @@ struct LinearKernel {
   bool many_blocks = false;      // in a call: x lies in pieces, and weights are asked for by block,
                                  // otherwise
   std::int64_t prefetch = 1024;  // so many bytes ahead, in lines; 0: not. The bits are the same
+  int streams = 1;               // panels read side by side, of one row: 1 or 2. Likewise
 };
 
 // Argument slots. Strides in bytes. A panel is panel_columns() columns of the packed weight.
@@ -88,7 +89,7 @@ struct LinearArgs {
     panel_begin,
     panel_count,
     block_count,
-    partial_sums,  // kPartialSumsBytesPerRow for each row, aligned to 64, of this thread alone
+    partial_sums,  // partial_sums_bytes(), aligned to 64, of this thread alone
     unpacked,  // unpacked_bytes(), aligned to 64, of this thread alone; only for weights in 12 bits
     row_count,   // only for tiles: the rows of y; the last block may have more
     tile_state,  // only for tiles: 64 bytes of this thread alone
@@ -97,8 +98,10 @@ struct LinearArgs {
 };
 
 inline constexpr int kPartialSumsBytesPerRow = 32 * 4;  // a panel's columns
+inline constexpr int kMostStreams = 2;
 std::int64_t partial_sum_length();
-std::int64_t unpacked_bytes();  // a panel's stretch of k in 16 bits
+std::int64_t partial_sums_bytes(std::int64_t rows);  // of all blocks of a call
+std::int64_t unpacked_bytes();                       // a panel's stretch of k in 16 bits
 
 graph::DataType input_type(const LinearKernel& spec);  // of x
 int piece_bytes(int lanes);                            // of a row of x, with many blocks: a vector
@@ -106,6 +109,9 @@ int max_rows(int lanes);       // 6 with AVX2 (6 x 16), 12 with AVX-512 (12 x 32
 std::int64_t panel_columns();  // 32: the packed layout depends neither on lanes nor on the type
 std::int64_t panel_count(std::int64_t n);  // n rounded up
 bool is_tiled(Arithmetic arithmetic);
+// Whether there is a kernel with several streams: of one row, but not of weights in 12 bits, whose
+// unpacking leaves AVX2 no registers for the sums of two panels (through memory: 0.8 of the speed).
+bool reads_several_panels(const LinearKernel& spec);
 std::string_view name(Arithmetic arithmetic);  // of kernels: "linear_amx_bf16"
 std::string function_name(const LinearKernel& spec);
 std::string print(const LinearKernel& spec);  // canonical: the kernel's identity in the cache key

@@ -91,7 +91,8 @@ class TileBuilder {
       b_.loop(b_.constant(whole - 1), [&] { emit_piece({kPieceSteps, false, false}); });
     }
     emit_piece({steps - whole * kPieceSteps, whole == 0, true});
-    finish_panel(b_, spec_, panel(), b_.arg(LinearArgs::row_count));
+    finish_panel(b_, spec_, panel(), b_.arg(LinearArgs::row_count),
+                 b_.arg(LinearArgs::partial_sums));
   }
 
   struct Piece {
