@@ -108,7 +108,7 @@ struct Problem {
       return values;
     };
     x = fill(m * spec.k, input_type(spec));
-    w = fill(spec.n * spec.k, DataType::bf16);
+    w = fill(spec.n * spec.k, spec.weight);
   }
 
   std::vector<std::byte> rows_of_x() const {
@@ -121,16 +121,16 @@ struct Problem {
   }
 
   std::vector<std::byte> packed_weight() const {
-    std::vector<std::uint16_t> values;
-    for (float value : w) {
-      values.push_back(static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16));
+    const std::int64_t size = size_in_bytes(spec.weight);
+    std::vector<std::byte> values(w.size() * static_cast<std::size_t>(size));
+    for (std::size_t i = 0; i < w.size(); ++i) {
+      ops::write_scalar(spec.weight, values.data() + i * static_cast<std::size_t>(size), w[i]);
     }
-    const ops::WeightBlock block{values.data(), spec.n, spec.k * 2};
+    const ops::WeightBlock block{values.data(), spec.n, spec.k * size};
     std::vector<std::byte> pairs(
-        static_cast<std::size_t>(ops::packed_bytes(spec.n, spec.k, DataType::bf16)));
+        static_cast<std::size_t>(ops::packed_bytes(spec.n, spec.k, spec.weight)));
     const std::int64_t panels = ops::panel_count(spec.n);
-    ops::pack_panels({&block, 1}, spec.k, DataType::bf16, DataType::bf16, false, 0, panels,
-                     pairs.data());
+    ops::pack_panels({&block, 1}, spec.k, spec.weight, spec.weight, false, 0, panels, pairs.data());
     if (!spec.twelve_bits) return pairs;
     ops::twelve_bits::Packer packer(panels, spec.k);
     const auto* from = reinterpret_cast<const std::uint16_t*>(pairs.data());
@@ -172,7 +172,7 @@ struct Problem {
     call.number(LinearArgs::block_count, 1);
     const std::int64_t sums = spec.rows * ops::kPartialSumsBytesPerRow;
     call.memory(LinearArgs::partial_sums, static_cast<std::size_t>(sums));
-    const std::int64_t unpacked = tiled ? ops::tile_unpacked_bytes() : ops::unpacked_bytes();
+    const std::int64_t unpacked = tiled ? tile_scratch_bytes(spec) : ops::unpacked_bytes();
     call.memory(LinearArgs::unpacked, static_cast<std::size_t>(unpacked));
     call.number(LinearArgs::row_count, m);
     call.memory(LinearArgs::tile_state, ops::kTileStateBytes);
@@ -189,15 +189,21 @@ void run() {
     Arithmetic arithmetic;
     int rows;
     std::int64_t m, n, k;
+    DataType weight;
     bool twelve_bits;
     const char* rung;
   };
-  const Case cases[] = {{Arithmetic::dot, 12, 12, 45, 70, false, "avx512_bf16"},
-                        {Arithmetic::dot, 1, 1, 64, 130, false, "avx512_bf16"},
-                        {Arithmetic::dot, 2, 2, 32, 144, true, "avx512_bf16"},
-                        {Arithmetic::tiles, 16, 13, 45, 70, false, "amx_bf16"},
-                        {Arithmetic::tiles, 32, 30, 32, 40, true, "amx_bf16"},
-                        {Arithmetic::split_tiles, 16, 11, 32, 75, false, "amx_bf16"}};
+  const DataType bf16 = DataType::bf16;
+  const Case cases[] = {
+      {Arithmetic::dot, 12, 12, 45, 70, bf16, false, "avx512_bf16"},
+      {Arithmetic::dot, 1, 1, 64, 130, bf16, false, "avx512_bf16"},
+      {Arithmetic::dot, 2, 2, 32, 144, bf16, true, "avx512_bf16"},
+      {Arithmetic::tiles, 16, 13, 45, 70, bf16, false, "amx_bf16"},
+      {Arithmetic::tiles, 32, 30, 32, 40, bf16, true, "amx_bf16"},
+      {Arithmetic::split_tiles, 16, 11, 32, 75, bf16, false, "amx_bf16"},
+      {Arithmetic::split_tiles, 16, 11, 32, 300, DataType::f32, false, "amx_bf16"},
+      {Arithmetic::split_tiles, 32, 19, 32, 45, DataType::f32, false, "amx_bf16"},
+      {Arithmetic::split_tiles, 16, 12, 32, 40, DataType::f16, false, "amx_bf16"}};
   for (const Case& each : cases) {
     LinearKernel spec;
     spec.arithmetic = each.arithmetic;
@@ -205,7 +211,7 @@ void run() {
     spec.rows = each.rows;
     spec.n = each.n;
     spec.k = each.k;
-    spec.weight = DataType::bf16;
+    spec.weight = each.weight;
     spec.twelve_bits = each.twelve_bits;
     Problem(spec, each.m, 17).dump(each.rung);
   }
