@@ -26,12 +26,14 @@ namespace fs = std::filesystem;
 
 const CpuModel kMilan{"AuthenticAMD", 0x19, 0x01, 1};
 
-TEST(ChoicesFor, ARungHasTheBlocksOfEveryRow) {
+TEST(ChoicesFor, ARungHasTheKernelsOfEveryRow) {
   const Target rung = *Target::for_rung("avx2");
-  const std::vector<int> blocks = choices_for(rung.cpu, rung.isa).choices.row_blocks_avx2;
+  const Choices all = choices_for(rung.cpu, rung.isa).choices;
+  const std::vector<int>& blocks = all.row_blocks_avx2;
   const CpuModel zen3{"AuthenticAMD", 0x19, 1, 1};
   for (const Choices& choices : {Choices(), choices_for(zen3, rung.isa).choices}) {
     for (int rows : choices.row_blocks_avx2) EXPECT_EQ(std::ranges::count(blocks, rows), 1);
+    EXPECT_GE(all.fp32_products, choices.fp32_products);
   }
   EXPECT_TRUE(std::ranges::is_sorted(blocks, std::greater<>()));
 }

@@ -217,8 +217,8 @@ void dump_kernels() {
       {Arithmetic::dot, 2, 2, 32, 144, bf16, true, "avx512_bf16"},
       {Arithmetic::tiles, 16, 13, 45, 70, bf16, false, "amx_bf16"},
       {Arithmetic::tiles, 32, 30, 32, 40, bf16, true, "amx_bf16"},
-      {Arithmetic::split_tiles, 16, 11, 32, 75, bf16, false, "amx_bf16"},
-      {Arithmetic::split_tiles, 16, 11, 32, 257, DataType::f32, false, "amx_bf16"},
+      {Arithmetic::split_tiles, 16, 11, 32, 540, bf16, false, "amx_bf16"},
+      {Arithmetic::split_tiles, 16, 11, 32, 75, DataType::f32, false, "amx_bf16"},
       {Arithmetic::split_tiles, 32, 19, 32, 45, DataType::f32, false, "amx_bf16"},
       {Arithmetic::split_tiles, 16, 12, 32, 40, DataType::f16, false, "amx_bf16"}};
   for (const Case& each : cases) {

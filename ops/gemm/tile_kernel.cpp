@@ -4,9 +4,9 @@
 // piece of 512 k of a panel (32 KB) stays in L1 while the blocks of x, from L2, pass by; the sums
 // wait in memory meanwhile.
 //
-// fp32 has pieces of 256 k: 16 KB of weights that fit bf16, or 48 KB in three parts, which a core's
-// L2 holds. Each is summed in tiles from zero, product by product, the smallest over all of its k
-// first, and vectors add it to the sums: an addition for 96 or 192 products of tiles.
+// Each piece of fp32 is summed in tiles from zero, product by product, the smallest over all of its
+// k first, and vectors add it to the sums: one addition for 192 or 384 products of tiles. Its
+// weights in three parts are 96 KB, which stay in L2.
 //
 // Tested by tile_kernel_test, tests/python/test_avx512_machine.py (the emitted bytes).
 #include "ops/gemm/tile_kernel.h"
@@ -39,8 +39,9 @@ constexpr int kWeightRowBytes = 128;  // a pair of k of both tiles of columns
 constexpr int kStepPairs = 16;        // of k
 constexpr int kWeightStepBytes = kStepPairs * kWeightRowBytes;
 constexpr int kColumnTiles = 2;
-constexpr std::int64_t kPieceSteps = 16, kSplitPieceSteps = 8;
-constexpr std::int64_t kStretchSteps = 4;  // of 12 bits: 128 k
+constexpr std::int64_t kPieceSteps = 16;
+constexpr std::int64_t kPieceBytes = kPieceSteps * kWeightStepBytes;  // in 16 bits
+constexpr std::int64_t kStretchSteps = 4;                             // of 12 bits: 128 k
 constexpr int kLineBytes = 64;
 
 // Of the weights, asked for in each step of each block: the next piece, once 8 blocks have passed.
@@ -55,11 +56,6 @@ int x_parts(Arithmetic arithmetic) { return splits(arithmetic) ? kParts : 1; }
 bool splits_weights(const LinearKernel& spec) {
   return splits(spec.arithmetic) && spec.weight != graph::DataType::bf16;
 }
-std::int64_t piece_steps(const LinearKernel& spec) {
-  return splits(spec.arithmetic) ? kSplitPieceSteps : kPieceSteps;
-}
-// Of a piece in 16 bits.
-std::int64_t part_bytes(const LinearKernel& spec) { return piece_steps(spec) * kWeightStepBytes; }
 // Of scratch, in front of unpacked weights: a piece's sums, on their way from tiles to vectors.
 std::int64_t piece_sums_bytes(const LinearKernel& spec) {
   return splits(spec.arithmetic) ? spec.rows * kPartialSumsBytesPerRow : 0;
@@ -147,7 +143,7 @@ class TileBuilder {
       (splits_weights(spec_) ? source_ : weight_) = b_.add(packed, b_.mul(panel(), bytes));
     }
     x_ = b_.arg(LinearArgs::x);
-    const std::int64_t length = piece_steps(spec_) * kStepLength;
+    const std::int64_t length = kPieceSteps * kStepLength;
     const std::int64_t whole = (spec_.k - 1) / length;
     if (whole > 0) emit_piece({length, true});
     if (whole > 1) b_.loop(b_.constant(whole - 1), [&] { emit_piece({length, false}); });
@@ -168,7 +164,7 @@ class TileBuilder {
     } else if (splits_weights(spec_)) {
       emit_split(piece);
     } else {
-      ahead_ = b_.add(weight_, part_bytes(spec_));
+      ahead_ = b_.add(weight_, kPieceBytes);
     }
     const Reg x = b_.copy(x_), sums = b_.arg(LinearArgs::partial_sums);
     b_.loop(b_.arg(LinearArgs::block_count), [&] {
@@ -253,7 +249,7 @@ class TileBuilder {
   }
 
   Reg load_weight(Reg weight, int part, int column) {
-    const std::int64_t offset = part * part_bytes(spec_) + column * kRowBytes;
+    const std::int64_t offset = part * kPieceBytes + column * kRowBytes;
     return b_.tile_load(b_.at(weight, offset), weight_row_bytes_);
   }
 
@@ -266,7 +262,7 @@ class TileBuilder {
     const Reg to = b_.copy(weight_);
     const std::int64_t stretches = (piece.steps() - 1) / kStretchSteps;
     const std::int64_t distance =
-        piece_steps(spec_) * kStepLength / twelve_bits::kStepLength * twelve_bits::kStepBytes;
+        kPieceSteps * kStepLength / twelve_bits::kStepLength * twelve_bits::kStepBytes;
     const auto unpack = [&](std::int64_t count) {
       reader_.begin_stretch();
       reader_.unpack_stretch(count, to, distance);
@@ -294,7 +290,7 @@ class TileBuilder {
 
   void store_pair(Reg to, int part, const std::array<Reg, kColumnTiles>& columns) {
     for (int column = 0; column < kColumnTiles; ++column) {
-      b_.store(Element::i32, b_.at(to, part * part_bytes(spec_) + column * kRowBytes),
+      b_.store(Element::i32, b_.at(to, part * kPieceBytes + column * kRowBytes),
                columns[static_cast<std::size_t>(column)]);
     }
   }
@@ -318,7 +314,7 @@ class TileBuilder {
   void emit_split_pair(Reg to, int count) {
     const int bytes = has_pairs() ? kWeightRowBytes : 2 * kWeightRowBytes;
     for (int line = 0; line < bytes; line += kLineBytes) {
-      b_.prefetch(b_.at(source_, piece_steps(spec_) * kStepPairs * bytes + line), 1);
+      b_.prefetch(b_.at(source_, kPieceSteps * kStepPairs * bytes + line), 1);
     }
     std::array<std::array<Reg, kColumnTiles>, kParts> parts;
     for (std::size_t column = 0; column < kColumnTiles; ++column) {
@@ -460,7 +456,7 @@ jit::vir::Function build(const TilePack& spec) { return PackBuilder(spec).run();
 
 std::int64_t tile_scratch_bytes(const LinearKernel& spec) {
   const int parts = splits_weights(spec) ? kParts : spec.twelve_bits ? 1 : 0;
-  return piece_sums_bytes(spec) + parts * part_bytes(spec);
+  return piece_sums_bytes(spec) + parts * kPieceBytes;
 }
 
 bool in_range(float largest_weight) {

@@ -10,8 +10,9 @@
 //
 // tdpbf16ps adds 16 products at a time and those sums in fp32. A piece of k is summed from zero,
 // the products of the lowest parts first, so that they meet sums of their own size, and then added
-// to the pieces before it: the error is below that of PyTorch's fp32 (perf/results/linear-amx.md),
-// as torch.set_float32_matmul_precision("highest"), its default, asks.
+// to the pieces before it: the error is below that of PyTorch's fp32 (perf/results/linear-amx.md).
+// So torch.set_float32_matmul_precision("highest"), the default, allows it; "high" and "medium"
+// would allow less exact products, and change nothing here.
 //
 // AMX takes subnormals for zero, so fp32 has this bound beyond its rounding: if both the largest
 // |x| of a row and the largest |w| are at least kSmallestFactor, and their product too, y is wrong
@@ -20,7 +21,7 @@
 // in_range() says whether neither concerns a row; rows that it refuses are multiplied by the kernel
 // with fused multiply-adds.
 //
-// Tested by tile_kernel_test.
+// Tested by tile_kernel_test, tests/python/test_matrix_kernels.py (the error).
 #pragma once
 
 #include <cstdint>
