@@ -219,7 +219,6 @@ void dump_kernels() {
       {Arithmetic::tiles, 32, 30, 32, 40, bf16, true, "amx_bf16"},
       {Arithmetic::split_tiles, 16, 11, 32, 540, bf16, false, "amx_bf16"},
       {Arithmetic::split_tiles, 16, 11, 32, 75, DataType::f32, false, "amx_bf16"},
-      {Arithmetic::split_tiles, 32, 19, 32, 45, DataType::f32, false, "amx_bf16"},
       {Arithmetic::split_tiles, 16, 12, 32, 40, DataType::f16, false, "amx_bf16"}};
   for (const Case& each : cases) {
     LinearKernel spec;
