@@ -71,6 +71,8 @@ Decision choices_for_a_rung(IsaMask isa) {
     const Result<Choices> choices = changed({}, row.choices);
     add_blocks(decision.choices.row_blocks_avx2, choices->row_blocks_avx2);
     add_blocks(decision.choices.row_blocks_avx512, choices->row_blocks_avx512);
+    std::int64_t& products = decision.choices.fp32_products;
+    products = std::max(products, choices->fp32_products);
   }
   return decision;
 }

@@ -36,9 +36,8 @@ struct CompileOptions {
   bool exact_weights = true;  // fp32 weights whose values fit 16 bits are stored in 16 bits
   std::shared_ptr<KeptWeights> kept_weights = nullptr;  // null: all are packed
   bool keep_weights = false;                            // write those that are packed
-  bool fallback_onednn = false;         // try oneDNN before the front end's fallback
-  bool profile = false;                 // measure each step (RegionTime)
-  Fp32Mode fp32 = Fp32Mode::automatic;  // what multiplies fp32 (ops/gemm/arithmetic.h)
+  bool fallback_onednn = false;  // try oneDNN before the front end's fallback
+  bool profile = false;          // measure each step (RegionTime)
 };
 
 // constants: every `const` source named by the graph; the memory must stay valid and unchanged

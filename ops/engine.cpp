@@ -9,6 +9,7 @@
 #include "jit/base/env.h"
 #include "jit/base/log.h"
 #include "ops/compile.h"
+#include "ops/gemm/arithmetic.h"
 #include "ops/machine_profile.h"
 
 namespace tilewright::ops {
@@ -113,7 +114,9 @@ Result<Program> Engine::compile(const std::string& text,
   options.kept_weights = kept_weights_;
   options.keep_weights = keep_weights;
   options.profile = settings.profile;
-  options.fp32 = settings.fp32;
+  if (settings.fp32 != Fp32Mode::automatic) {
+    options.choices.fp32_products = settings.fp32 == Fp32Mode::amx ? most_fp32_products : 0;
+  }
   options.fallback_onednn = settings.fallback == Fallback::onednn;
   return ops::compile(*graph, constants, target_, options, kernels_, std::move(weights), packed);
 }

@@ -219,7 +219,10 @@ struct TileScratch {
     sums = kTileStateBytes;
     magnitudes = sums + padded * kPartialSumsBytesPerRow;
     unpacked = magnitudes + (splits ? padded * kMagnitudeBytes : 0);
-    x = unpacked + (task.spec.twelve_bits ? tile_unpacked_bytes() : 0);
+    LinearKernel kernel = task.spec;
+    kernel.arithmetic = task.tiles->arithmetic;
+    kernel.rows = 2 * kTileRows;
+    x = unpacked + tile_scratch_bytes(kernel);
     bytes = x + padded / kTileRows * block_bytes(pack_of(task, kTileRows));
   }
 };
@@ -304,7 +307,7 @@ class TileRun {
     if (task_.tiles->arithmetic != Arithmetic::split_tiles) return true;
     const auto* magnitudes = reinterpret_cast<const std::uint32_t*>(scratch_ + offsets_.magnitudes);
     const auto count = static_cast<std::size_t>(rows * kMagnitudeBytes / 4);
-    return in_range({magnitudes, count}, task_.weight->largest, task_.spec.k);
+    return in_range({magnitudes, count}, task_.tiles->largest_weight, task_.spec.k);
   }
 
   const LinearTask& task_;

@@ -61,11 +61,11 @@ std::string describe(const LinearTask& task) {
 // Blocks of rows that kernels exist for, largest first. Fewer kernels than one per remainder
 // (emission time), and any number of rows is covered: 5 = 4 + 1.
 void Lowering::add_kernels(LinearTask& task) {
-  const ArithmeticChoice choice = choose_arithmetic(target_, options_.fp32, task.x_type,
-                                                    task.weight->form, task.weight->largest);
+  const Choices& choices = options_.choices;
+  const ArithmeticChoice choice =
+      choose_arithmetic(target_, choices.fp32_products, task.x_type, task.weight->form);
   task.spec.arithmetic = choice.few_rows;
   if (choice.many_rows && !task.experts) add_tiles(task, *choice.many_rows);
-  const Choices& choices = options_.choices;
   for (int rows : choices.row_blocks(task.spec.lanes)) {
     task.variants.push_back(
         {rows, nullptr, prefetch(task.spec, rows, choices), streams(task.spec, rows, choices)});
@@ -84,6 +84,10 @@ void Lowering::add_kernels(LinearTask& task) {
 
 void Lowering::add_tiles(LinearTask& task, Arithmetic arithmetic) {
   LinearTask::Tiles tiles{arithmetic, {{{2 * kTileRows}, {kTileRows}}}};
+  if (arithmetic == Arithmetic::split_tiles) {
+    tiles.largest_weight = weights_->largest_magnitude(task.weight);
+    if (!in_range(tiles.largest_weight)) return;
+  }
   for (std::size_t i = 0; i < tiles.variants.size(); ++i) {
     tiles.variants[i].tiles = true;
     const TilePack pack{arithmetic, tiles.variants[i].rows, task.spec.k};

@@ -81,6 +81,7 @@ struct LinearTask {
     std::array<Variant, 2> variants;       // 32 and 16 rows
     std::array<const Kernel*, 2> packs{};  // x of their blocks (tile_kernel.h)
     std::int64_t most_rows = 0;            // multiplied at once: their x stays in L2
+    float largest_weight = 0;              // of |w|, where x is fp32
   };
   std::vector<Variant> variants;   // rows descending, the last has 1
   Variant many;                    // blocks of as many rows as the first

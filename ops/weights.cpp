@@ -6,11 +6,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <limits>
 #include <optional>
 #include <utility>
 
-#include "jit/vir/float_bits.h"
 #include "ops/gemm/exact.h"
 #include "ops/gemm/linear_kernel.h"
 #include "ops/gemm/twelve_bits.h"
@@ -20,13 +20,47 @@
 namespace tilewright::ops {
 namespace {
 
-// The largest magnitude among bf16 values: patterns without their sign are ordered as these are.
-std::uint16_t largest_pattern(const std::uint16_t* values, std::int64_t count) {
-  std::uint16_t largest = 0;
+// The largest magnitude among floating values: patterns without their sign are ordered as these
+// are, NaN above infinity.
+template <class Pattern>
+Pattern largest_pattern(const Pattern* values, std::int64_t count) {
+  constexpr auto magnitude = static_cast<Pattern>(std::numeric_limits<Pattern>::max() >> 1);
+  Pattern largest = 0;
   for (std::int64_t i = 0; i < count; ++i) {
-    largest = std::max(largest, static_cast<std::uint16_t>(values[i] & 0x7fff));
+    largest = std::max(largest, static_cast<Pattern>(values[i] & magnitude));
   }
   return largest;
+}
+
+// The same of a panel, as the pattern of an fp32.
+std::uint32_t largest_of_panel(const PackedWeight& weight, std::int64_t panel) {
+  const graph::DataType dtype = weight.form.dtype;
+  if (weight.form.twelve_bits) {
+    std::vector<std::uint16_t> column(static_cast<std::size_t>(weight.k));
+    std::uint16_t largest = 0;
+    for (std::int64_t i = 0; i < panel_columns(); ++i) {
+      twelve_bits::unpack_column(reinterpret_cast<const std::byte*>(weight.data.get()), panel, i,
+                                 weight.k, column.data());
+      largest = std::max(largest, largest_pattern(column.data(), weight.k));
+    }
+    return widen(dtype, largest);
+  }
+  const std::int64_t bytes = packed_bytes(panel_columns(), weight.k, dtype);
+  const char* data = weight.data.get() + panel * bytes;
+  if (dtype == graph::DataType::f32) {
+    return largest_pattern(reinterpret_cast<const std::uint32_t*>(data), bytes / 4);
+  }
+  return widen(dtype, largest_pattern(reinterpret_cast<const std::uint16_t*>(data), bytes / 2));
+}
+
+// Calls visit(panel), on as many threads as the process has: each first touches the pages that it
+// will read in decode.
+template <class Visit>
+void each_panel(std::int64_t n, Visit&& visit) {
+  run_team(default_threads(), [&](int thread, int threads) {
+    const WorkRange panels = share(panel_count(n), thread, threads);
+    for (std::int64_t i = panels.begin; i < panels.end; ++i) visit(i);
+  });
 }
 
 }  // namespace
@@ -44,7 +78,7 @@ std::string WeightStore::identify(const Item& item) {
 Result<std::shared_ptr<const PackedWeight>> WeightStore::pack(
     const std::vector<WeightBlock>& blocks, std::int64_t k, graph::DataType source, bool gated,
     WeightForms forms, KeptWeights* kept, bool keep) {
-  Item item{{}, blocks, k, source, gated, forms.exact, nullptr};
+  Item item{{}, blocks, k, source, gated, forms.exact, nullptr, {}};
   item.identity = identify(item);
   std::lock_guard lock(mutex_);
   for (const Item& known : items_) {
@@ -71,7 +105,6 @@ PackedForm WeightStore::assumed_form(const Item& item, bool twelve_bits) const {
   return form;
 }
 
-// As many threads as the process has: each first touches the pages that it will read in decode.
 Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item,
                                                                 WeightForms forms) {
   const bool narrows = item.exact && item.source == graph::DataType::f32;
@@ -85,12 +118,6 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item
     weight->form = assumed_form(item, forms.twelve_bits);
     return std::shared_ptr<const PackedWeight>(weight);
   }
-  const auto each_panel = [&](auto&& visit) {
-    run_team(default_threads(), [&](int thread, int threads) {
-      const WorkRange panels = share(panel_count(n), thread, threads);
-      for (std::int64_t i = panels.begin; i < panels.end; ++i) visit(i);
-    });
-  };
   const std::int64_t panel_bytes = packed_bytes(panel_columns(), item.k, dtype);
   auto weight = std::make_shared<PackedWeight>();
   weight->n = n;
@@ -105,18 +132,10 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item
     pack_panel(item.blocks, item.k, item.source, dtype, item.gated, panel, pairs.data());
     visit(pairs.data());
   };
-  std::atomic<std::uint16_t> largest{0};
-  const auto note = [&](const std::uint16_t* pairs) {
-    if (!narrows || dtype != graph::DataType::bf16) return;
-    const std::uint16_t found = largest_pattern(pairs, panel_bytes / 2);
-    std::uint16_t known = largest.load();
-    while (known < found && !largest.compare_exchange_weak(known, found)) {
-    }
-  };
   std::optional<twelve_bits::Packer> packer;
   if (forms.twelve_bits && dtype == graph::DataType::bf16) {
     packer.emplace(panel_count(n), item.k);
-    each_panel([&](std::int64_t i) {
+    each_panel(n, [&](std::int64_t i) {
       with_pairs(i, [&](const std::uint16_t* pairs) { packer->inspect(i, pairs); });
     });
     const std::int64_t bytes = packer->place();
@@ -130,21 +149,14 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::packed(const Item& item
   }
   auto* to = reinterpret_cast<std::byte*>(memory.get());
   if (weight->form.twelve_bits) {
-    each_panel([&](std::int64_t i) {
-      with_pairs(i, [&](const std::uint16_t* pairs) {
-        packer->pack(i, pairs, to);
-        note(pairs);
-      });
+    each_panel(n, [&](std::int64_t i) {
+      with_pairs(i, [&](const std::uint16_t* pairs) { packer->pack(i, pairs, to); });
     });
   } else {
-    each_panel([&](std::int64_t i) {
+    each_panel(n, [&](std::int64_t i) {
       pack_panel(item.blocks, item.k, item.source, dtype, item.gated, i, to + i * panel_bytes);
-      note(reinterpret_cast<const std::uint16_t*>(to + i * panel_bytes));
     });
   }
-  const std::uint16_t finite = 0x7f7f;
-  weight->largest =
-      largest > finite ? std::numeric_limits<float>::infinity() : jit::vir::bf16_to_float(largest);
   weight->data = std::move(memory);
   return std::shared_ptr<const PackedWeight>(weight);
 }
@@ -200,6 +212,25 @@ Status WeightStore::unpack(const void* token, void* to) const {
     }
   }
   return Error{"these weights are gone"};
+}
+
+float WeightStore::largest_magnitude(const std::shared_ptr<const PackedWeight>& weight) {
+  if (assumed_) return 1;
+  const std::lock_guard lock(mutex_);
+  const auto item = std::ranges::find(items_, weight, &Item::weight);
+  if (item != items_.end() && item->largest) return *item->largest;
+  std::atomic<std::uint32_t> largest{0};
+  each_panel(weight->n, [&](std::int64_t panel) {
+    const std::uint32_t found = largest_of_panel(*weight, panel);
+    std::uint32_t known = largest.load();
+    while (known < found && !largest.compare_exchange_weak(known, found)) {
+    }
+  });
+  const float infinity = std::numeric_limits<float>::infinity();
+  const bool finite = largest < std::bit_cast<std::uint32_t>(infinity);
+  const float magnitude = finite ? std::bit_cast<float>(largest.load()) : infinity;
+  if (item != items_.end()) item->largest = magnitude;
+  return magnitude;
 }
 
 std::int64_t WeightStore::bytes() const {

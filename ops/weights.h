@@ -32,7 +32,6 @@ struct PackedWeight {
   std::shared_ptr<const char> data;  // memory of its own, or pages of a file (kept_weights.h)
   std::int64_t n = 0, k = 0, bytes = 0;
   PackedForm form;
-  float largest = 0;  // of the magnitudes, of fp32 in bf16; infinity if any is no number
 };
 
 // Which forms a weight may be stored in, all without loss.
@@ -78,6 +77,9 @@ class WeightStore {
   const void* release(const void* source);
   // Writes the source's rows, row-major in its own type, bit for bit as they were.
   Status unpack(const void* token, void* to) const;
+  // The largest magnitude of a packed weight of fp32; infinity if any is no number. Read once. Of
+  // weights that are not there 1.
+  float largest_magnitude(const std::shared_ptr<const PackedWeight>& weight);
   std::int64_t bytes() const;
   // Before packing: address space for so many bytes of packed weights (weight_memory.h); settle()
   // ends that, and returns to the system what sources gave back.
@@ -95,6 +97,7 @@ class WeightStore {
     graph::DataType source = graph::DataType::f32;
     bool gated = false, exact = false;
     std::shared_ptr<const PackedWeight> weight;
+    std::optional<float> largest;  // once somebody asked
   };
   static std::string identify(const Item& item);
   Result<std::shared_ptr<const PackedWeight>> packed(const Item& item, WeightForms forms);

@@ -104,8 +104,9 @@ Constants constants_of(const LlamaText& llama, graph::DataType dtype) {
 
 using Kernels = std::map<std::string, std::string>;  // code's digest by key text's
 
-void emit_decoder(const std::string& rung, graph::DataType dtype, std::FILE* to) {
-  Result<Engine> engine = Engine::open(rung);
+void emit_decoder(const std::string& rung, graph::DataType dtype, std::FILE* to,
+                  const std::string& choices = "") {
+  Result<Engine> engine = Engine::open(rung, choices);
   if (!engine) return;
   engine->kernels()->observe([to](const cache::Entry& entry) {
     fmt::print(to, "{} {}\n", cache::hex(cache::sha256(entry.key_text)),
@@ -133,8 +134,9 @@ std::string text(const Variables& variables) {
   return result;
 }
 
-// What a process with these variables emits.
-Kernels kernels_with(const Variables& variables, const fs::path& folder) {
+// What a process with these variables emits by emit(to).
+template <class Emit>
+Kernels kernels_of(const Variables& variables, const fs::path& folder, Emit&& emit) {
   std::array<int, 2> ends = {};
   EXPECT_EQ(pipe(ends.data()), 0);
   const pid_t child = fork();
@@ -147,9 +149,7 @@ Kernels kernels_with(const Variables& variables, const fs::path& folder) {
     }
     if (std::freopen("/dev/null", "w", stderr) == nullptr) _exit(1);
     std::FILE* to = fdopen(ends[1], "w");
-    emit_decoder("", graph::DataType::f32, to);
-    emit_decoder("amx_bf16", graph::DataType::f32, to);
-    emit_decoder("avx512_bf16", graph::DataType::bf16, to);
+    emit(to);
     std::fflush(to);
     _exit(environment().problems.empty() ? 0 : 1);
   }
@@ -167,10 +167,40 @@ Kernels kernels_with(const Variables& variables, const fs::path& folder) {
   return kernels;
 }
 
-TEST(KernelKey, EveryVariableChangesTheKeyOrLeavesTheBytes) {
+Kernels kernels_with(const Variables& variables, const fs::path& folder) {
+  return kernels_of(variables, folder, [](std::FILE* to) {
+    emit_decoder("", graph::DataType::f32, to);
+    emit_decoder("amx_bf16", graph::DataType::f32, to);
+    emit_decoder("avx512_bf16", graph::DataType::bf16, to);
+  });
+}
+
+fs::path new_folder() {
   std::string pattern = testing::TempDir() + "kernel_key_XXXXXX";
-  ASSERT_NE(mkdtemp(pattern.data()), nullptr);
-  const fs::path folder = pattern;
+  EXPECT_NE(mkdtemp(pattern.data()), nullptr);
+  return pattern;
+}
+
+// FP32: auto follows the table of choices, the others do not.
+TEST(KernelKey, Fp32ByTilesIsWhatTheTableOrTheUserSays) {
+  const fs::path folder = new_folder();
+  const auto emitted = [&](const char* setting, const char* choices) {
+    return kernels_of({{"FP32", setting}}, folder, [choices](std::FILE* to) {
+      emit_decoder("amx_bf16", graph::DataType::f32, to, choices);
+    });
+  };
+  const Kernels without = emitted("auto", R"({"fp32_products": 0})");
+  const Kernels tiled = emitted("auto", R"({"fp32_products": 3})");
+  EXPECT_GT(without.size(), 10u);
+  EXPECT_GT(tiled.size(), without.size());
+  EXPECT_EQ(emitted("auto", "{}"), without) << "nothing was timed";
+  EXPECT_EQ(emitted("fma", R"({"fp32_products": 3})"), without);
+  EXPECT_EQ(emitted("amx", R"({"fp32_products": 0})"), tiled);
+  fs::remove_all(folder);
+}
+
+TEST(KernelKey, EveryVariableChangesTheKeyOrLeavesTheBytes) {
+  const fs::path folder = new_folder();
   const fs::path profile = folder / "profile.json";
   std::ofstream(profile) << *print_profile(Target::host().cpu, R"({"prefetch": 512})", "{}");
   fs::permissions(profile, fs::perms(0600));

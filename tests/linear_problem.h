@@ -114,7 +114,7 @@ struct Problem {
         spec.twelve_bits ? in_twelve_bits(as_values, flush) : guarded(1, size, DataType::u8, flush);
     if (!spec.twelve_bits) std::copy(as_values.begin(), as_values.end(), packed->row(0));
     const bool tiled = is_tiled(spec.arithmetic);
-    unpacked = guarded(1, tiled ? ops::tile_unpacked_bytes() : ops::unpacked_bytes(), DataType::u8,
+    unpacked = guarded(1, tiled ? tile_scratch_bytes(spec) : ops::unpacked_bytes(), DataType::u8,
                        GuardedRows::Flush::end);
     if (tiled) pack_tiles();
   }
@@ -223,7 +223,7 @@ inline Bounded rounded(Bounded a, double unit = kUnit) {
   return a;
 }
 
-// The sum's bound: one chain of k fused multiply-adds.
+// The sum's bound: one chain of k fused multiply-adds. By tiles also what six products leave out.
 inline Bounded product(const Problem& p, std::int64_t row, std::int64_t column) {
   double sum = 0, magnitude = 0;
   for (std::int64_t k = 0; k < p.spec.k; ++k) {
@@ -231,7 +231,9 @@ inline Bounded product(const Problem& p, std::int64_t row, std::int64_t column) 
     sum += term;
     magnitude += std::abs(term);
   }
-  const double depth = static_cast<double>(p.spec.k) * kUnit;
+  const bool leaves_out =
+      p.spec.arithmetic == Arithmetic::split_tiles && p.spec.weight != DataType::bf16;
+  const double depth = (static_cast<double>(p.spec.k) + (leaves_out ? 1.01 : 0)) * kUnit;
   Bounded result{sum, depth / (1 - depth) * magnitude};
   if (!p.spec.epilogue.bias) return result;
   result.value += value_at(*p.bias, p.spec.output, 0, column);

@@ -258,7 +258,7 @@ INSTANTIATE_TEST_SUITE_P(All, Linear,
 TEST(ArithmeticChoice, FollowsTheTargetAndTheTypes) {
   const ops::PackedForm bf16{DataType::bf16}, f32{DataType::f32}, f16{DataType::f16};
   const auto few = [&](const char* rung, DataType x, ops::PackedForm weight) {
-    return choose_arithmetic(*Target::for_rung(rung), Fp32Mode::automatic, x, weight, 1).few_rows;
+    return choose_arithmetic(*Target::for_rung(rung), 6, x, weight).few_rows;
   };
   EXPECT_EQ(few("avx512_bf16", DataType::bf16, bf16), Arithmetic::dot);
   EXPECT_EQ(few("avx512_bf16", DataType::f32, bf16), Arithmetic::fma);
@@ -268,7 +268,7 @@ TEST(ArithmeticChoice, FollowsTheTargetAndTheTypes) {
   Target intel = *Target::for_rung("avx512_bf16");
   intel.cpu.vendor = "GenuineIntel";
   const auto of = [&](const Target& target) {
-    return choose_arithmetic(target, Fp32Mode::automatic, DataType::bf16, bf16, 1).few_rows;
+    return choose_arithmetic(target, 0, DataType::bf16, bf16).few_rows;
   };
   EXPECT_EQ(of(intel), Arithmetic::fma) << "half the rate of the FMA on Granite Rapids";
   Target amd = intel;
@@ -276,19 +276,21 @@ TEST(ArithmeticChoice, FollowsTheTargetAndTheTypes) {
   amd.cpu.family = 0x1a;
   EXPECT_EQ(of(amd), Arithmetic::dot);
 
-  const auto many = [&](const char* rung, DataType x, ops::PackedForm weight, Fp32Mode fp32,
-                        float largest) {
-    return choose_arithmetic(*Target::for_rung(rung), fp32, x, weight, largest).many_rows;
+  const auto many = [&](const char* rung, DataType x, ops::PackedForm weight, int fp32_products) {
+    return choose_arithmetic(*Target::for_rung(rung), fp32_products, x, weight).many_rows;
   };
-  const auto automatic = Fp32Mode::automatic;
-  EXPECT_EQ(many("amx_bf16", DataType::bf16, bf16, automatic, 0), Arithmetic::tiles);
-  EXPECT_EQ(many("amx_bf16", DataType::f32, bf16, automatic, 1), std::nullopt);
-  EXPECT_EQ(many("amx_bf16", DataType::f32, bf16, Fp32Mode::amx, 1), Arithmetic::split_tiles);
-  EXPECT_EQ(many("amx_bf16", DataType::f32, bf16, Fp32Mode::fma, 1), std::nullopt);
-  EXPECT_EQ(many("amx_bf16", DataType::f32, bf16, Fp32Mode::amx, 0), std::nullopt);
-  EXPECT_EQ(many("amx_bf16", DataType::f32, f32, Fp32Mode::amx, 1), std::nullopt);
-  EXPECT_EQ(many("amx_bf16", DataType::f16, f16, automatic, 1), std::nullopt);
-  EXPECT_EQ(many("avx512_fp16", DataType::bf16, bf16, automatic, 1), std::nullopt);
+  EXPECT_EQ(many("amx_bf16", DataType::bf16, bf16, 0), Arithmetic::tiles);
+  EXPECT_EQ(many("amx_bf16", DataType::f16, f16, 6), std::nullopt);
+  EXPECT_EQ(many("avx512_fp16", DataType::bf16, bf16, 6), std::nullopt);
+  EXPECT_EQ(many("avx512_fp16", DataType::f32, bf16, 6), std::nullopt);
+  for (int products : {0, 3, 6}) {
+    const auto splits = [&](ops::PackedForm weight) {
+      return many("amx_bf16", DataType::f32, weight, products) == Arithmetic::split_tiles;
+    };
+    EXPECT_EQ(splits(bf16), products >= 3);
+    EXPECT_EQ(splits(f32), products >= 6);
+    EXPECT_EQ(splits(f16), products >= 6);
+  }
 }
 
 // A weight kept exactly in 16 bits, and other lanes, give the same bits.

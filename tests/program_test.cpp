@@ -117,17 +117,17 @@ struct Step {
 };
 
 // The kernels that a decoder gets for a CPU that this one need not be; nothing is executed.
-// exact: fp32 weights have the values of bf16 ones.
+// exact: fp32 weights have the values of bf16 ones. All values are multiplied by `scale`.
 std::vector<std::string> kernels_for(const char* rung, graph::DataType dtype, bool exact = false,
-                                     const CompileOptions& options = {}) {
+                                     const CompileOptions& options = {}, double scale = 1) {
   LlamaShape shape;
   shape.head_dim = 16;
   Model model(llama_graph(shape, true, std::string(graph::name(dtype))), dtype);
   for (auto& [name, tensor] : model.constants) {
-    for (std::int64_t i = 0; exact && i < tensor.count(); ++i) {
+    for (std::int64_t i = 0; i < tensor.count(); ++i) {
       std::uint16_t bits;
       write_scalar(graph::DataType::bf16, &bits, tensor.get(i));
-      tensor.set(i, read_scalar(graph::DataType::bf16, &bits));
+      tensor.set(i, scale * (exact ? read_scalar(graph::DataType::bf16, &bits) : tensor.get(i)));
     }
   }
   const Target target = *Target::for_rung(rung);
@@ -162,12 +162,18 @@ TEST(Rungs, HaveTheirMatrixKernels) {
   EXPECT_TRUE(has(tiles, "tilewright_tile_pack"));
   EXPECT_TRUE(has(tiles, "tilewright_linear")) << "for few rows";
   EXPECT_FALSE(has(kernels_for("avx512_fp16", bf16), "tilewright_linear_amx_bf16"));
-  CompileOptions amx;
-  amx.fp32 = Fp32Mode::amx;
-  EXPECT_TRUE(has(kernels_for("amx_bf16", f32, true, amx), "tilewright_linear_amx_fp32"));
-  EXPECT_FALSE(has(kernels_for("amx_bf16", f32, true), "tilewright_linear_amx_fp32"));
-  EXPECT_FALSE(has(kernels_for("amx_bf16", f32, false, amx), "tilewright_linear_amx_fp32"))
-      << "weights that are not exact in bf16";
+  const auto splits = [&](std::int64_t products, double scale, bool exact) {
+    CompileOptions options;
+    options.choices.fp32_products = products;
+    return has(kernels_for("amx_bf16", f32, exact, options, scale), "tilewright_linear_amx_fp32");
+  };
+  EXPECT_FALSE(splits(0, 1, true));
+  EXPECT_TRUE(splits(3, 1, true));
+  EXPECT_FALSE(splits(3, 1, false)) << "weights that are not exact in bf16";
+  EXPECT_TRUE(splits(6, 1, false));
+  for (double scale : {1e-30, 1e39, std::nan("")}) {
+    EXPECT_FALSE(splits(6, scale, false)) << "weights out of range";
+  }
 }
 
 double tolerance(graph::DataType dtype) { return dtype == graph::DataType::f32 ? 2e-4 : 0.15; }

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <limits>
 #include <random>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -169,26 +170,27 @@ constexpr std::array<jit::KernelFunction, kSlots> interpreters(std::index_sequen
   }...};
 }
 
-// y = x @ w.T of one type with bf16 weights, by tiles for many rows.
+// y = x @ w.T of one type, by tiles for many rows. The weights fit bf16 or do not, and have a size.
 class TiledTask {
  public:
-  TiledTask(DataType type, std::int64_t n, std::int64_t k) : type_(type) {
+  TiledTask(DataType type, std::int64_t n, std::int64_t k, bool exact = true, double scale = 1)
+      : type_(type) {
     LinearKernel& spec = task_.spec;
     spec.lanes = 16;
     spec.n = n;
     spec.k = k;
-    spec.weight = DataType::bf16;
     spec.output = type;
     std::normal_distribution<double> normal;
     w_ = std::vector<char>(static_cast<std::size_t>(n * k * size_in_bytes(type)));
     for (std::int64_t i = 0; i < n * k; ++i) {
-      write_scalar(
-          type, w_.data() + i * size_in_bytes(type),
-          std::bit_cast<float>(std::bit_cast<std::uint32_t>(static_cast<float>(normal(random_))) &
-                               0xffff0000u));
+      const auto drawn = static_cast<float>(scale * normal(random_));
+      const std::uint32_t kept = exact ? 0xffff0000u : 0xffffffffu;
+      write_scalar(type, w_.data() + i * size_in_bytes(type),
+                   std::bit_cast<float>(std::bit_cast<std::uint32_t>(drawn) & kept));
     }
     const WeightBlock block{w_.data(), n, k * size_in_bytes(type)};
     task_.weight = *weights_.pack({block}, k, type, false, WeightForms{});
+    spec.weight = task_.weight->form.dtype;
     for (int rows : {12, 4, 2, 1}) task_.variants.push_back({rows, kernel(spec, rows)});
     task_.many = {12, task_.variants[0].kernel};
     const CopyKernel copy{16, type, DataType::f32};
@@ -210,6 +212,7 @@ class TiledTask {
       tiles.packs[i] = add(build(TilePack{tiles.arithmetic, tiles.variants[i].rows, k}));
     }
     tiles.most_rows = 64;
+    if (fp32) tiles.largest_weight = weights_.largest_magnitude(task_.weight);
     task_.tiles = tiles;
     task_.x = {0, DimIndex{0}, size_in_bytes(type)};
     task_.y = {1, DimIndex{0}, size_in_bytes(type)};
@@ -218,14 +221,15 @@ class TiledTask {
     task_.y_stride = DimIndex{3};
   }
 
-  // x is drawn; `change` may put other values into it.
-  void run(std::int64_t rows, int threads, std::pair<std::int64_t, float> change = {-1, 0}) {
+  // x is drawn, of a size; `change` may put other values into it.
+  void run(std::int64_t rows, int threads, std::pair<std::int64_t, float> change = {-1, 0},
+           double scale = 1) {
     const std::int64_t size = size_in_bytes(type_), n = task_.spec.n, k = task_.spec.k;
     std::normal_distribution<double> normal;
     x_.assign(static_cast<std::size_t>(rows * k * size), 0);
     y_.assign(static_cast<std::size_t>(rows * n * size), 0);
     for (std::int64_t i = 0; i < rows * k; ++i) {
-      write_scalar(type_, x_.data() + i * size, normal(random_));
+      write_scalar(type_, x_.data() + i * size, scale * normal(random_));
     }
     if (change.first >= 0) write_scalar(type_, x_.data() + change.first * size, change.second);
     calls = {};
@@ -296,8 +300,9 @@ class TiledTask {
 };
 
 TEST(LinearTask, TilesMultiplyManyRows) {
-  for (DataType type : {DataType::bf16, DataType::f32}) {
-    TiledTask task(type, 100, 75);
+  for (const auto& [type, exact] :
+       {std::pair{DataType::bf16, true}, {DataType::f32, true}, {DataType::f32, false}}) {
+    TiledTask task(type, 100, 75, exact);
     for (std::int64_t rows : {1, 8, 9, 16, 20, 32, 45, 70, 130}) {
       for (int threads : {1, 3}) {
         task.run(rows, threads);
@@ -311,17 +316,40 @@ TEST(LinearTask, TilesMultiplyManyRows) {
 
 TEST(LinearTask, Fp32OutOfTheRangeOfTilesIsMultipliedByVectors) {
   const float infinity = std::numeric_limits<float>::infinity();
-  for (float outsider : {infinity, 1e37f}) {
-    TiledTask task(DataType::f32, 64, 75);
-    task.run(70, 2, {40 * 75 + 3, outsider});  // chunks of 64 and 6 rows: row 40 is in the first
-    EXPECT_GT(task.tile_calls(), 0);
-    EXPECT_GT(task.vector_calls(), 0);
-    EXPECT_LE(task.error(0, 40), 1);
-    EXPECT_LE(task.error(41, 70), 1);
-    if (outsider == infinity) {
-      EXPECT_TRUE(std::isinf(task.y(40, 0)));
-    } else {
-      EXPECT_LE(task.error(40, 41), 1);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (bool exact : {true, false}) {
+    for (float outsider : {infinity, nan, 1e37f}) {
+      TiledTask task(DataType::f32, 64, 75, exact);
+      task.run(70, 2, {40 * 75 + 3, outsider});  // chunks of 64 and 6 rows: row 40 is in the first
+      EXPECT_GT(task.tile_calls(), 0);
+      EXPECT_GT(task.vector_calls(), 0);
+      EXPECT_LE(task.error(0, 40), 1);
+      EXPECT_LE(task.error(41, 70), 1);
+      if (std::isfinite(outsider)) {
+        EXPECT_LE(task.error(40, 41), 1);
+      } else {
+        EXPECT_EQ(std::isnan(task.y(40, 0)), std::isnan(outsider));
+        EXPECT_FALSE(std::isfinite(task.y(40, 0)));
+      }
+    }
+  }
+}
+
+// A row's size and that of the weights decide, not that of their product.
+TEST(LinearTask, Fp32OfEverySizeHasTheSmallError) {
+  for (bool exact : {true, false}) {
+    for (const auto& [x, weight, by_tiles] : {std::tuple{1e30, 1e-24, true},
+                                              {1e-24, 1e30, true},
+                                              {1e18, 1e-18, true},
+                                              {1e30, 1e-30, false},
+                                              {1e-30, 1e30, false},
+                                              {1e-15, 1e-15, false},
+                                              {1e36, 1.0, false}}) {
+      TiledTask task(DataType::f32, 64, 75, exact, weight);
+      task.run(40, 1, {-1, 0}, x);
+      EXPECT_EQ(task.tile_calls() > 0, by_tiles) << x << " by " << weight;
+      EXPECT_EQ(task.vector_calls() > 0, !by_tiles) << x << " by " << weight;
+      EXPECT_LE(task.error(0, 40), 1) << x << " by " << weight;
     }
   }
 }

@@ -4,8 +4,11 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
 namespace tilewright::ops {
@@ -124,21 +127,28 @@ TEST(WeightStore, TakesTwelveBitsWhereTheySave) {
   EXPECT_EQ(packed(regular, false), packed(regular, true));
 }
 
-// What tiles ask of the weights of fp32 layers, in 16 bits and in 12.
-TEST(WeightStore, KnowsTheLargestMagnitudeOfExactFp32) {
-  for (const bool twelve_bits : {false, true}) {
-    std::vector<float> values(100 * 64, 0.5f);
+// What tiles ask of the weights of fp32 layers, in every form.
+TEST(WeightStore, KnowsTheLargestMagnitudeOfFp32) {
+  for (const auto& [value, form] : {std::pair{0.5f, PackedForm{DataType::bf16, false}},
+                                    {0.5f, PackedForm{DataType::bf16, true}},
+                                    {1.001953125f, PackedForm{DataType::f16, false}},
+                                    {1.1f, PackedForm{DataType::f32, false}}}) {
+    std::vector<float> values(100 * 64, value);
     values[70 * 64 + 3] = -3.0f;
-    const auto largest = [&] {
+    const auto largest = [&, form = form] {
       WeightStore store;  // a new one, which has not seen these addresses
-      const auto weight =
-          *store.pack({{values.data(), 100, 256}}, 64, DataType::f32, false, {true, twelve_bits});
-      EXPECT_EQ(weight->form.twelve_bits, twelve_bits);
-      return weight->largest;
+      const auto weight = *store.pack({{values.data(), 100, 256}}, 64, DataType::f32, false,
+                                      {true, form.twelve_bits});
+      EXPECT_EQ(weight->form.dtype, form.dtype);
+      EXPECT_EQ(weight->form.twelve_bits, form.twelve_bits);
+      const float found = store.largest_magnitude(weight);
+      EXPECT_EQ(store.largest_magnitude(weight), found) << "asked again";
+      return found;
     };
     EXPECT_EQ(largest(), 3.0f);
-    values[5] = std::numeric_limits<float>::infinity();
-    EXPECT_EQ(largest(), values[5]);
+    values[5] = -std::numeric_limits<float>::infinity();
+    EXPECT_EQ(largest(), -values[5]);
+    if (form.dtype == DataType::f16) continue;  // has no NaN
     values[5] = std::numeric_limits<float>::quiet_NaN();
     EXPECT_TRUE(std::isinf(largest()));
   }

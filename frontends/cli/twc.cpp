@@ -178,10 +178,11 @@ Result<std::vector<Input>> graph_kernels(const Input& input, const Target& targe
                        entry.recipe.text().value()});  // packed just now
   });
   ops::CompileOptions options;
-  options.exact_weights = false;  // zeros would fit 16 bits
   options.choices = choices;
+  // fp32 that needs 32 bits, in range of all kernels; bf16 that fits 12.
+  const ops::AssumedValues values{graph::DataType::f32, true};
   Result<ops::Program> program = ops::compile(*optimized, constants, target, options, library,
-                                              std::make_shared<ops::WeightStore>());
+                                              std::make_shared<ops::WeightStore>(values));
   if (!program) return program.error();
   if (Status prepared = program->prepare(); !prepared) return prepared.error();
   return kernels;

@@ -192,7 +192,8 @@ std::vector<Variable> make_table() {
          return known && read_text(v, e.run_dtype);
        }},
       {"FP32", "auto", "auto, fma, amx",
-       "fp32 products of many rows: amx uses AMX where weights fit bf16.",
+       "fp32 products of many rows: by AMX always (amx), never (fma), or where the choice "
+       "fp32_products says that it is faster (auto).",
        [](Text v, E& e) {
          return read_choice<Fp32Mode>(
              v, {{"auto", Fp32Mode::automatic}, {"fma", Fp32Mode::fma}, {"amx", Fp32Mode::amx}},

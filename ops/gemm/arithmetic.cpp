@@ -3,10 +3,6 @@
 // Tested by linear_test.
 #include "ops/gemm/arithmetic.h"
 
-#include <cmath>
-
-#include "ops/gemm/tile_kernel.h"
-
 namespace tilewright::ops {
 namespace {
 
@@ -21,19 +17,18 @@ bool has_fast_dots(const Target& target) {
 
 }  // namespace
 
-ArithmeticChoice choose_arithmetic(const Target& target, Fp32Mode fp32, graph::DataType x,
-                                   PackedForm weight, float largest_weight) {
+ArithmeticChoice choose_arithmetic(const Target& target, std::int64_t fp32_products,
+                                   graph::DataType x, PackedForm weight) {
   using graph::DataType;
   ArithmeticChoice choice;
-  if (weight.dtype != DataType::bf16) return choice;
-  if (x == DataType::bf16 && has_fast_dots(target)) choice.few_rows = Arithmetic::dot;
-  if (!target.has(Isa::amx_bf16)) return choice;
-  if (x == DataType::bf16) choice.many_rows = Arithmetic::tiles;
-  // Only who asks for it: faster by its products (three at 14 times the rate of the FMA on Granite
-  // Rapids), but not measured, and for sums of one sign less exact than PyTorch's fp32.
-  const bool splits =
-      fp32 == Fp32Mode::amx && largest_weight >= kSmallestFactor && std::isfinite(largest_weight);
-  if (x == DataType::f32 && splits) choice.many_rows = Arithmetic::split_tiles;
+  const bool has_tiles = target.has(Isa::amx_bf16);
+  const int needed = weight.dtype == DataType::bf16 ? 3 : most_fp32_products;
+  if (x == DataType::f32 && has_tiles && needed <= fp32_products) {
+    choice.many_rows = Arithmetic::split_tiles;
+  }
+  if (x != DataType::bf16 || weight.dtype != DataType::bf16) return choice;
+  if (has_fast_dots(target)) choice.few_rows = Arithmetic::dot;
+  if (has_tiles) choice.many_rows = Arithmetic::tiles;
   return choice;
 }
 

@@ -1,5 +1,5 @@
-// Which instructions multiply a linear layer: a fixed rule of the target and the types, so that two
-// starts give the same kernels, keys and bits.
+// Which instructions multiply a linear layer: a fixed rule of the target, the types and what is
+// recorded for the CPU, so that two starts give the same kernels, keys and bits.
 //
 // Tested by linear_test.
 #pragma once
@@ -8,7 +8,6 @@
 #include <optional>
 
 #include "graph/type.h"
-#include "jit/base/env.h"
 #include "jit/base/target.h"
 #include "ops/gemm/linear_kernel.h"
 #include "ops/gemm/pack.h"
@@ -22,9 +21,11 @@ struct ArithmeticChoice {
 };
 
 inline constexpr std::int64_t most_rows_without_tiles = 8;
+inline constexpr int most_fp32_products = 6;
 
-// largest_weight: of |w|; 0 is unknown. Only fp32 x asks for it.
-ArithmeticChoice choose_arithmetic(const Target& target, Fp32Mode fp32, graph::DataType x,
-                                   PackedForm weight, float largest_weight);
+// fp32_products: of bf16, with which tiles may multiply fp32 x: up to 3 or most_fp32_products, or
+// 0. What is out of their range is not asked (tile_kernel.h).
+ArithmeticChoice choose_arithmetic(const Target& target, std::int64_t fp32_products,
+                                   graph::DataType x, PackedForm weight);
 
 }  // namespace tilewright::ops

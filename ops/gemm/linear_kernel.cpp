@@ -557,8 +557,11 @@ Status supported(const LinearKernel& spec) {
     if (!one_of(type)) return Error{fmt::format("linear in {}", graph::name(type))};
   }
   if (spec.twelve_bits && spec.weight != DataType::bf16) return Error{"12 bits of another type"};
-  if (spec.arithmetic != Arithmetic::fma && (spec.lanes != 16 || spec.weight != DataType::bf16)) {
-    return Error{"products of bf16 without AVX-512 or of another weight than bf16"};
+  if (spec.arithmetic != Arithmetic::fma && spec.lanes != 16) {
+    return Error{"products of bf16 without AVX-512"};
+  }
+  if (input_type(spec) == DataType::bf16 && spec.weight != DataType::bf16) {
+    return Error{"products of bf16 x and another weight"};
   }
   const std::string& activation = spec.epilogue.activation;
   const std::array known{"", "silu", "gelu", "gelu_tanh", "relu"};

@@ -43,7 +43,7 @@ enum class Arithmetic : std::uint8_t {
   fma,          // fp32 x, weights widened to fp32
   dot,          // vdpbf16ps: pairs of bf16 x and bf16 weights, sums in fp32
   tiles,        // tdpbf16ps, likewise: tile_kernel.h
-  split_tiles,  // tdpbf16ps of fp32 x, which is the sum of three bf16 x
+  split_tiles,  // tdpbf16ps of fp32 x and any weights, each the sum of bf16 parts: tile_kernel.h
 };
 
 struct LinearKernel {
@@ -90,9 +90,10 @@ struct LinearArgs {
     panel_count,
     block_count,
     partial_sums,  // partial_sums_bytes(), aligned to 64, of this thread alone
-    unpacked,  // unpacked_bytes(), aligned to 64, of this thread alone; only for weights in 12 bits
-    row_count,   // only for tiles: the rows of y; the last block may have more
-    tile_state,  // only for tiles: 64 bytes of this thread alone
+    unpacked,      // aligned to 64, of this thread alone: unpacked_bytes(), only for weights in 12
+                   // bits; of tiles tile_scratch_bytes()
+    row_count,     // only for tiles: the rows of y; the last block may have more
+    tile_state,    // only for tiles: 64 bytes of this thread alone
     count
   };
 };

@@ -4,6 +4,10 @@
 // piece of 512 k of a panel (32 KB) stays in L1 while the blocks of x, from L2, pass by; the sums
 // wait in memory meanwhile.
 //
+// Each piece of fp32 is summed in tiles from zero, product by product, the smallest over all of its
+// k first, and vectors add it to the sums: one addition for 192 or 384 products of tiles. Its
+// weights in three parts are 96 KB, which stay in L2.
+//
 // Tested by tile_kernel_test, tests/python/test_avx512_machine.py (the emitted bytes).
 #include "ops/gemm/tile_kernel.h"
 
@@ -12,7 +16,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cmath>
 #include <vector>
 
 #include "jit/vir/builder.h"
@@ -32,34 +35,85 @@ using jit::vir::Reg;
 constexpr int kStepLength = 32;  // of k: a row of a tile
 constexpr int kRowBytes = 64;    // of a tile
 constexpr int kTileBytes = kTileRows * kRowBytes;
-constexpr int kWeightRowBytes = 128;                    // a pair of k of both tiles of columns
-constexpr int kWeightStepBytes = 16 * kWeightRowBytes;  // 16 pairs of k
+constexpr int kWeightRowBytes = 128;  // a pair of k of both tiles of columns
+constexpr int kStepPairs = 16;        // of k
+constexpr int kWeightStepBytes = kStepPairs * kWeightRowBytes;
 constexpr int kColumnTiles = 2;
 constexpr std::int64_t kPieceSteps = 16;
-constexpr std::int64_t kStretchSteps = 4;  // of 12 bits: 128 k
+constexpr std::int64_t kPieceBytes = kPieceSteps * kWeightStepBytes;  // in 16 bits
+constexpr std::int64_t kStretchSteps = 4;                             // of 12 bits: 128 k
 constexpr int kLineBytes = 64;
 
 // Of the weights, asked for in each step of each block: the next piece, once 8 blocks have passed.
 constexpr int kPrefetchedBytes = 256;
 
+constexpr int kParts = 3;  // of an fp32, from the lowest up
+
 std::int64_t step_count(std::int64_t k) { return (k + kStepLength - 1) / kStepLength; }
 
-int parts(Arithmetic arithmetic) { return arithmetic == Arithmetic::split_tiles ? 3 : 1; }
+bool splits(Arithmetic arithmetic) { return arithmetic == Arithmetic::split_tiles; }
+int x_parts(Arithmetic arithmetic) { return splits(arithmetic) ? kParts : 1; }
+bool splits_weights(const LinearKernel& spec) {
+  return splits(spec.arithmetic) && spec.weight != graph::DataType::bf16;
+}
+// Of scratch, in front of unpacked weights: a piece's sums, on their way from tiles to vectors.
+std::int64_t piece_sums_bytes(const LinearKernel& spec) {
+  return splits(spec.arithmetic) ? spec.rows * kPartialSumsBytesPerRow : 0;
+}
+
+// A part of x times a part of the weights. Those of a pass have about the same size; passes go from
+// the smallest up.
+struct Product {
+  int x, weight;
+};
+using Pass = std::vector<Product>;
+
+std::vector<Pass> passes(const LinearKernel& spec) {
+  if (splits_weights(spec)) return {{{0, 2}, {1, 1}, {2, 0}}, {{1, 2}, {2, 1}}, {{2, 2}}};
+  std::vector<Pass> each;
+  for (int part = 0; part < x_parts(spec.arithmetic); ++part) each.push_back({{part, 0}});
+  return each;
+}
+
+// Emits the split of fp32 into three bf16, in the upper halves of the lanes.
+class Splitter {
+ public:
+  explicit Splitter(Builder& builder) : b_(builder) {}
+
+  void begin() {
+    upper_ = b_.splat_bits(0xffff0000u);
+    half_ = b_.splat_bits(0x8000u);
+  }
+
+  // From the lowest up. Rounded, so that the products that are left out have no common sign; the
+  // differences are exact. The lowest has all bits that are left, but of a subnormal.
+  std::array<Reg, kParts> parts(Reg x) {
+    const Reg upper = rounded(x), rest = b_.vsub(x, upper), middle = rounded(rest);
+    return {b_.vand(b_.vsub(rest, middle), upper_), middle, upper};
+  }
+
+ private:
+  Reg rounded(Reg x) { return b_.vand(b_.iadd(x, half_), upper_); }
+
+  Builder& b_;
+  Reg upper_, half_;
+};
 
 class TileBuilder {
  public:
   explicit TileBuilder(const LinearKernel& spec)
       : spec_(spec),
         row_tiles_(spec.rows / kTileRows),
-        parts_(parts(spec.arithmetic)),
         b_(function_name(spec), spec.lanes, LinearArgs::count),
-        reader_(b_) {}
+        reader_(b_),
+        splitter_(b_) {}
 
   jit::vir::Function run() && {
     b_.save_tiles(b_.at(b_.arg(LinearArgs::tile_state)));
     b_.configure_tiles();
     x_row_bytes_ = b_.constant(kRowBytes);
     weight_row_bytes_ = b_.constant(kWeightRowBytes);
+    if (splits_weights(spec_)) splitter_.begin();
     panels_left_ = b_.arg(LinearArgs::panel_count);
     b_.loop(panels_left_, [&] { emit_panel(); });
     b_.restore_tiles(b_.at(b_.arg(LinearArgs::tile_state)));
@@ -67,7 +121,12 @@ class TileBuilder {
   }
 
  private:
-  std::int64_t x_step_bytes() const { return std::int64_t{parts_} * spec_.rows * kRowBytes; }
+  bool splits() const { return ops::splits(spec_.arithmetic); }
+  // Whether a piece is written to scratch in 16 bits before blocks of rows meet it.
+  bool unpacks() const { return spec_.twelve_bits || splits_weights(spec_); }
+  std::int64_t x_step_bytes() const {
+    return std::int64_t{x_parts(spec_.arithmetic)} * spec_.rows * kRowBytes;
+  }
   std::int64_t x_block_bytes() const { return step_count(spec_.k) * x_step_bytes(); }
 
   Reg panel() {
@@ -81,47 +140,68 @@ class TileBuilder {
       reader_.begin_panel(packed, panel(), spec_.k);
     } else {
       const std::int64_t bytes = packed_bytes(panel_columns(), spec_.k, spec_.weight);
-      weight_ = b_.add(packed, b_.mul(panel(), bytes));
+      (splits_weights(spec_) ? source_ : weight_) = b_.add(packed, b_.mul(panel(), bytes));
     }
     x_ = b_.arg(LinearArgs::x);
-    const std::int64_t steps = step_count(spec_.k);
-    const std::int64_t whole = (steps - 1) / kPieceSteps;
-    if (whole > 0) emit_piece({kPieceSteps, true, false});
-    if (whole > 1) {
-      b_.loop(b_.constant(whole - 1), [&] { emit_piece({kPieceSteps, false, false}); });
-    }
-    emit_piece({steps - whole * kPieceSteps, whole == 0, true});
+    const std::int64_t length = kPieceSteps * kStepLength;
+    const std::int64_t whole = (spec_.k - 1) / length;
+    if (whole > 0) emit_piece({length, true});
+    if (whole > 1) b_.loop(b_.constant(whole - 1), [&] { emit_piece({length, false}); });
+    emit_piece({spec_.k - whole * length, whole == 0});
     finish_panel(b_, spec_, panel(), b_.arg(LinearArgs::row_count),
                  b_.arg(LinearArgs::partial_sums));
   }
 
   struct Piece {
-    std::int64_t steps;  // of 32 k
-    bool first, last;
+    std::int64_t length;  // of k
+    bool first;
+    std::int64_t steps() const { return step_count(length); }
   };
 
   // The next piece for all blocks: sums = products if it is the first, or sums += products.
   void emit_piece(const Piece& piece) {
     if (spec_.twelve_bits) {
       emit_unpack(piece);
+    } else if (splits_weights(spec_)) {
+      emit_split(piece);
     } else {
-      ahead_ = b_.add(weight_, kPieceSteps * kWeightStepBytes);
+      ahead_ = b_.add(weight_, kPieceBytes);
     }
     const Reg x = b_.copy(x_), sums = b_.arg(LinearArgs::partial_sums);
     b_.loop(b_.arg(LinearArgs::block_count), [&] {
       begin_sums(sums, piece.first);
-      const Reg weight = b_.copy(weight_), block = b_.copy(x);
-      b_.loop(b_.constant(piece.steps), [&] {
-        emit_step(weight, block);
-        b_.add_to(weight, kWeightStepBytes);
-        b_.add_to(block, x_step_bytes());
-      });
-      each_sum(sums, [&](Reg tile, Address at) { b_.tile_store(at, weight_row_bytes_, tile); });
+      const std::vector<Pass> all = passes(spec_);
+      for (const Pass& pass : all) {
+        const Reg weight = b_.copy(weight_), block = b_.copy(x);
+        b_.loop(b_.constant(piece.steps()), [&] {
+          for (const Product& product : pass) emit_product(product, weight, block);
+          if (&pass == &all.back() && !unpacks()) prefetch_lines();
+          b_.add_to(weight, kWeightStepBytes);
+          b_.add_to(block, x_step_bytes());
+        });
+      }
+      const Reg to = splits() && !piece.first ? b_.arg(LinearArgs::unpacked) : sums;
+      each_sum(to, [&](Reg tile, Address at) { b_.tile_store(at, weight_row_bytes_, tile); });
+      if (splits() && !piece.first) add_piece(to, sums);
       b_.add_to(x, x_block_bytes());
       b_.add_to(sums, spec_.rows * kPartialSumsBytesPerRow);
     });
-    b_.add_to(x_, piece.steps * x_step_bytes());
-    if (!spec_.twelve_bits) b_.add_to(weight_, piece.steps * kWeightStepBytes);
+    b_.add_to(x_, piece.steps() * x_step_bytes());
+    if (!unpacks()) b_.add_to(weight_, piece.steps() * kWeightStepBytes);
+  }
+
+  // Of a block.
+  void add_piece(Reg piece, Reg sums) {
+    const Reg from = b_.copy(piece), to = b_.copy(sums);
+    b_.loop(b_.constant(spec_.rows), [&] {
+      for (int offset = 0; offset < kPartialSumsBytesPerRow; offset += b_.vector_bytes()) {
+        const Reg sum = b_.load(Element::f32, b_.at(to, offset));
+        b_.store(Element::f32, b_.at(to, offset),
+                 b_.vadd(sum, b_.load(Element::f32, b_.at(from, offset))));
+      }
+      b_.add_to(from, kPartialSumsBytesPerRow);
+      b_.add_to(to, kPartialSumsBytesPerRow);
+    });
   }
 
   // Sums lie as weights do: 16 columns of one tile beside those of the other.
@@ -136,27 +216,28 @@ class TileBuilder {
   }
 
   void begin_sums(Reg sums, bool first) {
-    if (first) {
+    if (first || splits()) {
+      sums_.clear();
       for (int i = 0; i < row_tiles_ * kColumnTiles; ++i) sums_.push_back(b_.tile_zero());
       return;
     }
     each_sum(sums, [&](Reg tile, Address at) { b_.tile_load_into(tile, at, weight_row_bytes_); });
   }
 
-  // 32 of k. Each weight meets all parts of x, the smallest first.
-  void emit_step(Reg weight, Reg x) {
-    std::array<Reg, kColumnTiles> w;
-    for (int part = 0; part < parts_; ++part) {
-      std::array<Reg, 2> a;
-      for (std::size_t column = 0; column < w.size(); ++column) {
-        for (std::size_t row = 0; row < static_cast<std::size_t>(row_tiles_); ++row) {
-          if (column == 0) a[row] = load_x(x, part, static_cast<int>(row));
-          if (!w[column].valid()) w[column] = load_weight(weight, static_cast<int>(column));
-          b_.tile_dot_bf16(sums_[row * kColumnTiles + column], a[row], w[column]);
-        }
+  // 32 of k.
+  void emit_product(const Product& product, Reg weight, Reg x) {
+    std::array<Reg, 2> a;
+    for (int column = 0; column < kColumnTiles; ++column) {
+      Reg w;
+      for (std::size_t row = 0; row < static_cast<std::size_t>(row_tiles_); ++row) {
+        if (column == 0) a[row] = load_x(x, product.x, static_cast<int>(row));
+        if (!w.valid()) w = load_weight(weight, product.weight, column);
+        b_.tile_dot_bf16(sums_[row * kColumnTiles + static_cast<std::size_t>(column)], a[row], w);
       }
     }
-    if (spec_.twelve_bits) return;
+  }
+
+  void prefetch_lines() {
     for (int line = 0; line < kPrefetchedBytes; line += kLineBytes) {
       b_.prefetch(b_.at(ahead_, line), 1);
     }
@@ -168,14 +249,19 @@ class TileBuilder {
     return b_.tile_load(b_.at(x, offset), x_row_bytes_);
   }
 
-  Reg load_weight(Reg weight, int column) {
-    return b_.tile_load(b_.at(weight, column * kRowBytes), weight_row_bytes_);
+  Reg load_weight(Reg weight, int part, int column) {
+    const std::int64_t offset = part * kPieceBytes + column * kRowBytes;
+    return b_.tile_load(b_.at(weight, offset), weight_row_bytes_);
   }
+
+  // Where a piece is written to.
+  Reg unpacked() { return b_.add(b_.arg(LinearArgs::unpacked), piece_sums_bytes(spec_)); }
 
   // The piece in 16 bits, with weight_ at it.
   void emit_unpack(const Piece& piece) {
-    const Reg to = b_.arg(LinearArgs::unpacked);
-    const std::int64_t stretches = (piece.steps - 1) / kStretchSteps;
+    weight_ = unpacked();
+    const Reg to = b_.copy(weight_);
+    const std::int64_t stretches = (piece.steps() - 1) / kStretchSteps;
     const std::int64_t distance =
         kPieceSteps * kStepLength / twelve_bits::kStepLength * twelve_bits::kStepBytes;
     const auto unpack = [&](std::int64_t count) {
@@ -185,26 +271,89 @@ class TileBuilder {
     const std::int64_t length = kStretchSteps * kStepLength;
     if (stretches > 0) b_.loop(b_.constant(stretches), [&] { unpack(length); });
     // All of k may end inside a step of 32; there is no padding in 12 bits.
-    const std::int64_t count = piece.last ? (spec_.k - 1) % length + 1 : length;
+    const std::int64_t count = piece.length - stretches * length;
     unpack(count);
     const std::int64_t there = (count + twelve_bits::kStepLength - 1) / twelve_bits::kStepLength;
-    const std::int64_t wanted =
-        (piece.steps - stretches * kStretchSteps) * kStepLength / twelve_bits::kStepLength;
-    const Reg zero = b_.zero();  // times x = 0, where what lies here may be NaN
-    for (std::int64_t i = 0; i < (wanted - there) * twelve_bits::kPlainStepBytes; i += kLineBytes) {
-      b_.store(Element::i32, b_.at(to, i), zero);
+    emit_padding(
+        to, 1,
+        piece.steps() * kStepPairs - (stretches * length + there * twelve_bits::kStepLength) / 2);
+  }
+
+  // Pairs of k of so many parts: times x = 0, where what lies here may be NaN.
+  void emit_padding(Reg to, int parts, std::int64_t pairs) {
+    if (pairs == 0) return;
+    const Reg zero = b_.zero();
+    b_.loop(b_.constant(pairs), [&] {
+      for (int part = 0; part < parts; ++part) store_pair(to, part, {zero, zero});
+      b_.add_to(to, kWeightRowBytes);
+    });
+  }
+
+  void store_pair(Reg to, int part, const std::array<Reg, kColumnTiles>& columns) {
+    for (int column = 0; column < kColumnTiles; ++column) {
+      b_.store(Element::i32, b_.at(to, part * kPieceBytes + column * kRowBytes),
+               columns[static_cast<std::size_t>(column)]);
     }
-    weight_ = b_.arg(LinearArgs::unpacked);
+  }
+
+  // The piece in three parts, with weight_ at them; source_ moves behind it.
+  void emit_split(const Piece& piece) {
+    weight_ = unpacked();
+    const Reg to = b_.copy(weight_);
+    const std::int64_t pairs = piece.steps() * kStepPairs;
+    // Weights of 16 bits have padding.
+    const std::int64_t whole = has_pairs() ? pairs : piece.length / 2;
+    const std::int64_t odd = has_pairs() ? 0 : piece.length % 2;
+    if (whole > 0) b_.loop(b_.constant(whole), [&] { emit_split_pair(to, 2); });
+    if (odd != 0) emit_split_pair(to, 1);
+    emit_padding(to, kParts, pairs - whole - odd);
+  }
+
+  bool has_pairs() const { return spec_.weight == graph::DataType::f16; }
+
+  // `count` of the next two k.
+  void emit_split_pair(Reg to, int count) {
+    const int bytes = has_pairs() ? kWeightRowBytes : 2 * kWeightRowBytes;
+    for (int line = 0; line < bytes; line += kLineBytes) {
+      b_.prefetch(b_.at(source_, kPieceSteps * kStepPairs * bytes + line), 1);
+    }
+    std::array<std::array<Reg, kColumnTiles>, kParts> parts;
+    for (std::size_t column = 0; column < kColumnTiles; ++column) {
+      const auto [even, odd] = load_pair(static_cast<int>(column), count);
+      const std::array<Reg, kParts> low = splitter_.parts(even), high = splitter_.parts(odd);
+      for (std::size_t part = 0; part < kParts; ++part) {
+        parts[part][column] = b_.vor(b_.vshift_right(low[part], 16), high[part]);
+      }
+    }
+    for (int part = 0; part < kParts; ++part) {
+      store_pair(to, part, parts[static_cast<std::size_t>(part)]);
+    }
+    b_.add_to(source_, bytes);
+    b_.add_to(to, kWeightRowBytes);
+  }
+
+  // As fp32.
+  std::array<Reg, 2> load_pair(int column, int count) {
+    const std::int64_t offset = column * kRowBytes;
+    if (has_pairs()) {
+      const Reg pairs = b_.load(Element::i32, b_.at(source_, offset));
+      return {b_.low_f16_to_f32(pairs), b_.low_f16_to_f32(b_.vshift_right(pairs, 16))};
+    }
+    return {
+        b_.load(Element::f32, b_.at(source_, offset)),
+        count == 1 ? b_.zero() : b_.load(Element::f32, b_.at(source_, kWeightRowBytes + offset))};
   }
 
   const LinearKernel& spec_;
-  int row_tiles_, parts_;
+  int row_tiles_;
   Builder b_;
   TwelveBitsReader reader_;
+  Splitter splitter_;
   Reg panels_left_;                     // this one included
   Reg x_row_bytes_, weight_row_bytes_;  // strides
   Reg x_;                               // the piece of the first block
   Reg weight_, ahead_;                  // the piece; what is asked for
+  Reg source_;                          // weights that are not split yet
   std::vector<Reg> sums_;               // tiles: rows, in each the columns
 };
 
@@ -212,10 +361,10 @@ class TileBuilder {
 class PackBuilder {
  public:
   explicit PackBuilder(const TilePack& spec)
-      : spec_(spec), b_("tile_pack", 16, TilePackArgs::count) {}
+      : spec_(spec), b_("tile_pack", 16, TilePackArgs::count), splitter_(b_) {}
 
   jit::vir::Function run() && {
-    if (splits()) upper_ = b_.splat_bits(0xffff0000u);
+    if (splits()) splitter_.begin();
     const Reg x = b_.arg(TilePackArgs::x), y = b_.arg(TilePackArgs::y);
     const Reg magnitudes = splits() ? b_.arg(TilePackArgs::magnitudes) : Reg{};
     b_.loop(b_.arg(TilePackArgs::row_count), [&] {
@@ -230,7 +379,7 @@ class PackBuilder {
     const Reg zero = b_.zero();
     b_.loop(b_.sub(b_.constant(spec_.rows), b_.arg(TilePackArgs::row_count)), [&] {
       const Reg to = b_.copy(y);
-      b_.loop(b_.constant(step_count(spec_.k) * parts(spec_.arithmetic)), [&] {
+      b_.loop(b_.constant(step_count(spec_.k) * x_parts(spec_.arithmetic)), [&] {
         b_.store(Element::i32, b_.at(to), zero);
         b_.add_to(to, spec_.rows * kRowBytes);
       });
@@ -241,7 +390,7 @@ class PackBuilder {
 
  private:
   static constexpr int kVector = 16;
-  bool splits() const { return spec_.arithmetic == Arithmetic::split_tiles; }
+  bool splits() const { return ops::splits(spec_.arithmetic); }
   int element_bytes() const { return splits() ? 4 : 2; }
 
   void emit_row(Reg x, Reg y) {
@@ -256,7 +405,7 @@ class PackBuilder {
           b_.store(Element::i32, b_.at(to), b_.load(Element::i32, b_.at(from)));
         }
         b_.add_to(from, kStepLength * element_bytes());
-        b_.add_to(to, parts(spec_.arithmetic) * spec_.rows * kRowBytes);
+        b_.add_to(to, x_parts(spec_.arithmetic) * spec_.rows * kRowBytes);
       });
     }
     for (int half = 0; half < 2 && rest > 0; ++half) {
@@ -283,49 +432,54 @@ class PackBuilder {
     if (!splits()) return put(0, x);
     const Reg magnitude = b_.vandn(b_.splat_bits(0x80000000u), x);
     b_.assign(magnitude_, b_.select(b_.igreater(magnitude, magnitude_), magnitude, magnitude_));
-    // Cut, not rounded: differences are exact, and nothing overflows.
-    put(2, x);
-    const Reg rest = b_.vsub(x, b_.vand(x, upper_));
-    put(1, rest);
-    put(0, b_.vsub(rest, b_.vand(rest, upper_)));
+    const std::array<Reg, kParts> parts = splitter_.parts(x);
+    for (int part = 0; part < kParts; ++part) put(part, parts[static_cast<std::size_t>(part)]);
   }
 
   const TilePack& spec_;
   Builder b_;
-  Reg upper_, magnitude_;
+  Splitter splitter_;
+  Reg magnitude_;
 };
 
 }  // namespace
 
 std::int64_t block_bytes(const TilePack& spec) {
-  return step_count(spec.k) * parts(spec.arithmetic) * spec.rows * kRowBytes;
+  return step_count(spec.k) * x_parts(spec.arithmetic) * spec.rows * kRowBytes;
 }
 
 std::string print(const TilePack& spec) {
-  return fmt::format("tile_pack {} rows={} k={}",
-                     spec.arithmetic == Arithmetic::split_tiles ? "fp32" : "bf16", spec.rows,
-                     spec.k);
+  return fmt::format("tile_pack {} rows={} k={}", splits(spec.arithmetic) ? "fp32" : "bf16",
+                     spec.rows, spec.k);
 }
 
 jit::vir::Function build(const TilePack& spec) { return PackBuilder(spec).run(); }
 
-std::int64_t tile_unpacked_bytes() { return kPieceSteps * kWeightStepBytes; }
+std::int64_t tile_scratch_bytes(const LinearKernel& spec) {
+  const int parts = splits_weights(spec) ? kParts : spec.twelve_bits ? 1 : 0;
+  return piece_sums_bytes(spec) + parts * kPieceBytes;
+}
+
+bool in_range(float largest_weight) {
+  return largest_weight >= kSmallestFactor && largest_weight <= kLargestFactor;
+}
 
 bool in_range(std::span<const std::uint32_t> magnitudes, float largest_weight, std::int64_t k) {
   // Patterns of |x| are ordered as their values are, NaN above infinity.
-  constexpr std::uint32_t infinity = 0x7f800000;
+  constexpr auto most = std::bit_cast<std::uint32_t>(kLargestFactor);
+  if (!in_range(largest_weight)) return false;
   const double weight = largest_weight;
   for (std::size_t row = 0; row < magnitudes.size(); row += kMagnitudeBytes / 4) {
     const auto lanes = magnitudes.subspan(row, kMagnitudeBytes / 4);
     const std::uint32_t largest = *std::max_element(lanes.begin(), lanes.end());
     if (largest == 0) continue;
-    if (largest >= infinity) return false;
+    if (largest > most) return false;
     const double x = std::bit_cast<float>(largest);
     const double product = x * weight;
     if (x < kSmallestFactor || product < kSmallestFactor) return false;
     if (product * static_cast<double>(k) > 0x1p126) return false;
   }
-  return weight >= kSmallestFactor && std::isfinite(weight);
+  return true;
 }
 
 jit::vir::Function build_tiled(const LinearKernel& spec) { return TileBuilder(spec).run(); }

@@ -1,4 +1,4 @@
-"""Emitted machine code for tests: what the C++ tool emit_dump writes, as values.
+"""Emitted machine code for tests: what the C++ tools emit_dump and kernel_dump write, as values.
 
 Tested by the tests that use it.
 """
@@ -10,7 +10,9 @@ import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +44,13 @@ def tool(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is not built: run ./dev test, or name TILEWRIGHT_BUILD_DIR")
     return path
+
+
+@cache
+def kernel_dump() -> list[dict[str, Any]]:
+    """Runs kernel_dump: whole linear kernels; its opening comment names the fields."""
+    output = subprocess.run([tool("kernel_dump")], stdout=subprocess.PIPE, check=True).stdout
+    return [json.loads(line) for line in output.splitlines()]
 
 
 def emit_dump(*arguments: str) -> Iterator[EmittedCode]:

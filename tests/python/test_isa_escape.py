@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import iced_x86
 import pytest
 
-from emitted_code import SOURCE, EmittedCode, emit_dump
+from emitted_code import SOURCE, EmittedCode, emit_dump, kernel_dump
 
 # A step of the ladder -> the CPUID features that it stands for (jit/base/target.h).
 STEP_FEATURES = {
@@ -103,6 +103,21 @@ def test_filetests() -> None:
         rung = re.match(r"; test code (\w+)\n", path.read_text()).group(1)
         for higher in (rung, "amx_int8"):  # a higher rung must not change what is needed
             check(list(emit_dump("files", higher, str(path))))
+
+
+def test_matrix_kernels() -> None:
+    kernels = [
+        EmittedCode(
+            kernel["name"],
+            kernel["rung"],
+            frozenset(kernel["isa"].split("+")),
+            bytes.fromhex(kernel["code"]),
+            kernel["code_size"],
+            kernel["spills"],
+        )
+        for kernel in kernel_dump()
+    ]
+    check(kernels)
 
 
 def test_an_escape_is_found() -> None:

@@ -65,7 +65,7 @@ def test_the_best_must_win_twice() -> None:
 
 @pytest.mark.parametrize("lanes", [8, 16])
 def test_every_candidate_is_a_valid_choice(lanes: int) -> None:
-    for experiment in tuning.experiments(lanes):
+    for experiment in tuning.experiments(lanes, tiles=True):
         names = [str(shape) for shape in experiment.shapes]
         assert len(set(names)) == len(names), "results are found by name"
         for candidate in experiment.candidates:
@@ -74,7 +74,7 @@ def test_every_candidate_is_a_valid_choice(lanes: int) -> None:
 
 @torch.inference_mode()
 def test_every_shape_runs_in_our_kernels() -> None:
-    for experiment in tuning.experiments(8):
+    for experiment in tuning.experiments(8, tiles=True):
         for shape in experiment.shapes:
             if isinstance(shape, tuning.Layers):
                 shape = dataclasses.replace(shape, k=64, n=32, values=4096)

@@ -148,7 +148,8 @@ def tune(
     from tilewright import core, tuning
 
     try:
-        experiments = tuning.experiments(core.engine_for("", "{}").target()["lanes"])
+        target = core.engine_for("", "{}").target()
+        experiments = tuning.experiments(target["lanes"], "amx_bf16" in target["isa"])
     except core.CoreError as error:
         fail(str(error))
     if only:

@@ -51,6 +51,7 @@ class Layers:
     fixed: dict[str, Any] = field(default_factory=dict)  # choices besides the candidate's
     wide: int = 0  # every so many steps of 8 k do not fit 12 bits; 0: all fit
     shares: bool = True  # packed weights do not depend on the candidate
+    exact: bool = False  # all fit bf16
     name: str = ""  # what the rest does not say
 
     def __str__(self) -> str:
@@ -73,6 +74,8 @@ class Layers:
                 weight = torch.copysign(sizes, weight) / math.sqrt(k)
                 steps = weight[:, : k // 8 * 8].view(n, k // 8, 8)[:, :: self.wide]
                 steps *= torch.exp2(-40 * torch.rand(steps.shape, generator=generator))
+            if self.exact:
+                weight = weight.to(torch.bfloat16)
             weights[f"w{len(weights)}"] = weight.to(self.dtype)
         return weights
 
@@ -134,8 +137,9 @@ class Experiment:
     shapes: Sequence[Shape]
 
 
-def experiments(lanes: int) -> list[Experiment]:
-    """What there is to measure on a machine whose vectors have so many fp32 lanes."""
+def experiments(lanes: int, tiles: bool) -> list[Experiment]:
+    """What there is to measure on a machine whose vectors have so many fp32 lanes, and which has
+    AMX or not."""
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
     def layers(rows: int, k: int, n: int, dtype: torch.dtype = f32, **more: Any) -> Layers:
@@ -208,6 +212,9 @@ def experiments(lanes: int) -> list[Experiment]:
     if lanes == 16:
         widths = [layers(1, 2048, 2048), layers(64, 2048, 2048)]
         found.append(Experiment("highest_isa", ["avx2"], widths))
+    if tiles:
+        three = layers(256, 2048, 2048, exact=True, name="that fit bf16")
+        found.append(Experiment("fp32_products", [3, 6], [three, layers(256, 2048, 2048)]))
     return found
 
 
