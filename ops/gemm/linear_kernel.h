@@ -89,8 +89,9 @@ struct LinearArgs {
     panel_count,
     block_count,
     partial_sums,  // kPartialSumsBytesPerRow for each row, aligned to 64, of this thread alone
-    unpacked,      // aligned to 64, of this thread alone: unpacked_bytes(), only for weights in 12
-               // bits; of tiles tile_scratch_bytes()
+    // Aligned to 64, of this thread alone: unpacked_bytes(), only for weights in 12 bits; for tiles
+    // tile_scratch_bytes().
+    unpacked,
     row_count,   // only for tiles: the rows of y; the last block may have more
     tile_state,  // only for tiles: 64 bytes of this thread alone
     count
