@@ -8,10 +8,12 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 
 #include "graph/reference.h"
+#include "jit/base/eight_bits.h"
 
 namespace tilewright::graph {
 namespace {
@@ -165,8 +167,14 @@ class Interpreter {
 
 }  // namespace
 
+namespace {
+
+DataType contents_type(DataType cache) { return cache == DataType::i8 ? DataType::f32 : cache; }
+
+}  // namespace
+
 Tensor Cache::contents() const {
-  Tensor tensor = *Tensor::make(dtype, {2, batch, kv_heads, tokens, head_dim});
+  Tensor tensor = *Tensor::make(contents_type(dtype), {2, batch, kv_heads, tokens, head_dim});
   std::int64_t next = 0;
   for (const std::vector<double>* half : {&keys, &values}) {
     for (std::int64_t sequence = 0; sequence < batch; ++sequence) {
@@ -182,20 +190,42 @@ Tensor Cache::contents() const {
   return tensor;
 }
 
-Result<Cache> Cache::from_contents(const Tensor& contents) {
+Result<Cache> Cache::from_contents(const Tensor& contents, DataType dtype) {
   const std::vector<std::int64_t>& shape = contents.shape;
   if (shape.size() != 5 || shape[0] != 2) {
     return Error{"the contents of a cache are [2, batch, kv_heads, tokens, head_dim]"};
   }
-  Cache cache{contents.dtype, shape[1], shape[2], shape[4], shape[3], {}, {}};
+  if (contents.dtype != contents_type(dtype)) {
+    return Error{fmt::format("contents in {} of a cache in {}", name(contents.dtype), name(dtype))};
+  }
+  Cache cache{dtype, shape[1], shape[2], shape[4], shape[3], {}, {}};
   cache.keys.resize(static_cast<std::size_t>(contents.count() / 2));
   cache.values.resize(cache.keys.size());
-  for (std::int64_t i = 0; i < contents.count(); ++i) {
+  for (std::int64_t i = 0; i < contents.count(); i += cache.head_dim) {
     reference::Sizes at = reference::coordinates(i, shape);
     auto& half = at[0] == 0 ? cache.keys : cache.values;
-    half[cache.index(at[3], at[1], at[2], at[4])] = contents.get(i);
+    std::vector<double> row;
+    for (std::int64_t d = 0; d < cache.head_dim; ++d) row.push_back(contents.get(i + d));
+    row = cache.rounded(std::move(row));
+    std::copy(row.begin(), row.end(),
+              half.begin() + static_cast<std::ptrdiff_t>(cache.index(at[3], at[1], at[2], 0)));
   }
   return cache;
+}
+
+std::vector<double> Cache::rounded(std::vector<double> row) const {
+  if (dtype != DataType::i8) {
+    for (double& x : row) x = round_to(dtype, x);
+    return row;
+  }
+  std::vector<std::int8_t> integers(row.size());
+  const float scale = eight_bits::quantize(
+      head_dim,
+      [&](std::int64_t i) { return static_cast<float>(row[static_cast<std::size_t>(i)]); },
+      integers.data());
+  std::transform(integers.begin(), integers.end(), row.begin(),
+                 [&](std::int8_t x) { return static_cast<double>(scale) * x; });
+  return row;
 }
 
 Result<std::vector<Tensor>> interpret(const Graph& graph, std::span<Argument> arguments,

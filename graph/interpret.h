@@ -19,7 +19,8 @@
 
 namespace tilewright::graph {
 
-// Keys and values of one layer. Elements are stored as double, already rounded to dtype.
+// Keys and values of one layer. Elements are stored as double, already rounded to dtype; of i8,
+// scale times integer (jit/base/eight_bits.h).
 struct Cache {
   DataType dtype = DataType::f32;
   std::int64_t batch = 0, kv_heads = 0, head_dim = 0, tokens = 0;
@@ -29,9 +30,12 @@ struct Cache {
                     std::int64_t i) const {
     return static_cast<std::size_t>(((token * batch + sequence) * kv_heads + head) * head_dim + i);
   }
-  // [2, batch, kv_heads, tokens, head_dim]: keys, then values.
+  // [2, batch, kv_heads, tokens, head_dim]: keys, then values; of i8 as f32.
   Tensor contents() const;
-  static Result<Cache> from_contents(const Tensor& contents);
+  // Error: another shape, or another type than contents() of such a cache have.
+  static Result<Cache> from_contents(const Tensor& contents, DataType dtype);
+  // Row [head_dim] of numbers, as the cache stores them.
+  std::vector<double> rounded(std::vector<double> row) const;
 };
 
 using Argument = std::variant<Tensor, Cache>;

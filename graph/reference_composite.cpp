@@ -288,10 +288,13 @@ Status kv_append(Step& step) {
   for (std::int64_t token = 0; token < k.shape[2]; ++token) {
     for (std::int64_t b = 0; b < cache.batch; ++b) {
       for (std::int64_t head = 0; head < cache.kv_heads; ++head) {
-        for (std::int64_t i = 0; i < cache.head_dim; ++i) {
-          std::int64_t offset = offset_of({b, head, token, i}, k.shape);
-          cache.keys.push_back(round_to(cache.dtype, k.get(offset)));
-          cache.values.push_back(round_to(cache.dtype, v.get(offset)));
+        for (auto [tensor, rows] : {std::pair(&k, &cache.keys), {&v, &cache.values}}) {
+          std::vector<double> row;
+          for (std::int64_t i = 0; i < cache.head_dim; ++i) {
+            row.push_back(tensor->get(offset_of({b, head, token, i}, k.shape)));
+          }
+          row = cache.rounded(std::move(row));
+          rows->insert(rows->end(), row.begin(), row.end());
         }
       }
     }

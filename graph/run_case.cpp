@@ -70,7 +70,7 @@ class Reader {
         inputs_[i] = std::move(*tensor);
         return {};
       }
-      Result<Cache> cache = Cache::from_contents(*tensor);
+      Result<Cache> cache = Cache::from_contents(*tensor, parameter.type.dtype);
       if (!cache) return cache.error();
       inputs_[i] = std::move(*cache);
       return {};

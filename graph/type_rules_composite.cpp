@@ -178,7 +178,10 @@ Result<Type> rope(const Arguments& a) {
 }
 
 Result<Type> kv_append(const Arguments& a) {
-  if (Status status = all_float(a); !status) return status.error();
+  for (std::size_t i : {1, 2}) {
+    if (is_float(a.operand(i).dtype)) continue;
+    return error("kv_append of {}", print(a.operand(i)));
+  }
   if (!a.operand(0).is_cache || a.operand(1).is_cache || a.operand(2).is_cache) {
     return error("kv_append needs a cache, keys and values");
   }
@@ -195,11 +198,12 @@ namespace {
 Result<Type> cache_contents(const Arguments& a) {
   const Type& cache = a.operand(0);
   const Shape& shape = a.attribute<Shape>("shape");
+  const DataType dtype = a.attribute_or("dtype", cache.dtype);
   if (!cache.is_cache || shape.size() != 4 || shape[1] != cache.shape[0] ||
-      shape[3] != cache.shape[1]) {
+      shape[3] != cache.shape[1] || !is_float(dtype)) {
     return error("{} {} of {}", name(a.op), print(shape), print(cache));
   }
-  return tensor(cache.dtype, shape);
+  return tensor(dtype, shape);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 //   order       an operand is a parameter or the result of an earlier node
 //   signature   operand count; attributes known, present unless optional, of the kind of the table
 //   types       results are what infer() says, one per inferred type; stated types (parameters,
-//               constants, external) have no negative dims; a cache is f32, bf16 or f16
+//               constants, external) have no negative dims; a cache is f32, bf16, f16 or i8
 //   storage     encoding and layout stand on constants only
 //   mutation    index_copy and kv_append write a parameter, or the result of an earlier write to
 //               one; indices in `mutates` of an external node are operands
@@ -119,10 +119,10 @@ class Verifier {
         return fail("%{} has a negative dimension: {}", name_of(id), print(type));
       }
     }
-    bool storable =
-        type.dtype == DataType::f32 || type.dtype == DataType::bf16 || type.dtype == DataType::f16;
+    bool storable = type.dtype == DataType::f32 || type.dtype == DataType::bf16 ||
+                    type.dtype == DataType::f16 || type.dtype == DataType::i8;
     if (type.is_cache && (!storable || type.shape.size() != 2)) {
-      return fail("%{}: a cache is f32, bf16 or f16 and has two dims", name_of(id));
+      return fail("%{}: a cache is f32, bf16, f16 or i8 and has two dims", name_of(id));
     }
     if (type.is_cache && constant) return fail("%{}: a constant is not a cache", name_of(id));
     if (!constant && !(type.encoding.empty() && type.layout.empty())) {

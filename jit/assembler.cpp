@@ -391,6 +391,10 @@ void Assembler::vpmovzxbd(Vec d, Opmask k, const Memory& a) {
   require(Isa::avx512, {});
   generator_->vpmovzxbd(vector(d) | opmask(k) | generator_->T_z, generator_->address(a));
 }
+void Assembler::vpmovsxbd(Vec d, Opmask k, const Memory& a) {
+  require(Isa::avx512, {});
+  generator_->vpmovsxbd(vector(d) | opmask(k) | generator_->T_z, generator_->address(a));
+}
 void Assembler::vcvtps2ph(const Memory& d, Opmask k, Vec a) {
   require(Isa::avx512, {});
   generator_->vcvtps2ph(generator_->address(d) | opmask(k), vector(a), 0);

@@ -166,6 +166,7 @@ class Assembler {
   void vcvtph2ps(Vec d, Opmask k, const Memory& a);
   void vpmovzxwd(Vec d, Opmask k, const Memory& a);
   void vpmovzxbd(Vec d, Opmask k, const Memory& a);
+  void vpmovsxbd(Vec d, Opmask k, const Memory& a);
   void vcvtps2ph(const Memory& d, Opmask k, Vec a);
   void vpmovdw(Vec d, Vec a);  // d has half the width of a
   void vpmovdw(const Memory& d, Vec a);

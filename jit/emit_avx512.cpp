@@ -28,6 +28,9 @@ void vloadm(Site& s) {
       return s.as.vcvtph2ps(s.vd(), s.k(0), s.memory);
     case vir::Element::u8:
       return s.as.vpmovzxbd(s.vd(), s.k(0), s.memory);
+    case vir::Element::i8:
+      s.as.vpmovsxbd(s.vd(), s.k(0), s.memory);
+      return s.as.vcvtdq2ps(s.vd(), s.vd());
     default:
       return s.as.vmovups(s.vd(), s.k(0), s.memory);
   }

@@ -105,6 +105,9 @@ void vload(Site& s) {
       return s.as.vcvtph2ps(s.vd(), s.memory);
     case vir::Element::u8:
       return s.as.vpmovzxbd(s.vd(), s.memory);
+    case vir::Element::i8:
+      s.as.vpmovsxbd(s.vd(), s.memory);
+      return s.as.vcvtdq2ps(s.vd(), s.vd());
     case vir::Element::i64_low:
     case vir::Element::i64_high:
       return load_halves(s);

@@ -23,7 +23,7 @@ const KvCache* cache_of(const AttentionTask& task, const Frame& frame) {
   return task.cache < 0 ? nullptr : frame.caches[static_cast<std::size_t>(task.cache)];
 }
 
-std::int64_t row_bytes(const AttentionKernel& spec) {
+std::int64_t query_bytes(const AttentionKernel& spec) {
   return (spec.head_dim * graph::size_in_bytes(spec.input) + 63) / 64 * 64;
 }
 
@@ -229,7 +229,7 @@ class Tile {
     arguments_[PrefillArgs::scale] = std::bit_cast<std::int32_t>(task.scale);
     arguments_[PrefillArgs::softcap] = std::bit_cast<std::int32_t>(task.softcap);
     nowhere_ = scratch;
-    arguments_[PrefillArgs::scratch] = argument(scratch + row_bytes(task.spec));
+    arguments_[PrefillArgs::scratch] = argument(scratch + query_bytes(task.spec));
   }
 
   void run(std::int64_t sequence, std::int64_t kv_head, std::int64_t first_row,
@@ -349,7 +349,7 @@ AttentionScratch scratch_of(const AttentionTask& task, const Frame& frame) {
     std::int64_t bytes = scratch_bytes(task.spec);
     if (fills_tiles(task, queries)) {
       const KeyRange last = keys_of(task, frame, queries.batch, queries.last());
-      bytes = row_bytes(task.spec) + prefill_scratch_bytes(task.spec, last.first + last.count);
+      bytes = query_bytes(task.spec) + prefill_scratch_bytes(task.spec, last.first + last.count);
     } else {
       few = true;
     }

@@ -121,12 +121,16 @@ Element load_element(DataType type) {
       return Element::i32;
     case DataType::boolean:
       return Element::u8;
+    case DataType::i8:
+      return Element::i8;
     default:
       return Element::none;
   }
 }
 
-bool has_vector_form(DataType type) { return load_element(type) != Element::none; }
+bool has_vector_form(DataType type) {
+  return type != DataType::i8 && load_element(type) != Element::none;
+}
 
 jit::vir::Address address(const Builder& builder, Reg base, int element_bytes, const Block& block) {
   const std::int64_t displacement = block.first * element_bytes;

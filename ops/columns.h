@@ -52,7 +52,8 @@ jit::vir::Reg load_half(jit::vir::Builder& builder, jit::vir::Reg base, const Bl
 jit::vir::Reg load_broadcast_half(jit::vir::Builder& builder, jit::vir::Reg base, bool high);
 
 // Element types that load and store know: f32, bf16, f16 (as f32 in registers), i32, and boolean
-// (as the integers 0 and 1). `base` is the address of the row's first element.
+// (as the integers 0 and 1). `base` is the address of the row's first element. Load also knows i8,
+// as f32 in registers, but for single elements.
 bool has_vector_form(graph::DataType type);
 // As in memory, or none without a vector form.
 jit::vir::Element load_element(graph::DataType type);

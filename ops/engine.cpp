@@ -14,7 +14,7 @@
 
 namespace tilewright::ops {
 
-constexpr int kPlanFormat = 2;
+constexpr int kPlanFormat = 3;
 
 const std::vector<ConfiguredPack>& configured_packs() {
   static const std::vector<ConfiguredPack> packs = [] {

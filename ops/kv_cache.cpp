@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "jit/base/eight_bits.h"
+#include "ops/scalar_type.h"
+
 namespace tilewright::ops {
 
 KvCache::KvCache(std::int64_t batch, std::int64_t kv_heads, std::int64_t head_dim,
@@ -31,7 +34,9 @@ std::int64_t KvCache::token_stride() const {
 }
 
 std::int64_t KvCache::head_stride() const {
-  return of_pages() ? row_bytes() : block_tokens * row_bytes();
+  if (of_pages()) return row_bytes();
+  const std::int64_t scale_bytes = dtype_ == graph::DataType::i8 ? sizeof(float) : 0;
+  return block_tokens * (row_bytes() + scale_bytes);
 }
 
 std::int64_t KvCache::bytes() const {
@@ -129,44 +134,82 @@ char* KvCache::value(std::int64_t sequence, std::int64_t token) const {
   return token_in(value_blocks(sequence, 0), token);
 }
 
-void KvCache::read(void* keys, void* values) const {
-  const auto row = static_cast<std::size_t>(token_stride());
-  auto* key_out = static_cast<char*>(keys);
-  auto* value_out = static_cast<char*>(values);
+char* KvCache::scale_in(void* const* blocks, std::int64_t token) const {
+  return static_cast<char*>(blocks[token / block_tokens]) + block_tokens * token_stride() +
+         token % block_tokens * static_cast<std::int64_t>(sizeof(float));
+}
+
+char* KvCache::key_scale(std::int64_t sequence, std::int64_t token) const {
+  return scale_in(key_blocks(sequence, 0), token);
+}
+
+char* KvCache::value_scale(std::int64_t sequence, std::int64_t token) const {
+  return scale_in(value_blocks(sequence, 0), token);
+}
+
+template <class Visit>
+void KvCache::each_row(bool values, std::int64_t first, std::int64_t tokens,
+                       const Visit& visit) const {
+  const bool has_scales = dtype_ == graph::DataType::i8;
   for (std::int64_t b = 0; b < batch_; ++b) {
     for (std::int64_t h = 0; h < kv_heads_; ++h) {
-      for (std::int64_t t = 0; t < length_; ++t) {
-        std::memcpy(key_out, key(b, t) + h * head_stride(), row);
-        std::memcpy(value_out, value(b, t) + h * head_stride(), row);
-        key_out += row;
-        value_out += row;
+      void* const* blocks = values ? value_blocks(b, h) : key_blocks(b, h);
+      for (std::int64_t t = first; t < first + tokens; ++t) {
+        visit(token_in(blocks, t), has_scales ? scale_in(blocks, t) : nullptr);
       }
     }
   }
 }
 
-Status KvCache::write(const void* keys, const void* values, std::int64_t length) {
+void KvCache::read(std::int64_t tokens, graph::DataType dtype, void* keys, void* values) const {
+  const int bytes = graph::size_in_bytes(dtype);
+  for (bool of_values : {false, true}) {
+    char* to = static_cast<char*>(of_values ? values : keys);
+    each_row(of_values, 0, tokens, [&](const char* row, const char* scale) {
+      if (scale == nullptr) {
+        std::memcpy(to, row, static_cast<std::size_t>(row_bytes()));
+      } else {
+        const double factor = read_scalar(graph::DataType::f32, scale);
+        for (std::int64_t i = 0; i < head_dim_; ++i) {
+          write_scalar(dtype, to + i * bytes, factor * read_scalar(dtype_, row + i));
+        }
+      }
+      to += head_dim_ * bytes;
+    });
+  }
+}
+
+Status KvCache::append(std::int64_t tokens, graph::DataType dtype, const void* keys,
+                       const void* values) {
+  if (Status reserved = reserve(tokens); !reserved) return reserved;
+  const int bytes = graph::size_in_bytes(dtype);
+  for (bool of_values : {false, true}) {
+    const char* from = static_cast<const char*>(of_values ? values : keys);
+    each_row(of_values, length_, tokens, [&](char* row, char* scale) {
+      if (scale == nullptr) {
+        std::memcpy(row, from, static_cast<std::size_t>(row_bytes()));
+      } else {
+        const auto number = [&](std::int64_t i) {
+          return static_cast<float>(read_scalar(dtype, from + i * bytes));
+        };
+        auto* integers = reinterpret_cast<std::int8_t*>(row);
+        write_scalar(graph::DataType::f32, scale,
+                     eight_bits::quantize(head_dim_, number, integers));
+      }
+      from += head_dim_ * bytes;
+    });
+  }
+  advance(tokens);
+  return {};
+}
+
+Status KvCache::write(std::int64_t tokens, graph::DataType dtype, const void* keys,
+                      const void* values) {
   const std::int64_t old_length = length_;
   length_ = 0;
-  if (Status reserved = reserve(length); !reserved) {
-    length_ = old_length;
-    return reserved;
-  }
-  const auto row = static_cast<std::size_t>(token_stride());
-  const auto* key_in = static_cast<const char*>(keys);
-  const auto* value_in = static_cast<const char*>(values);
-  for (std::int64_t b = 0; b < batch_; ++b) {
-    for (std::int64_t h = 0; h < kv_heads_; ++h) {
-      for (std::int64_t t = 0; t < length; ++t) {
-        std::memcpy(key(b, t) + h * head_stride(), key_in, row);
-        std::memcpy(value(b, t) + h * head_stride(), value_in, row);
-        key_in += row;
-        value_in += row;
-      }
-    }
-  }
-  length_ = length;
-  return {};
+  Status written = append(tokens, dtype, keys, values);
+  if (!written) length_ = old_length;
+  return written;
 }
 
 Status KvCache::reorder(std::span<const std::int64_t> indices) {

@@ -9,6 +9,10 @@
 // commits them with advance() when the step has succeeded, so a failed step leaves the cache as it
 // was.
 //
+// Of i8, what a head has in a block is [block_tokens][head_dim] integers, then [block_tokens] f32
+// scales (jit/base/eight_bits.h): kernels find both from the one pointer of the table, and read the
+// scales of neighbouring tokens as vectors.
+//
 // Thread-compatible: one program step at a time uses a cache. Tested by kv_cache_test.
 #pragma once
 
@@ -27,11 +31,11 @@ class KvCache {
  public:
   static constexpr std::int64_t block_tokens = 64;
 
-  // dtype: f32, bf16 or f16.
+  // dtype: f32, bf16, f16 or i8.
   KvCache(std::int64_t batch, std::int64_t kv_heads, std::int64_t head_dim, graph::DataType dtype);
 
   // Somebody else's memory: tokens of [kv_heads][head_dim], those of a page behind one another. It
-  // holds no sequence until a step begins.
+  // holds no sequence until a step begins. REQUIRES: not i8, whose scales have no place there.
   struct Pages {
     char *keys, *values;
     std::int64_t page_tokens;
@@ -90,15 +94,22 @@ class KvCache {
   // A head's tokens of one block follow at token_stride().
   char* key(std::int64_t sequence, std::int64_t token) const;
   char* value(std::int64_t sequence, std::int64_t token) const;
+  // The same of their scales. REQUIRES: i8
+  char* key_scale(std::int64_t sequence, std::int64_t token) const;
+  char* value_scale(std::int64_t sequence, std::int64_t token) const;
   std::int64_t head_stride() const;
   std::int64_t token_stride() const;
   std::int64_t tokens_per_block() const { return of_pages() ? pages_.page_tokens : block_tokens; }
 
-  // REQUIRES, from here on: blocks of its own.
-  // Whole contents as contiguous [batch, kv_heads, length, head_dim] in the cache's dtype.
-  void read(void* keys, void* values) const;
-  // Replaces the contents: [batch, kv_heads, length, head_dim].
-  Status write(const void* keys, const void* values, std::int64_t length);
+  // REQUIRES, from here on: blocks of its own. Contents are contiguous [batch, kv_heads, tokens,
+  // head_dim] in the cache's dtype, or of a cache of i8 in f32 (without loss), bf16 or f16.
+
+  // The first tokens. REQUIRES: reserved
+  void read(std::int64_t tokens, graph::DataType dtype, void* keys, void* values) const;
+  // Behind the last token. Error: out of memory; the cache is unchanged then.
+  Status append(std::int64_t tokens, graph::DataType dtype, const void* keys, const void* values);
+  // In place of all contents, alike.
+  Status write(std::int64_t tokens, graph::DataType dtype, const void* keys, const void* values);
   // Sequence i becomes the old sequence indices[i] (beam search, batch selection and repetition):
   // the batch becomes indices.size().
   Status reorder(std::span<const std::int64_t> indices);
@@ -111,6 +122,11 @@ class KvCache {
   };
   std::int64_t block_bytes() const { return kv_heads_ * head_stride(); }
   char* token_in(void* const* blocks, std::int64_t token) const;
+  char* scale_in(void* const* blocks, std::int64_t token) const;
+  // visit(row, its scale or null) of each token [first, first + tokens) of each head and sequence,
+  // in the order of contents: of K, else of V.
+  template <class Visit>
+  void each_row(bool values, std::int64_t first, std::int64_t tokens, const Visit& visit) const;
   void rebuild_tables();
 
   std::int64_t batch_, kv_heads_, head_dim_, length_ = 0;

@@ -7,6 +7,7 @@
 #include "ops/attention/merge_kernel.h"
 #include "ops/attention/prefill_kernel.h"
 #include "ops/lowering.h"
+#include "ops/quantize_kernel.h"
 #include "ops/rope_kernel.h"
 
 namespace tilewright::ops {
@@ -65,6 +66,7 @@ Status Lowering::lower_rope(const graph::Node& node) {
   task.table_strides = head_strides(tables[0]);
 
   int written = 0;
+  std::string kernels;  // of the report
   auto forward = forwarded_.find(result);
   const graph::Node* consumer =
       forward == forwarded_.end()
@@ -75,7 +77,14 @@ Status Lowering::lower_rope(const graph::Node& node) {
   if (consumer != nullptr && consumer->op == Op::kv_append && cache != cache_indices_.end() &&
       !tokens_first) {
     const CacheParameter& parameter = state_->caches[static_cast<std::size_t>(cache->second)];
-    spec.output = parameter.dtype;
+    if (parameter.dtype == DataType::i8) {
+      const QuantizeKernel quantize{spec.lanes, spec.head_dim, spec.output};
+      kernels = print(quantize);
+      task.quantize = kernels_->request(kernels, [quantize] { return build(quantize); });
+      task.scratch_row_bytes = spec.head_dim * graph::size_in_bytes(spec.output);
+    } else {
+      spec.output = parameter.dtype;
+    }
     task.destination.cache = cache->second;
     task.destination.values = forward->second.operand == 2;
     written = cache_token(cache->second);
@@ -91,7 +100,7 @@ Status Lowering::lower_rope(const graph::Node& node) {
   const std::string specification = print(spec);
   task.kernel = kernels_->request(specification, [spec] { return build(spec); });
   add_task(std::move(task), {x.buffer, tables[0].buffer, tables[1].buffer}, {written},
-           work_of(graph_, node), specification);
+           work_of(graph_, node), specification + kernels);
   return {};
 }
 
@@ -111,7 +120,6 @@ Status Lowering::lower_append(const graph::Node& node) {
     const auto forward = forwarded_.find(value);
     if (forward != forwarded_.end()) continue;
     const Layout x = unit_columns(layout(value), type(value).dtype);
-    const CopyKernel spec{target_.lanes(), type(value).dtype, parameter.dtype};
     AppendTask task;
     task.batch = dim(shape[0]);
     task.heads = dim(shape[1]);
@@ -121,9 +129,18 @@ Status Lowering::lower_append(const graph::Node& node) {
     task.x_strides = head_strides(x);
     task.destination.cache = cache;
     task.destination.values = i == 2;
-    const std::string specification = print(spec);
-    task.kernel = kernels_->request(specification, [spec] { return build(spec); });
-    add_task(std::move(task), {x.buffer}, {cache_token(cache)}, Dim(0), specification);
+    const auto add = [&](const auto& spec) {
+      const std::string specification = print(spec);
+      task.kernel = kernels_->request(specification, [spec] { return build(spec); });
+      add_task(std::move(task), {x.buffer}, {cache_token(cache)}, Dim(0), specification);
+    };
+    const DataType from = type(value).dtype;
+    task.quantizes = parameter.dtype == DataType::i8;
+    if (task.quantizes) {
+      add(QuantizeKernel{target_.lanes(), static_cast<int>(parameter.head_dim), from});
+    } else {
+      add(CopyKernel{target_.lanes(), from, parameter.dtype});
+    }
   }
   return {};
 }

@@ -188,6 +188,10 @@ Status prepare_scratch(State& state, const Frame& frame, int threads) {
         needed.thread_bytes =
             std::max(needed.thread_bytes, scratch_bytes(*linear, frame.dim(linear->rows)));
       }
+      if (const auto* rope = std::get_if<RopeTask>(&task)) {
+        needed.thread_bytes =
+            std::max(needed.thread_bytes, frame.dim(rope->heads) * rope->scratch_row_bytes);
+      }
       if (const auto* attention = std::get_if<AttentionTask>(&task)) {
         const AttentionScratch more = scratch_of(*attention, frame);
         needed.thread_bytes = std::max(needed.thread_bytes, more.thread_bytes);
@@ -303,7 +307,7 @@ double bytes_read(const Step& step, const Frame& frame) {
         keys += keys_of(*attention, frame, queries.batch, queries.last()).count;
       }
       bytes += 2.0 * static_cast<double>(keys * frame.dim(attention->kv_heads)) *
-               attention->spec.head_dim * graph::size_in_bytes(attention->spec.cache);
+               static_cast<double>(row_bytes(attention->spec));
     }
   }
   return bytes;

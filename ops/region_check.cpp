@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 
+#include "jit/base/eight_bits.h"
 #include "ops/program_state.h"
 
 namespace tilewright::ops {
@@ -55,21 +56,12 @@ Result<Tensor> read_view(const TensorView& view) {
 }
 
 Result<Tensor> read_cache(const KvCache& cache, std::int64_t tokens) {
+  const DataType type = cache.dtype() == DataType::i8 ? DataType::f32 : cache.dtype();
   Result<Tensor> tensor =
-      Tensor::make(cache.dtype(), {2, cache.batch(), cache.kv_heads(), tokens, cache.head_dim()});
+      Tensor::make(type, {2, cache.batch(), cache.kv_heads(), tokens, cache.head_dim()});
   if (!tensor) return tensor;
-  const auto row = static_cast<std::size_t>(cache.token_stride());
   std::byte* out = tensor->bytes.data();
-  for (const bool values : {false, true}) {
-    for (std::int64_t b = 0; b < cache.batch(); ++b) {
-      for (std::int64_t h = 0; h < cache.kv_heads(); ++h) {
-        for (std::int64_t t = 0; t < tokens; ++t, out += row) {
-          const char* token = values ? cache.value(b, t) : cache.key(b, t);
-          std::memcpy(out, token + h * cache.head_stride(), row);
-        }
-      }
-    }
-  }
+  cache.read(tokens, type, out, out + tensor->bytes.size() / 2);
   return tensor;
 }
 
@@ -97,6 +89,8 @@ double largest_row(const Tensor& tensor) {
 }
 
 double unit(DataType type) {  // of rounding
+  if (type == DataType::i8)
+    return 0.5 / eight_bits::kMost;  // of a cache: relative to a row's largest
   return type == DataType::bf16 ? 0x1p-8 : type == DataType::f16 ? 0x1p-11 : 0x1p-24;
 }
 
@@ -351,7 +345,7 @@ Status RegionCheck::add_operand(Case& run, ValueId value, const Frame& frame) co
     run.arguments.emplace_back(std::move(*contents));
     return {};
   }
-  Result<graph::Cache> cache = graph::Cache::from_contents(*contents);
+  Result<graph::Cache> cache = graph::Cache::from_contents(*contents, type.dtype);
   if (!cache) return cache.error();
   run.arguments.emplace_back(std::move(*cache));
   return {};

@@ -10,6 +10,7 @@
 
 #include "ops/attention_task.h"
 #include "ops/linear_task.h"
+#include "ops/quantize_kernel.h"
 #include "ops/scalar_type.h"
 #include "ops/threads.h"
 
@@ -182,6 +183,7 @@ void run(const CopyTask& task, const Frame& frame, int thread, int threads) {
 struct Rows {
   char* address;
   std::int64_t head_stride;  // bytes
+  char* scales = nullptr;    // of a cache of i8; at head_stride, too
 };
 
 Rows destination_rows(const HeadDestination& destination, const Frame& frame, std::int64_t batch,
@@ -195,16 +197,37 @@ Rows destination_rows(const HeadDestination& destination, const Frame& frame, st
   const KvCache& cache = *frame.caches[static_cast<std::size_t>(destination.cache)];
   const KvCache::Place place = cache.place(batch, token);
   const std::int64_t position = cache.length(place.sequence) + place.token;
-  return {destination.values ? cache.value(place.sequence, position)
-                             : cache.key(place.sequence, position),
-          cache.head_stride()};
+  Rows rows{destination.values ? cache.value(place.sequence, position)
+                               : cache.key(place.sequence, position),
+            cache.head_stride()};
+  if (cache.dtype() == graph::DataType::i8) {
+    rows.scales = destination.values ? cache.value_scale(place.sequence, position)
+                                     : cache.key_scale(place.sequence, position);
+  }
+  return rows;
+}
+
+// The heads of one token, from x with that many bytes between them.
+void quantize(const Kernel& kernel, std::int64_t heads, const char* x, std::int64_t x_row_stride,
+              const Rows& to) {
+  std::int64_t arguments[QuantizeArgs::count];
+  arguments[QuantizeArgs::rows] = heads;
+  arguments[QuantizeArgs::x] = argument(x);
+  arguments[QuantizeArgs::x_row_stride] = x_row_stride;
+  arguments[QuantizeArgs::y] = argument(to.address);
+  arguments[QuantizeArgs::scales] = argument(to.scales);
+  arguments[QuantizeArgs::y_row_stride] = to.head_stride;
+  kernel.function(arguments);
 }
 
 void run(const RopeTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t tokens = frame.dim(task.tokens);
   const WorkRange work = share_rows(task, frame, thread, threads);
   std::int64_t arguments[RopeArgs::count];
-  arguments[RopeArgs::rows] = frame.dim(task.heads);
+  const std::int64_t heads = frame.dim(task.heads);
+  char* scratch =
+      task.quantize == nullptr ? nullptr : frame.scratch[static_cast<std::size_t>(thread)];
+  arguments[RopeArgs::rows] = heads;
   arguments[RopeArgs::x_row_stride] = frame.dim(task.x_strides.head) * task.x.element_bytes;
   for (std::int64_t item = work.begin; item < work.end; ++item) {
     const std::int64_t batch = item / tokens, token = item % tokens;
@@ -217,9 +240,13 @@ void run(const RopeTask& task, const Frame& frame, int thread, int threads) {
     arguments[RopeArgs::cos] =
         argument(task.cosine.address(frame) + table * task.cosine.element_bytes);
     arguments[RopeArgs::sin] = argument(task.sine.address(frame) + table * task.sine.element_bytes);
-    arguments[RopeArgs::y] = argument(out.address);
-    arguments[RopeArgs::y_row_stride] = out.head_stride;
+    const Rows rotated = scratch == nullptr ? out : Rows{scratch, task.scratch_row_bytes};
+    arguments[RopeArgs::y] = argument(rotated.address);
+    arguments[RopeArgs::y_row_stride] = rotated.head_stride;
     task.kernel->function(arguments);
+    if (task.quantize != nullptr) {
+      quantize(*task.quantize, heads, rotated.address, rotated.head_stride, out);
+    }
   }
 }
 
@@ -233,9 +260,13 @@ void run(const AppendTask& task, const Frame& frame, int thread, int threads) {
   for (std::int64_t item = work.begin; item < work.end; ++item) {
     const std::int64_t batch = item / tokens, token = item % tokens;
     const Rows out = destination_rows(task.destination, frame, batch, token);
-    arguments[CopyArgs::x] =
-        argument(task.x.address(frame) +
-                 task.x_strides.offset(frame, batch, 0, token) * task.x.element_bytes);
+    const char* x = task.x.address(frame) +
+                    task.x_strides.offset(frame, batch, 0, token) * task.x.element_bytes;
+    if (task.quantizes) {
+      quantize(*task.kernel, arguments[CopyArgs::rows], x, arguments[CopyArgs::x_row_stride], out);
+      continue;
+    }
+    arguments[CopyArgs::x] = argument(x);
     arguments[CopyArgs::y] = argument(out.address);
     arguments[CopyArgs::y_row_stride] = out.head_stride;
     task.kernel->function(arguments);

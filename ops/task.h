@@ -140,8 +140,12 @@ struct HeadDestination {
   HeadStrides strides;
 };
 
+// Rows that are rotated before a cache of i8 takes them go through scratch, in their own type: the
+// cache gets the bits that it gets of rows in memory.
 struct RopeTask {
   const Kernel* kernel;
+  const Kernel* quantize = nullptr;  // from scratch into the destination, a cache of i8
+  std::int64_t scratch_row_bytes = 0;
   DimIndex batch, heads, tokens;
   Operand x, cosine, sine;
   HeadStrides x_strides, table_strides;  // table: batch and token
@@ -150,6 +154,7 @@ struct RopeTask {
 
 struct AppendTask {
   const Kernel* kernel;
+  bool quantizes = false;  // which kernel it is: into a cache of i8
   DimIndex batch, heads, tokens;
   std::int64_t columns;
   Operand x;

@@ -1,6 +1,6 @@
 // The attention kernel and the one that merges its parts against error bounds from double, over
-// block tables of one block and many, in guarded memory. Keys that take no part are NaN, so that
-// touching one shows.
+// block tables of one block and many, in guarded memory. Keys that take no part are NaN (of i8
+// their scales), so that touching one shows.
 #include "ops/attention/attention_kernel.h"
 
 #include <gtest/gtest.h>
@@ -12,6 +12,7 @@
 #include <memory>
 #include <random>
 
+#include "drawn_blocks.h"
 #include "guarded_rows.h"
 #include "kernel_run.h"
 #include "ops/attention/merge_kernel.h"
@@ -32,10 +33,11 @@ using Rows = std::unique_ptr<GuardedRows>;
 constexpr double kUnit = 0x1p-24;  // rounding error of fp32, relative
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-struct Keys {
-  std::int64_t first = 0, count = 0;
-  std::int64_t block_tokens = 1;
-  std::int64_t part = ops::kPartKeys;  // of a part
+struct Keys : DrawnKeys {
+  Keys(std::int64_t first, std::int64_t count, std::int64_t block_tokens,
+       std::int64_t part_keys = ops::kPartKeys)
+      : DrawnKeys{first, count, block_tokens}, part(part_keys) {}
+  std::int64_t part;  // keys of one
 };
 
 // How a mask is drawn.
@@ -54,10 +56,14 @@ class Problem {
  public:
   Problem(AttentionKernel kernel, const Keys& key_range, unsigned seed, GuardedRows::Flush flush,
           Masking masking = Masking::some)
-      : spec(kernel), keys(key_range), random_(seed), flush_(flush) {
+      : spec(kernel),
+        keys(key_range),
+        random_(seed),
+        flush_(flush),
+        k_(keys, spec.cache, spec.head_dim, flush, random_),
+        v_(keys, spec.cache, spec.head_dim, flush, random_) {
     q = rows_of(spec.group, spec.input);
     output = guarded(spec.group, spec.head_dim, spec.input, flush);
-    draw_cache();
     draw_mask(masking);
     scratch = std::make_unique<GuardedRows>(1, scratch_bytes(spec), 0, GuardedRows::Flush::end);
     parts = std::make_unique<GuardedRows>(std::max<std::int64_t>(part_count(), 1),
@@ -75,9 +81,10 @@ class Problem {
     list[AttentionArgs::q] = q->address();
     list[AttentionArgs::q_head_stride] = q->stride();
     list[AttentionArgs::part] = parts->address() + part * parts->stride();
-    list[AttentionArgs::k_blocks] = reinterpret_cast<std::int64_t>(tables_[0].data());
-    list[AttentionArgs::v_blocks] = reinterpret_cast<std::int64_t>(tables_[1].data());
-    list[AttentionArgs::k_token_stride] = list[AttentionArgs::v_token_stride] = token_stride_;
+    list[AttentionArgs::k_blocks] = k_.table();
+    list[AttentionArgs::v_blocks] = v_.table();
+    list[AttentionArgs::k_token_stride] = k_.stride();
+    list[AttentionArgs::v_token_stride] = v_.stride();
     list[AttentionArgs::block_tokens] = keys.block_tokens;
     list[AttentionArgs::first_key] = keys.first + part * keys.part;
     list[AttentionArgs::key_count] = std::min(keys.part, keys.count - part * keys.part);
@@ -128,8 +135,7 @@ class Problem {
 
   // Element d of the key (0) or value (1) of a token.
   double cached(std::size_t which, std::int64_t key, int d) const {
-    const auto block = static_cast<std::size_t>(key / keys.block_tokens);
-    return value_at(*blocks_[which][block], spec.cache, key % keys.block_tokens, d);
+    return (which == 0 ? k_ : v_).element(key, d);
   }
 
   double head_number(const Rows& numbers, int head) const {
@@ -173,25 +179,6 @@ class Problem {
     }
   }
 
-  void draw_cache() {
-    const std::int64_t end = keys.first + keys.count;
-    for (std::size_t which : {0, 1}) {
-      for (std::int64_t token = 0; token < end; token += keys.block_tokens) {
-        // Poisoned; a block without keys that take part is not even there. The last block may be
-        // short: tokens behind the end need not exist.
-        const std::int64_t tokens = std::min(keys.block_tokens, end - token);
-        Rows block = guarded(tokens, spec.head_dim, spec.cache, flush_);
-        token_stride_ = block->stride();
-        for (std::int64_t t = std::max<std::int64_t>(keys.first - token, 0); t < tokens; ++t) {
-          fill(*block, spec.cache, t);
-        }
-        const bool used = token + tokens > keys.first;
-        tables_[which].push_back(used ? block->row(0) : nullptr);
-        blocks_[which].push_back(std::move(block));
-      }
-    }
-  }
-
   void draw_mask(Masking masking) {
     const std::int64_t end = keys.first + keys.count;
     const bool additive = spec.mask == MaskKind::additive;
@@ -208,9 +195,7 @@ class Problem {
 
   Random random_;
   GuardedRows::Flush flush_;
-  std::int64_t token_stride_ = 0;
-  std::vector<Rows> blocks_[2];
-  std::vector<void*> tables_[2];
+  DrawnBlocks k_, v_;
 };
 
 // --- bounds
@@ -234,7 +219,8 @@ Scores exact_scores(const Problem& p, int head) {
       sum += term;
       magnitude += std::abs(term);
     }
-    double error = gamma(depth + 1) * magnitude * p.scale;  // + 1: times scale
+    // Times scale, of i8 a product itself.
+    double error = gamma(depth + (p.spec.has_scales() ? 2 : 1)) * magnitude * p.scale;
     double value = sum * p.scale;
     if (p.spec.softcap) {  // tanh contracts; 4 units for it, one each for the quotient and product
       value = p.softcap * std::tanh(value / p.softcap);
@@ -280,7 +266,7 @@ void expect_within_bounds(const Problem& p, std::string_view by) {
       const double x = scores.value[i] == -kInfinity ? -kInfinity : scores.value[i] - most;
       weights.push_back(std::exp(x));
       const double reach = std::isfinite(x) ? std::abs(x) + 2 * scores.largest_error : 0;
-      errors.push_back(scores.error[i] + kUnit * reach + 2 * kUnit);
+      errors.push_back(scores.error[i] + kUnit * reach + (p.spec.has_scales() ? 3 : 2) * kUnit);
       sum += weights[i];
       sum_error += weights[i] * errors[i];
     }
@@ -325,6 +311,7 @@ void check(const AttentionKernel& spec, const Keys& keys, unsigned seed,
 // --- cases
 
 constexpr std::array kFloats{DataType::f32, DataType::bf16, DataType::f16};
+constexpr std::array kCaches{DataType::f32, DataType::bf16, DataType::f16, DataType::i8};
 constexpr std::array kMasks{MaskKind::none, MaskKind::boolean, MaskKind::additive};
 
 class Attention : public ::testing::TestWithParam<int> {
@@ -347,7 +334,7 @@ TEST_P(Attention, MatchesTheBoundsForEveryShape) {
         spec.mask = kMasks[turn % 3];
         if (head_dim % 16 == 0) {
           spec.input = kFloats[turn / 3 % 3];
-          spec.cache = kFloats[turn / 9 % 3];
+          spec.cache = kCaches[turn / 9 % 4];
         }
         constexpr std::array<std::int64_t, 5> blocks{1, 5, 16, 32, 1000};
         constexpr std::array<std::int64_t, 4> firsts{0, 3, 16, 40};
@@ -362,7 +349,7 @@ TEST_P(Attention, MatchesTheBoundsForEveryShape) {
 
 TEST_P(Attention, MatchesTheBoundsForEveryTypeAndMask) {
   for (DataType input : kFloats) {
-    for (DataType cache : kFloats) {
+    for (DataType cache : kCaches) {
       for (MaskKind mask : kMasks) {
         AttentionKernel spec = kernel(3, 64);
         spec.input = input;
@@ -382,7 +369,10 @@ TEST_P(Attention, MatchesTheBoundsWithSoftcapSlopesAndSinks) {
       spec.slopes = (which & 2) != 0;
       spec.sinks = (which & 4) != 0;
       spec.mask = mask;
-      for (std::int64_t count : {0, 1, 16, 50}) check(spec, {9, count, 16, 20}, 3);
+      for (DataType cache : {DataType::f32, DataType::i8}) {
+        spec.cache = cache;
+        for (std::int64_t count : {0, 1, 16, 50}) check(spec, {9, count, 16, 20}, 3);
+      }
     }
   }
 }
@@ -407,6 +397,7 @@ TEST_P(Attention, ReferenceAgrees) {
     AttentionKernel spec = kernel(3, 20);
     spec.mask = mask;
     spec.softcap = spec.slopes = spec.sinks = mask == MaskKind::additive;
+    spec.cache = mask == MaskKind::boolean ? DataType::i8 : DataType::f32;
     for (std::int64_t count : {0, 1, 30}) {
       Problem problem(spec, {3, count, 8}, 2, GuardedRows::Flush::end);
       problem.run_reference();
@@ -419,13 +410,16 @@ TEST_P(Attention, ReferenceAgrees) {
 TEST_P(Attention, BitsDoNotDependOnBlocks) {
   AttentionKernel spec = kernel(3, 64);
   spec.mask = MaskKind::additive;
-  std::vector<double> wanted;
-  for (std::int64_t block_tokens : {100, 1, 3, 8, 16, 17}) {
-    Problem problem(spec, {4, 61, block_tokens}, 6, GuardedRows::Flush::end);
-    for (Engine engine : engines(spec.lanes)) {
-      problem.run(engine);
-      if (wanted.empty()) wanted = problem.results();
-      EXPECT_EQ(problem.results(), wanted) << name(engine) << " block_tokens=" << block_tokens;
+  for (DataType cache : {DataType::f32, DataType::i8}) {
+    spec.cache = cache;
+    std::vector<double> wanted;
+    for (std::int64_t block_tokens : {100, 1, 3, 8, 16, 17}) {
+      Problem problem(spec, {4, 61, block_tokens}, 6, GuardedRows::Flush::end);
+      for (Engine engine : engines(spec.lanes)) {
+        problem.run(engine);
+        if (wanted.empty()) wanted = problem.results();
+        EXPECT_EQ(problem.results(), wanted) << name(engine) << " block_tokens=" << block_tokens;
+      }
     }
   }
 }
@@ -443,10 +437,11 @@ TEST_P(Attention, LargeScoresDoNotOverflow) {
 TEST_P(Attention, InnerLoopsDoNotSpill) {
   for (int group : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
     for (int head_dim : {20, 64, 80, 96, 128, 256}) {
-      for (DataType type : kFloats) {
+      for (DataType type : kCaches) {
         for (MaskKind mask : kMasks) {
           AttentionKernel spec = kernel(group, head_dim);
-          spec.input = spec.cache = type;
+          spec.input = type == DataType::i8 ? DataType::bf16 : type;
+          spec.cache = type;
           spec.mask = mask;
           if (!supported(spec).ok()) continue;
           for (const auto& kernel : {build(spec), build_merge(spec)}) {
@@ -474,7 +469,11 @@ TEST(AttentionSupported, SaysWhyNot) {
   spec.lanes = 16;
   EXPECT_TRUE(supported(spec).ok());
   spec.cache = DataType::i8;
+  EXPECT_TRUE(supported(spec).ok());
+  spec.input = DataType::i8;
   EXPECT_EQ(supported(spec).error().message, "attention in i8");
+  spec.cache = spec.input = DataType::i16;
+  EXPECT_EQ(supported(spec).error().message, "attention in i16");
 }
 
 TEST(AttentionPrint, TellsEveryFieldApart) {

@@ -234,6 +234,7 @@ TEST(Environment, EveryVariableIsRead) {
                                {"TILEWRIGHT_PASS_LIMIT", "4"},
                                {"TILEWRIGHT_WEIGHTS", "exact"},
                                {"TILEWRIGHT_FP32", "amx"},
+                               {"TILEWRIGHT_KV_CACHE", "int8"},
                                {"TILEWRIGHT_PROFILE", "/m.json"},
                                {"TILEWRIGHT_RUN_DTYPE", "bfloat16"}});
   EXPECT_TRUE(e.problems.empty());
@@ -256,6 +257,7 @@ TEST(Environment, EveryVariableIsRead) {
   EXPECT_EQ(e.pass_limit, 4);
   EXPECT_EQ(e.weights, WeightMode::exact);
   EXPECT_EQ(e.fp32, Fp32Mode::amx);
+  EXPECT_EQ(e.kv_cache, KvCacheMode::int8);
   EXPECT_EQ(e.machine_profile, "/m.json");
   EXPECT_EQ(e.run_dtype, "bfloat16");
   EXPECT_TRUE(parse({{"TILEWRIGHT_DISABLE", "1"}}).disable.contains("anything"));
@@ -282,6 +284,7 @@ TEST(Environment, ABadValueIsAProblemAndTheDefaultHolds) {
       {"PASS_LIMIT", "-2"},
       {"WEIGHTS", "int8"},
       {"FP32", "tf32"},
+      {"KV_CACHE", "bf16"},
       {"PROFILE", "profile.json"},
       {"RUN_DTYPE", "int8"},
   };
@@ -297,6 +300,7 @@ TEST(Environment, ABadValueIsAProblemAndTheDefaultHolds) {
     EXPECT_EQ(e.verbose, defaults.verbose);
     EXPECT_TRUE(e.dump.empty());
     EXPECT_EQ(e.fp32, defaults.fp32);
+    EXPECT_EQ(e.kv_cache, defaults.kv_cache);
   }
   const Environment isa = parse({{"TILEWRIGHT_MAX_CPU_ISA", "nonsense"}});
   EXPECT_NE(isa.problems[0].find("avx2, avx_vnni, avx512,"), std::string::npos);
@@ -311,7 +315,7 @@ TEST(Environment, TheTableIsCompleteAndDefaultsAreValid) {
     Environment e;
     EXPECT_TRUE(variable.read(variable.default_value, e)) << variable.name;
   }
-  EXPECT_EQ(names.size(), 20u);
+  EXPECT_EQ(names.size(), 21u);
 }
 
 TEST(Environment, ATypingErrorIsReported) {

@@ -415,7 +415,7 @@ TEST(Interpret, a_cache_is_its_tokens) {
     }
   }
   EXPECT_EQ(cache.tokens, 3);
-  Result<Cache> again = Cache::from_contents(cache.contents());
+  Result<Cache> again = Cache::from_contents(cache.contents(), cache.dtype);
   ASSERT_TRUE(again.ok());
   EXPECT_EQ(again->keys, cache.keys);
   EXPECT_EQ(again->values, cache.values);

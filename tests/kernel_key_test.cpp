@@ -71,6 +71,7 @@ std::map<std::string, Setting> settings(const fs::path& folder) {
       {"WEIGHTS", {{"compact", "exact", "plain"}, Reach::kernels}},
       {"RUN_DTYPE", {{"bfloat16"}}},
       {"FP32", {{"fma", "amx"}, Reach::kernels}},
+      {"KV_CACHE", {{"int8"}}},  // decides about the front end's graphs
       {"PROFILE", {{profile, "off"}, Reach::kernels}},
   };
 }

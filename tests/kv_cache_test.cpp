@@ -3,8 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
+#include <random>
+#include <vector>
 
 namespace tilewright::ops {
 namespace {
@@ -20,10 +25,10 @@ TEST(KvCache, WriteThenReadAcrossBlocks) {
   const std::int64_t length = 2 * KvCache::block_tokens + 7;
   const std::vector<float> keys = numbers(2 * 3 * length * 5, 0),
                            values = numbers(2 * 3 * length * 5, 1e6f);
-  ASSERT_TRUE(cache.write(keys.data(), values.data(), length).ok());
+  ASSERT_TRUE(cache.write(length, graph::DataType::f32, keys.data(), values.data()).ok());
   EXPECT_EQ(cache.length(), length);
   std::vector<float> read_keys(keys.size()), read_values(values.size());
-  cache.read(read_keys.data(), read_values.data());
+  cache.read(cache.length(), graph::DataType::f32, read_keys.data(), read_values.data());
   EXPECT_EQ(read_keys, keys);
   EXPECT_EQ(read_values, values);
 }
@@ -33,7 +38,7 @@ TEST(KvCache, TablesFindEveryTokenOfEveryHead) {
   const std::int64_t length = KvCache::block_tokens + 3;
   const std::vector<float> keys = numbers(2 * 3 * length * 4, 0),
                            values = numbers(2 * 3 * length * 4, 1e6f);
-  ASSERT_TRUE(cache.write(keys.data(), values.data(), length).ok());
+  ASSERT_TRUE(cache.write(length, graph::DataType::f32, keys.data(), values.data()).ok());
   for (std::int64_t b = 0; b < 2; ++b) {
     for (std::int64_t h = 0; h < 3; ++h) {
       for (std::int64_t t = 0; t < length; ++t) {
@@ -54,11 +59,11 @@ TEST(KvCache, TablesFindEveryTokenOfEveryHead) {
 TEST(KvCache, ReserveKeepsContentsAndUncommittedTokensDoNotCount) {
   KvCache cache(1, 1, 4, graph::DataType::f32);
   const std::vector<float> keys = numbers(12, 0), values = numbers(12, 100);
-  ASSERT_TRUE(cache.write(keys.data(), values.data(), 3).ok());
+  ASSERT_TRUE(cache.write(3, graph::DataType::f32, keys.data(), values.data()).ok());
   ASSERT_TRUE(cache.reserve(1000).ok());
   EXPECT_EQ(cache.length(), 3);
   std::vector<float> read_keys(12), read_values(12);
-  cache.read(read_keys.data(), read_values.data());
+  cache.read(cache.length(), graph::DataType::f32, read_keys.data(), read_values.data());
   EXPECT_EQ(read_keys, keys);
   cache.advance(2);
   EXPECT_EQ(cache.length(), 5);
@@ -69,19 +74,140 @@ TEST(KvCache, ReserveKeepsContentsAndUncommittedTokensDoNotCount) {
 TEST(KvCache, ReorderSelectsAndRepeatsSequences) {
   KvCache cache(2, 1, 2, graph::DataType::f32);
   const std::vector<float> keys{1, 2, 3, 4}, values{5, 6, 7, 8};
-  ASSERT_TRUE(cache.write(keys.data(), values.data(), 1).ok());
+  ASSERT_TRUE(cache.write(1, graph::DataType::f32, keys.data(), values.data()).ok());
   const std::int64_t first[] = {0, 4};
   ASSERT_TRUE(cache.set_first_keys(first).ok());
   const std::int64_t indices[] = {1, 1, 0};
   ASSERT_TRUE(cache.reorder(indices).ok());
   EXPECT_EQ(cache.batch(), 3);
   std::vector<float> read_keys(6), read_values(6);
-  cache.read(read_keys.data(), read_values.data());
+  cache.read(cache.length(), graph::DataType::f32, read_keys.data(), read_values.data());
   EXPECT_EQ(read_keys, (std::vector<float>{3, 4, 3, 4, 1, 2}));
   EXPECT_EQ(read_values, (std::vector<float>{7, 8, 7, 8, 5, 6}));
   EXPECT_EQ(cache.first_keys()[1], 4);
   const std::int64_t outside[] = {3};
   EXPECT_FALSE(cache.reorder(outside).ok());
+}
+
+// --- in eight bits
+
+std::vector<float> drawn(std::int64_t count, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(static_cast<std::size_t>(count));
+  for (float& value : values) value = normal(random);
+  return values;
+}
+
+// K, then V.
+std::vector<float> contents(const KvCache& cache) {
+  const auto half = static_cast<std::size_t>(cache.batch() * cache.kv_heads() * cache.length() *
+                                             cache.head_dim());
+  std::vector<float> values(2 * half);
+  cache.read(cache.length(), graph::DataType::f32, values.data(), values.data() + half);
+  return values;
+}
+
+TEST(EightBitCache, IsOffByHalfAScaleAndComesBackWithoutLoss) {
+  constexpr std::int64_t head_dim = 24, rows = 2 * 3 * 70;
+  KvCache cache(2, 3, head_dim, graph::DataType::i8);
+  const std::vector<float> keys = drawn(rows * head_dim, 1), values = drawn(rows * head_dim, 2);
+  ASSERT_TRUE(cache.write(70, graph::DataType::f32, keys.data(), values.data()).ok());
+  const std::vector<float> read = contents(cache);
+  for (std::size_t row = 0; row < 2 * rows; ++row) {
+    const std::vector<float>& from = row < rows ? keys : values;
+    const float* given = &from[row % rows * head_dim];
+    float most = 0;
+    for (int i = 0; i < head_dim; ++i) most = std::max(most, std::abs(given[i]));
+    for (int i = 0; i < head_dim; ++i) {
+      ASSERT_LE(std::abs(read[row * head_dim + static_cast<std::size_t>(i)] - given[i]),
+                most / 254 * 1.001f);
+    }
+  }
+  KvCache again(2, 3, head_dim, graph::DataType::i8);
+  ASSERT_TRUE(
+      again.write(70, graph::DataType::f32, read.data(), read.data() + rows * head_dim).ok());
+  EXPECT_EQ(contents(again), read);
+}
+
+TEST(EightBitCache, TakesAndGivesTheTypesOfModels) {
+  KvCache cache(1, 1, 4, graph::DataType::i8);
+  const std::uint16_t bf16[] = {0x3f80, 0xbf00, 0, 0x42fe};  // 1, -0.5, 0, 127
+  ASSERT_TRUE(cache.append(1, graph::DataType::bf16, bf16, bf16).ok());
+  EXPECT_EQ(contents(cache), (std::vector<float>{1, 0, 0, 127, 1, 0, 0, 127}));
+  std::uint16_t keys[4], values[4];
+  cache.read(1, graph::DataType::bf16, keys, values);
+  EXPECT_EQ(std::vector<std::uint16_t>(values, values + 4),
+            (std::vector<std::uint16_t>{0x3f80, 0, 0, 0x42fe}));
+  cache.read(1, graph::DataType::f16, keys, values);
+  EXPECT_EQ(keys[3], 0x57f0);
+}
+
+TEST(EightBitCache, ScalesLieBehindTheTokensOfAHeadsBlock) {
+  KvCache cache(2, 3, 16, graph::DataType::i8);
+  const std::int64_t tokens = KvCache::block_tokens + 3;
+  const std::vector<float> keys = drawn(2 * 3 * tokens * 16, 1),
+                           values = drawn(2 * 3 * tokens * 16, 2);
+  ASSERT_TRUE(cache.write(tokens, graph::DataType::f32, keys.data(), values.data()).ok());
+  // 2 blocks of each of 2 sequences.
+  EXPECT_EQ(cache.bytes(), 2 * 2 * 2 * 3 * KvCache::block_tokens * (16 + 4));
+  for (std::int64_t token : {std::int64_t{0}, std::int64_t{5}, tokens - 1}) {
+    const std::int64_t block = token / KvCache::block_tokens,
+                       inside = token % KvCache::block_tokens;
+    const auto scale_at = [&](void* const* blocks) {
+      return static_cast<char*>(blocks[block]) + KvCache::block_tokens * 16 + 4 * inside;
+    };
+    for (std::int64_t head : {0, 2}) {
+      EXPECT_EQ(cache.key_scale(1, token) + head * cache.head_stride(),
+                scale_at(cache.key_blocks(1, head)));
+      EXPECT_EQ(cache.value_scale(1, token) + head * cache.head_stride(),
+                scale_at(cache.value_blocks(1, head)));
+    }
+    float scale = 0;
+    std::memcpy(&scale, cache.key_scale(1, token), sizeof scale);
+    EXPECT_GT(scale, 0);
+  }
+}
+
+TEST(EightBitCache, GrowsIsCutAndReorderedWithItsScales) {
+  constexpr std::int64_t head_dim = 8;
+  KvCache cache(2, 1, head_dim, graph::DataType::i8);
+  std::vector<float> expected[2];
+  for (std::int64_t piece = 0; piece < 3; ++piece) {  // 40 + 40 + 40 tokens: over two blocks
+    const std::vector<float> x = drawn(2 * 40 * head_dim, static_cast<unsigned>(piece));
+    ASSERT_TRUE(cache.append(40, graph::DataType::f32, x.data(), x.data()).ok());
+    for (std::size_t b : {0, 1}) {
+      const auto from = x.begin() + static_cast<std::ptrdiff_t>(b * 40 * head_dim);
+      expected[b].insert(expected[b].end(), from, from + 40 * head_dim);
+    }
+  }
+  // In pieces or at once: the same rows.
+  std::vector<float> whole = expected[0];
+  whole.insert(whole.end(), expected[1].begin(), expected[1].end());
+  KvCache at_once(2, 1, head_dim, graph::DataType::i8);
+  ASSERT_TRUE(at_once.write(120, graph::DataType::f32, whole.data(), whole.data()).ok());
+  EXPECT_EQ(contents(cache), contents(at_once));
+
+  const std::vector<float> before = contents(cache);
+  const std::int64_t indices[] = {1, 0, 1};
+  ASSERT_TRUE(cache.reorder(indices).ok());
+  cache.truncate(70);
+  const std::vector<float> after = contents(cache);
+  for (std::size_t b = 0; b < 3; ++b) {
+    const auto from = before.begin() + static_cast<std::ptrdiff_t>(
+                                           static_cast<std::size_t>(indices[b]) * 120 * head_dim);
+    const auto to = after.begin() + static_cast<std::ptrdiff_t>(b * 70 * head_dim);
+    EXPECT_TRUE(std::equal(from, from + 70 * head_dim, to)) << b;
+  }
+}
+
+TEST(EightBitCache, WhatHasNoValueStaysWithout) {
+  KvCache cache(1, 1, 2, graph::DataType::i8);
+  const std::vector<float> keys{1, std::numeric_limits<float>::infinity(), 2, 1};
+  ASSERT_TRUE(cache.write(2, graph::DataType::f32, keys.data(), keys.data()).ok());
+  const std::vector<float> read = contents(cache);
+  EXPECT_TRUE(std::isnan(read[0]) && std::isnan(read[1]));
+  EXPECT_NEAR(read[2], 2, 1e-4);
 }
 
 TEST(KvCache, RefusesWrongFirstKeys) {

@@ -26,9 +26,12 @@ struct LlamaText {
   std::map<std::string, std::vector<std::int64_t>> constants;  // shapes
 };
 
+// stored: the type of the caches' elements; empty: the model's.
 inline LlamaText llama_graph(const LlamaShape& shape, bool cached, const std::string& dtype = "f32",
-                             bool all_rows = false) {
+                             bool all_rows = false, const std::string& stored = "") {
   LlamaText result;
+  const std::string cache_type = fmt::format("cache<{}, {} x {}>", stored.empty() ? dtype : stored,
+                                             shape.kv_heads, shape.head_dim);
   std::string body;
   int next = 0;
   auto emit = [&](const std::string& expression) {
@@ -95,8 +98,7 @@ inline LlamaText llama_graph(const LlamaShape& shape, bool cached, const std::st
   std::string outputs, output_types;
   for (int layer = 0; layer < shape.layers; ++layer) {
     if (cached) {
-      parameters +=
-          fmt::format(", %kv{}: cache<{}, {} x {}>", layer, dtype, shape.kv_heads, shape.head_dim);
+      parameters += fmt::format(", %kv{}: {}", layer, cache_type);
     } else {
       for (const char* kind : {"k", "v"}) {
         parameters += fmt::format(", %{0}{1}: {2}[b, {3}, past_{0}{1}, {4}]", kind, layer, dtype,
@@ -140,8 +142,7 @@ inline LlamaText llama_graph(const LlamaShape& shape, bool cached, const std::st
     std::string attended;
     if (cached) {
       const std::string cache =
-          emit(fmt::format("kv_append(%kv{}, {}, {}) : cache<{}, {} x {}>", layer, k, v, dtype,
-                           shape.kv_heads, shape.head_dim));
+          emit(fmt::format("kv_append(%kv{}, {}, {}) : {}", layer, k, v, cache_type));
       attended = emit(
           fmt::format("attention({}, {}) {{scale = 0.25, causal = true}} : {}", q, cache, out));
     } else {

@@ -103,7 +103,8 @@ std::vector<Argument> random_arguments(const Graph& graph, Values& values) {
     }
     const std::vector<std::int64_t> contents = {2, symbols.at("b"), type.shape[0].constant(), 3,
                                                 type.shape[1].constant()};
-    arguments.emplace_back(Cache::from_contents(values.tensor(type.dtype, contents, 2)).value());
+    arguments.emplace_back(
+        Cache::from_contents(values.tensor(type.dtype, contents, 2), type.dtype).value());
   }
   return arguments;
 }
@@ -208,7 +209,8 @@ TEST_P(Meaning, In16BitsIsNoLessAccurate) {
       if (cache == nullptr) {
         wide_arguments.emplace_back(widened(std::get<Tensor>(argument)));
       } else {
-        wide_arguments.emplace_back(Cache::from_contents(widened(cache->contents())).value());
+        const Tensor contents = widened(cache->contents());
+        wide_arguments.emplace_back(Cache::from_contents(contents, contents.dtype).value());
       }
     }
     const auto truth = meaning(model, wide_arguments, wide_constants);

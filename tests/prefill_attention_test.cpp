@@ -1,5 +1,6 @@
 // The attention kernel for tiles of rows against the double-precision reference, row by row, over
-// block tables of one block and many, in guarded memory. Keys that no row sees are NaN.
+// block tables of one block and many, in guarded memory. Keys that no row sees are NaN (of i8 their
+// scales).
 #include "ops/attention/prefill_kernel.h"
 
 #include <gtest/gtest.h>
@@ -11,6 +12,7 @@
 #include <memory>
 #include <random>
 
+#include "drawn_blocks.h"
 #include "guarded_rows.h"
 #include "kernel_run.h"
 #include "ops/attention/merge_kernel.h"
@@ -29,23 +31,25 @@ using Rows = std::unique_ptr<GuardedRows>;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::array kFloats{DataType::f32, DataType::bf16, DataType::f16};
+constexpr std::array kCaches{DataType::f32, DataType::bf16, DataType::f16, DataType::i8};
 constexpr std::array kMasks{MaskKind::none, MaskKind::boolean, MaskKind::additive};
 
-struct Keys {
-  std::int64_t first = 0, count = 0;
-  std::int64_t block_tokens = 1;
-};
+using Keys = DrawnKeys;
 
 // A tile whose rows see ranges of keys of all kinds: none, all, and drawn ones.
 class Problem {
  public:
   Problem(const AttentionKernel& kernel, const Keys& key_range, unsigned seed,
           GuardedRows::Flush flush)
-      : spec(kernel), keys(key_range), random_(seed), flush_(flush) {
+      : spec(kernel),
+        keys(key_range),
+        random_(seed),
+        flush_(flush),
+        k_(keys, spec.cache, spec.head_dim, flush, random_),
+        v_(keys, spec.cache, spec.head_dim, flush, random_) {
     const std::int64_t rows = ops::prefill_rows(spec.lanes), end = keys.first + keys.count;
     q = drawn(rows, spec.head_dim, spec.input);
     output = guarded(rows, spec.head_dim, spec.input);
-    for (std::size_t which : {0, 1}) draw_cache(which);
     mask = guarded(rows, std::max<std::int64_t>(end, 1), mask_type());
     for (std::int64_t row = 0; row < rows; ++row) {
       const std::int64_t from = row % 5 == 0 ? 0 : below(keys.count);
@@ -77,9 +81,10 @@ class Problem {
     list[PrefillArgs::mask_rows] = address(mask_rows_.data());
     list[PrefillArgs::first_keys] = address(first_keys.data());
     list[PrefillArgs::end_keys] = address(end_keys.data());
-    list[PrefillArgs::k_blocks] = address(tables_[0].data());
-    list[PrefillArgs::v_blocks] = address(tables_[1].data());
-    list[PrefillArgs::k_token_stride] = list[PrefillArgs::v_token_stride] = token_stride_;
+    list[PrefillArgs::k_blocks] = k_.table();
+    list[PrefillArgs::v_blocks] = v_.table();
+    list[PrefillArgs::k_token_stride] = k_.stride();
+    list[PrefillArgs::v_token_stride] = v_.stride();
     list[PrefillArgs::block_tokens] = keys.block_tokens;
     list[PrefillArgs::first_key] = keys.first;
     list[PrefillArgs::key_count] = keys.count;
@@ -112,9 +117,10 @@ class Problem {
     std::vector<std::int64_t> list(AttentionArgs::count);
     list[AttentionArgs::q] = address(q_rows_[i]);
     list[AttentionArgs::part] = address(part.data());
-    list[AttentionArgs::k_blocks] = address(tables_[0].data());
-    list[AttentionArgs::v_blocks] = address(tables_[1].data());
-    list[AttentionArgs::k_token_stride] = list[AttentionArgs::v_token_stride] = token_stride_;
+    list[AttentionArgs::k_blocks] = k_.table();
+    list[AttentionArgs::v_blocks] = v_.table();
+    list[AttentionArgs::k_token_stride] = k_.stride();
+    list[AttentionArgs::v_token_stride] = v_.stride();
     list[AttentionArgs::block_tokens] = keys.block_tokens;
     list[AttentionArgs::first_key] = list[AttentionArgs::origin] = first_keys[i];
     list[AttentionArgs::key_count] = end_keys[i] - first_keys[i];
@@ -180,26 +186,9 @@ class Problem {
     }
   }
 
-  // Poisoned before the first key; a block without keys is not even there.
-  void draw_cache(std::size_t which) {
-    const std::int64_t end = keys.first + keys.count;
-    for (std::int64_t token = 0; token < end; token += keys.block_tokens) {
-      const std::int64_t tokens = std::min(keys.block_tokens, end - token);
-      Rows block = guarded(tokens, spec.head_dim, spec.cache);
-      token_stride_ = block->stride();
-      for (std::int64_t t = std::max<std::int64_t>(keys.first - token, 0); t < tokens; ++t) {
-        fill(*block, spec.cache, t, spec.head_dim);
-      }
-      tables_[which].push_back(token + tokens > keys.first ? block->row(0) : nullptr);
-      blocks_.push_back(std::move(block));
-    }
-  }
-
   std::mt19937 random_;
   GuardedRows::Flush flush_;
-  std::int64_t token_stride_ = 0;
-  std::vector<Rows> blocks_;
-  std::vector<void*> tables_[2];
+  DrawnBlocks k_, v_;
   std::vector<void*> q_rows_, output_rows_, mask_rows_;
 };
 
@@ -254,7 +243,7 @@ TEST_P(PrefillAttention, MatchesTheReferenceForEveryShape) {
       spec.mask = kMasks[turn % 3];
       if (head_dim % 16 == 0) {
         spec.input = kFloats[turn / 3 % 3];
-        spec.cache = kFloats[turn / 2 % 3];
+        spec.cache = kCaches[turn / 2 % 4];
       }
       constexpr std::array<std::int64_t, 5> blocks{1, 5, 16, 64, 1000};
       constexpr std::array<std::int64_t, 4> firsts{0, 3, 16, 40};
@@ -273,8 +262,11 @@ TEST_P(PrefillAttention, MatchesTheReferenceWithSoftcapSlopesAndSinks) {
       spec.slopes = (which & 2) != 0;
       spec.sinks = (which & 4) != 0;
       spec.mask = mask;
-      for (std::int64_t count : {0, 1, 50}) check(spec, {9, count, 16}, 3);
-      if (HasFatalFailure()) return;
+      for (DataType cache : {DataType::f32, DataType::i8}) {
+        spec.cache = cache;
+        for (std::int64_t count : {0, 1, 50}) check(spec, {9, count, 16}, 3);
+        if (HasFatalFailure()) return;
+      }
     }
   }
 }
@@ -283,30 +275,34 @@ TEST_P(PrefillAttention, BitsDependNeitherOnBlocksNorOnTheOtherRows) {
   AttentionKernel spec = kernel(64);
   spec.mask = MaskKind::additive;
   const std::int64_t rows = ops::prefill_rows(spec.lanes);
-  std::vector<std::vector<double>> wanted;
-  for (std::int64_t block_tokens : {100, 1, 3, 8, 17}) {
-    Problem problem(spec, {4, 61, block_tokens}, 6, GuardedRows::Flush::end);
-    for (Engine engine : engines(spec.lanes)) {
-      problem.run(engine);
-      for (std::int64_t row = 0; row < rows; ++row) {
-        if (static_cast<std::int64_t>(wanted.size()) == row) wanted.push_back(problem.row(row));
-        EXPECT_EQ(problem.row(row), wanted[static_cast<std::size_t>(row)]) << block_tokens;
+  for (DataType cache : {DataType::f32, DataType::i8}) {
+    spec.cache = cache;
+    std::vector<std::vector<double>> wanted;
+    for (std::int64_t block_tokens : {100, 1, 3, 8, 17}) {
+      Problem problem(spec, {4, 61, block_tokens}, 6, GuardedRows::Flush::end);
+      for (Engine engine : engines(spec.lanes)) {
+        problem.run(engine);
+        for (std::int64_t row = 0; row < rows; ++row) {
+          if (static_cast<std::int64_t>(wanted.size()) == row) wanted.push_back(problem.row(row));
+          EXPECT_EQ(problem.row(row), wanted[static_cast<std::size_t>(row)]) << block_tokens;
+        }
       }
-    }
-    for (std::size_t row = 0; row + 1 < wanted.size(); row += 2) problem.swap_rows(row, row + 1);
-    problem.run(Engine::interpreter);
-    for (std::int64_t row = 0; row < rows; ++row) {
-      EXPECT_EQ(problem.row(row), wanted[static_cast<std::size_t>(row)]) << "swapped";
+      for (std::size_t row = 0; row + 1 < wanted.size(); row += 2) problem.swap_rows(row, row + 1);
+      problem.run(Engine::interpreter);
+      for (std::int64_t row = 0; row < rows; ++row) {
+        EXPECT_EQ(problem.row(row), wanted[static_cast<std::size_t>(row)]) << "swapped";
+      }
     }
   }
 }
 
 TEST_P(PrefillAttention, InnerLoopsDoNotSpill) {
   for (int head_dim : {20, 64, 80, 128, 256}) {
-    for (DataType type : kFloats) {
+    for (DataType type : kCaches) {
       for (MaskKind mask : kMasks) {
         AttentionKernel spec = kernel(head_dim);
-        spec.input = spec.cache = type;
+        spec.input = type == DataType::i8 ? DataType::bf16 : type;
+        spec.cache = type;
         spec.mask = mask;
         if (!supported(spec).ok()) continue;
         const auto code = jit::emit(build_prefill(spec), target_with_lanes(spec.lanes));

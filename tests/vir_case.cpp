@@ -148,6 +148,7 @@ std::size_t element_bytes(Element element) {
     case Element::i64_high:
       return 8;
     case Element::u8:
+    case Element::i8:
       return 1;
     default:
       return 2;
@@ -223,8 +224,8 @@ void add_op_cases(Op op, int lanes, Random& random, std::vector<VirCase>& cases)
   const Signature& signature = jit::vir::signature(op);
   std::vector<Element> elements = {Element::none};
   if (signature.has_element) {
-    elements = {Element::f32, Element::bf16, Element::f16,     Element::i64,     Element::i32,
-                Element::u16, Element::u8,   Element::i64_low, Element::i64_high};
+    elements = {Element::f32, Element::bf16, Element::f16, Element::i64,     Element::i32,
+                Element::u16, Element::u8,   Element::i8,  Element::i64_low, Element::i64_high};
   }
   const bool can_alias =
       signature.definition != 0 && signature.source_count > 0 &&
@@ -318,7 +319,8 @@ std::vector<VirCase> op_cases(int lanes, int rounds) {
   }
   Random random(0);
   for (Op op : {Op::vloadm, Op::vstorem}) {
-    for (Element element : {Element::f32, Element::bf16, Element::f16, Element::u16, Element::u8}) {
+    for (Element element :
+         {Element::f32, Element::bf16, Element::f16, Element::u16, Element::u8, Element::i8}) {
       for (int count = -1; count <= lanes + 1; ++count) {
         VirCase made = tail_case(op, element, count, lanes, random);
         if (verify(made.function).ok()) cases.push_back(std::move(made));

@@ -562,7 +562,7 @@ TEST(Interpret, VectorElementTypes) {
     const auto width = static_cast<std::size_t>(lanes);
     std::vector<std::uint16_t> halves(width, 0x4248);  // f16 3.140625, bf16 50
     std::vector<std::uint8_t> octets(width, 0xfe);
-    std::vector<std::uint32_t> out(6 * width, 0);
+    std::vector<std::uint32_t> out(7 * width, 0);
     Builder b("f", lanes, 3);
     Reg h = b.arg(0), o = b.arg(1), to = b.arg(2);
     const int step = b.vector_bytes();
@@ -571,6 +571,7 @@ TEST(Interpret, VectorElementTypes) {
     b.store(Element::i32, b.at(to, 2 * step), b.load(Element::u8, b.at(o)));
     b.store(Element::f32, b.at(to, 3 * step), b.load_one(Element::bf16, b.at(h)));
     b.store(Element::f32, b.at(to, 4 * step), b.broadcast(Element::f16, b.at(h, 2)));
+    b.store(Element::f32, b.at(to, 6 * step), b.load(Element::i8, b.at(o)));
     Reg v = b.splat(3.1416f);
     b.store(Element::f16, b.at(to, 5 * step), v);
     b.store(Element::u8, b.at(to, 5 * step + 2 * lanes), b.splat_bits(0x1234));
@@ -582,6 +583,7 @@ TEST(Interpret, VectorElementTypes) {
       EXPECT_EQ(out[2 * width + k], 0xfeu);
       EXPECT_EQ(out[3 * width + k], k == 0 ? bits(50.0f) : 0u);
       EXPECT_EQ(out[4 * width + k], bits(3.140625f));
+      EXPECT_EQ(out[6 * width + k], bits(-2.0f));
     }
     const auto* narrow = reinterpret_cast<const std::uint8_t*>(&out[5 * width]);
     for (std::size_t k = 0; k < width; ++k) {

@@ -173,7 +173,7 @@ class RandomFunction {
     if (form.has_element) {
       instruction.element =
           one_of({Element::f32, Element::bf16, Element::f16, Element::i64, Element::i32,
-                  Element::u16, Element::u8, Element::i64_low, Element::i64_high});
+                  Element::u16, Element::u8, Element::i8, Element::i64_low, Element::i64_high});
     }
     if (form.has_address) {
       instruction.address.base = reg();

@@ -553,6 +553,7 @@ nb::dict settings() {
   result["profile"] = set.profile;
   result["cache_check"] = set.cache_check;
   result["run_dtype"] = set.run_dtype;
+  result["kv_cache"] = set.kv_cache == KvCacheMode::int8 ? "int8" : "auto";
   result["onednn"] = set.fallback == Fallback::onednn;
   result["machine_profile"] = set.machine_profile;
   result["problems"] = set.problems;
@@ -593,11 +594,20 @@ void bind_cache(nb::module_& module) {
              check(self.set_first_keys(keys));
            })
       .def("truncate", [](Cache& self, std::int64_t length) { self.truncate(length); })
-      .def("read", [](const Cache& self, Address keys,
-                      Address values) { self.read(pointer(keys), pointer(values)); })
+      .def_prop_ro("dtype", [](const Cache& self) { return std::string(name(self.dtype())); })
+      .def("read",
+           [](const Cache& self, const std::string& dtype, Address keys, Address values) {
+             self.read(self.length(), data_type(dtype), pointer(keys), pointer(values));
+           })
+      .def("append",
+           [](Cache& self, std::int64_t tokens, const std::string& dtype, Address keys,
+              Address values) {
+             check(self.append(tokens, data_type(dtype), pointer(keys), pointer(values)));
+           })
       .def("write",
-           [](Cache& self, Address keys, Address values, std::int64_t length) {
-             check(self.write(pointer(keys), pointer(values), length));
+           [](Cache& self, std::int64_t tokens, const std::string& dtype, Address keys,
+              Address values) {
+             check(self.write(tokens, data_type(dtype), pointer(keys), pointer(values)));
            })
       .def("reorder", [](Cache& self, const std::vector<std::int64_t>& indices) {
         check(self.reorder(indices));

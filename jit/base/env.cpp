@@ -199,6 +199,13 @@ std::vector<Variable> make_table() {
              v, {{"auto", Fp32Mode::automatic}, {"fma", Fp32Mode::fma}, {"amx", Fp32Mode::amx}},
              e.fp32);
        }},
+      {"KV_CACHE", "auto", "auto, int8",
+       "Keys and values: in the model's type (auto), or in 8 bits with a scale per token and head "
+       "(int8), which changes results a little. `llm.optimize(kv_cache_dtype=)` comes first.",
+       [](Text v, E& e) {
+         return read_choice<KvCacheMode>(
+             v, {{"auto", KvCacheMode::automatic}, {"int8", KvCacheMode::int8}}, e.kv_cache);
+       }},
       {"PROFILE", "", "off, or a file's absolute path",
        "This machine's profile, made by `tilewright tune`; the user's own if not set.",
        [](Text v, E& e) {

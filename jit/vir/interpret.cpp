@@ -35,6 +35,7 @@ int element_bytes(Element element) {
     case Element::none:
       return 0;
     case Element::u8:
+    case Element::i8:
       return 1;
     case Element::u16:
     case Element::f16:
@@ -97,6 +98,8 @@ Bits read_lane(Element element, const std::byte* address) {
       return as_bits(f16_to_float(read<std::uint16_t>(address)));
     case Element::u8:
       return read<std::uint8_t>(address);
+    case Element::i8:
+      return as_bits(static_cast<float>(read<std::int8_t>(address)));
     case Element::i64_high:
       return read<Bits>(address + sizeof(Bits));
     default:

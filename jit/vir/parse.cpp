@@ -36,8 +36,9 @@ const std::map<std::string_view, Op>& ops_by_name() {
 }
 
 std::optional<Element> element_by_name(std::string_view name) {
-  for (Element element : {Element::f32, Element::bf16, Element::f16, Element::i64, Element::i32,
-                          Element::u16, Element::u8, Element::i64_low, Element::i64_high}) {
+  for (Element element :
+       {Element::f32, Element::bf16, Element::f16, Element::i64, Element::i32, Element::u16,
+        Element::u8, Element::i8, Element::i64_low, Element::i64_high}) {
     if (element_name(element) == name) return element;
   }
   return std::nullopt;

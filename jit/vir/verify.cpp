@@ -38,7 +38,8 @@ using Elements = std::vector<Element>;
 const Elements& legal_elements(Op op, int lanes) {
   using enum Element;
   static const Elements kNone = {}, kGpr = {i64, i32, u16, u8}, kLoad = {f32, i32, bf16, f16, u8},
-                        kFullLoad = {f32, i32, bf16, f16, u8, i64_low, i64_high},
+                        kFullLoad = {f32, i32, bf16, f16, u8, i8, i64_low, i64_high},
+                        kMaskedLoad = {f32, i32, bf16, f16, u8, i8},
                         kStore = {f32, i32, f16, u16, u8}, kMasked8 = {f32, i32};
   switch (op) {
     case Op::gload:
@@ -53,7 +54,7 @@ const Elements& legal_elements(Op op, int lanes) {
     case Op::vstore1:
       return kStore;
     case Op::vloadm:  // vmaskmovps knows 32-bit elements only
-      return lanes == 8 ? kMasked8 : kLoad;
+      return lanes == 8 ? kMasked8 : kMaskedLoad;
     case Op::vstorem:
       return lanes == 8 ? kMasked8 : kStore;
     default:

@@ -61,6 +61,8 @@ std::string_view element_name(Element element) {
       return "u16";
     case Element::u8:
       return "u8";
+    case Element::i8:
+      return "i8";
     case Element::i64_low:
       return "i64_low";
     case Element::i64_high:

@@ -37,6 +37,7 @@ enum class Element : std::uint8_t {
   i32,
   u16,
   u8,
+  i8,
   i64_low,  // a half of each i64, as a 32-bit lane
   i64_high,
 };

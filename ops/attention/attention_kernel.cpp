@@ -47,11 +47,12 @@ std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
 }
 
 // Scratch: a header, the queries as f32 padded to full vectors, per head what a chunk leaves of the
-// sums before, the scores of a chunk.
+// sums before, the scores of a chunk, and of i8 the scales of its values.
 constexpr std::int64_t kKeyBlocks = 0;    // of KeyBlocks
 constexpr std::int64_t kChunkPlace = 16;  // i64: the chunk's first key - origin
 constexpr std::int64_t kHeaderBytes = 64;
 constexpr std::int64_t kScoreBytes = 4 * kChunkKeys;  // a head's
+static_assert(kScaleBytes == 4);                      // scales lie as scores do
 
 std::int64_t query_bytes(const AttentionKernel& spec) {
   return round_up(spec.head_dim, spec.lanes) * 4;
@@ -61,6 +62,9 @@ std::int64_t factors_offset(const AttentionKernel& spec) {
 }
 std::int64_t scores_offset(const AttentionKernel& spec) {
   return factors_offset(spec) + round_up(4 * spec.group, 64);
+}
+std::int64_t value_scales_offset(const AttentionKernel& spec) {
+  return scores_offset(spec) + spec.group * kScoreBytes;
 }
 
 // How the output phase cuts the group and head_dim.
@@ -124,6 +128,10 @@ class AttentionBuilder {
  private:
   static constexpr KeyBlocks::Table kKeys{AttentionArgs::k_blocks, AttentionArgs::k_token_stride};
   static constexpr KeyBlocks::Table kValues{AttentionArgs::v_blocks, AttentionArgs::v_token_stride};
+  static constexpr KeyBlocks::Table kKeyScales{AttentionArgs::k_blocks,
+                                               AttentionArgs::k_token_stride, true};
+  static constexpr KeyBlocks::Table kValueScales{AttentionArgs::v_blocks,
+                                                 AttentionArgs::v_token_stride, true};
 
   static std::string name(const AttentionKernel& spec) {
     std::string text = print(spec);
@@ -193,7 +201,8 @@ class AttentionBuilder {
     for (int head = 0; head < spec_.group; ++head) {
       b_.store(Element::f32, b_.at(last, head * kScoreBytes), nothing);
     }
-    constexpr std::array tables{kKeys, kValues};
+    std::vector<KeyBlocks::Table> tables{kKeys, kValues};
+    if (spec_.has_scales()) tables.insert(tables.end(), {kKeyScales, kValueScales});
     blocks_.walk(place, keys, tables, [&](std::span<const Reg> at, Reg tokens) {
       Reg token = at[0], value = at[1];
       for (int count : {spec_.lanes, 1}) {
@@ -204,7 +213,13 @@ class AttentionBuilder {
             prefetch_token(value);
             b_.add_to(value, b_.arg(AttentionArgs::v_token_stride));
           }
-          score_step(count, token, scores, mask);
+          Reg scale = scale_;
+          if (spec_.has_scales()) {
+            scale = key_scales(at[2], count);
+            keep_value_scales(at[3], scores, count);
+            for (Reg scales : at.subspan(2)) b_.add_to(scales, kScaleBytes * count);
+          }
+          score_step(count, token, scores, mask, scale);
           b_.add_to(token, b_.mul(b_.arg(AttentionArgs::k_token_stride), count));
           b_.add_to(scores, 4 * count);
           if (mask.valid()) b_.add_to(mask, mask_bytes() * count);
@@ -213,8 +228,25 @@ class AttentionBuilder {
     });
   }
 
+  // What the products with `keys` keys are multiplied by.
+  Reg key_scales(Reg scales, int keys) {
+    Reg of_keys = keys == 1 ? b_.broadcast(Element::f32, b_.at(scales))
+                            : b_.load(Element::f32, b_.at(scales));
+    return b_.vmul(of_keys, scale_);
+  }
+
+  // For the softmax, as it meets the scores: in one run, whatever the blocks.
+  void keep_value_scales(Reg scales, Reg scores, int keys) {
+    const Address to = b_.at(scores, value_scales_offset(spec_) - scores_offset(spec_));
+    if (keys == 1) {
+      b_.store_one(Element::f32, to, b_.load_one(Element::f32, b_.at(scales)));
+    } else {
+      b_.store(Element::f32, to, b_.load(Element::f32, b_.at(scales)));
+    }
+  }
+
   // The scores of all heads for `keys` keys (a vector of them, or one) from `token` on.
-  void score_step(int keys, Reg token, Reg scores, Reg mask) {
+  void score_step(int keys, Reg token, Reg scores, Reg mask, Reg scale) {
     std::vector<Reg> tokens{token};  // every fourth
     Reg stride, stride3;
     if (keys > 1) {
@@ -241,7 +273,7 @@ class AttentionBuilder {
           add_product(sums[static_cast<std::size_t>(key)], q, v, address(key, key_offset(v)));
         }
       }
-      Reg value = b_.vmul(keys == 1 ? lane_sum(sums[0]) : lane_sums(sums), scale_);
+      Reg value = b_.vmul(keys == 1 ? lane_sum(sums[0]) : lane_sums(sums), scale);
       if (spec_.softcap) value = capped(value);
       if (spec_.slopes) {
         value = b_.vadd(value, b_.vmul(b_.broadcast(Element::f32, b_.at(slope)), places(scores)));
@@ -319,7 +351,8 @@ class AttentionBuilder {
 
   // --- softmax
 
-  // Each head's scores become exp(score - largest), the largest of all chunks until now.
+  // Each head's scores become weights: exp(score - largest), the largest of all chunks until now;
+  // of i8 times the value's scale.
   void softmax() {
     Reg row = scratch(scores_offset(spec_)), factor = scratch(factors_offset(spec_));
     Reg part = b_.arg(AttentionArgs::part);
@@ -343,12 +376,17 @@ class AttentionBuilder {
     b_.store_one(Element::f32, b_.at(part, part_.most), most);
     // All masked: subtract 0, and every exp is 0.
     most = b_.select(b_.equal(most, b_.splat(kMinusInfinity)), b_.zero(), most);
-    Reg sum = b_.zero();
+    Reg sum = b_.zero(), scales;
+    if (spec_.has_scales()) scales = scratch(value_scales_offset(spec_));
     b_.assign(at, row);
     b_.loop(b_.copy(vectors_), [&] {
       Reg e = jit::math::exp(b_, b_.vsub(b_.load(Element::f32, b_.at(at)), most));
-      b_.store(Element::f32, b_.at(at), e);
       b_.assign(sum, b_.vadd(sum, e));
+      if (spec_.has_scales()) {  // behind the last key anything, where no weight is read
+        e = b_.vmul(e, b_.load(Element::f32, b_.at(scales)));
+        b_.add_to(scales, b_.vector_bytes());
+      }
+      b_.store(Element::f32, b_.at(at), e);
       b_.add_to(at, b_.vector_bytes());
     });
     Reg left = jit::math::exp(b_, b_.vsub(before, most));
@@ -431,8 +469,12 @@ class AttentionBuilder {
 
 }  // namespace
 
+std::int64_t row_bytes(const AttentionKernel& spec) {
+  return spec.head_dim * size_in_bytes(spec.cache) + (spec.has_scales() ? kScaleBytes : 0);
+}
+
 std::int64_t scratch_bytes(const AttentionKernel& spec) {
-  return scores_offset(spec) + spec.group * kScoreBytes;
+  return value_scales_offset(spec) + (spec.has_scales() ? kScaleBytes * kChunkKeys : 0);
 }
 
 std::string print(const AttentionKernel& spec) {
@@ -451,7 +493,8 @@ Status supported(const AttentionKernel& spec) {
   if (spec.lanes != 8 && spec.lanes != 16) return Error{fmt::format("{} lanes", spec.lanes)};
   if (spec.group < 1 || spec.head_dim < 1) return Error{"attention without heads or head_dim"};
   for (DataType type : {spec.input, spec.cache}) {
-    if (type != DataType::f32 && type != DataType::bf16 && type != DataType::f16) {
+    const bool is_float = type == DataType::f32 || type == DataType::bf16 || type == DataType::f16;
+    if (!is_float && (type != DataType::i8 || type == spec.input)) {
       return Error{fmt::format("attention in {}", graph::name(type))};
     }
     if (spec.head_dim % spec.lanes != 0 && !has_masked_moves(type, spec.lanes)) {

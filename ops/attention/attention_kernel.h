@@ -13,6 +13,11 @@
 // for softmax, 2018; Dao, FlashAttention-2, 2023). So while a chunk's scores are computed its
 // values come from memory, and while its values are summed, the next chunk's keys.
 //
+// Of i8, block i ends with the f32 scales of its block_tokens tokens (ops/kv_cache.h). Keys are
+// widened in registers and a score multiplied by its key's scale; a value's scale goes into its
+// weight once the softmax has summed that, so what the sums over keys cost is what they cost in
+// bf16.
+//
 // Tested by attention_test (double-precision reference; block tables of one block and many).
 #pragma once
 
@@ -36,11 +41,13 @@ struct AttentionKernel {
   int group = 1;                                 // query heads per key/value head
   int head_dim = 64;                             // of q and k, and of v
   graph::DataType input = graph::DataType::f32;  // q and output: f32, bf16, f16
-  graph::DataType cache = graph::DataType::f32;  // k and v: f32, bf16, f16
+  graph::DataType cache = graph::DataType::f32;  // k and v: f32, bf16, f16, i8
   MaskKind mask = MaskKind::none;
   bool softcap = false;  // scores become cap * tanh(score / cap), before the mask
   bool slopes = false;   // ALiBi: slope * (key - origin) is added to a score, a slope per head
   bool sinks = false;    // a score per head that takes part in the softmax and has no value
+
+  bool has_scales() const { return cache == graph::DataType::i8; }
 };
 
 // Keys of a part. Few enough to share out a short context of few heads among threads, many enough
@@ -92,6 +99,8 @@ struct AttentionArgs {
   };
 };
 
+// That a token's keys, or values, of one head take in memory.
+std::int64_t row_bytes(const AttentionKernel& spec);
 std::int64_t scratch_bytes(const AttentionKernel& spec);
 std::string print(const AttentionKernel& spec);
 // Error: why there is no kernel for this.

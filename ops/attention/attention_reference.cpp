@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ops/attention/attention_kernel.h"
+#include "ops/attention/key_blocks.h"
 #include "ops/attention/merge_kernel.h"
 #include "ops/scalar_type.h"
 
@@ -38,8 +39,12 @@ class Reference {
                 int index) const {
     const auto* table = reinterpret_cast<const char* const*>(arg(blocks));
     const std::int64_t per_block = arg(AttentionArgs::block_tokens);
-    const char* token = table[key / per_block] + key % per_block * arg(stride);
-    return read_scalar(spec_.cache, token + index * size_in_bytes(spec_.cache));
+    const char* block = table[key / per_block];
+    const char* token = block + key % per_block * arg(stride);
+    const double number = read_scalar(spec_.cache, token + index * size_in_bytes(spec_.cache));
+    if (spec_.cache != graph::DataType::i8) return number;
+    const char* scales = block + per_block * arg(stride);
+    return number * read_scalar(graph::DataType::f32, scales + key % per_block * kScaleBytes);
   }
 
   double score(int head, std::int64_t key) const {

@@ -53,9 +53,13 @@ Reg KeyBlocks::take(Reg remaining, Reg most) {
 KeyBlocks::Place KeyBlocks::first() { return {saved(kFirstBlock), saved(kFirstToken)}; }
 
 Reg KeyBlocks::address(const Table& table, const Place& place) {
-  Reg token = b_.load_gpr(Element::i64, b_.at(b_.arg(table.blocks), place.entry, 1));
-  b_.add_to(token, b_.mul(place.token, b_.arg(table.stride)));
-  return token;
+  Reg block = b_.load_gpr(Element::i64, b_.at(b_.arg(table.blocks), place.entry, 1));
+  if (table.scales) {
+    b_.add_to(block, b_.mul(b_.arg(slots_.block_tokens), b_.arg(table.stride)));
+    return b_.lea(b_.at(block, place.token, kScaleBytes));
+  }
+  b_.add_to(block, b_.mul(place.token, b_.arg(table.stride)));
+  return block;
 }
 
 void KeyBlocks::walk(const Place& place, Reg keys, std::span<const Table> tables,

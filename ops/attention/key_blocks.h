@@ -17,6 +17,7 @@
 namespace tilewright::ops {
 
 constexpr int kChunkKeys = 64;
+constexpr int kScaleBytes = 4;
 
 class KeyBlocks {
  public:
@@ -28,9 +29,11 @@ class KeyBlocks {
 
   KeyBlocks(jit::vir::Builder& builder, const Slots& slots) : b_(builder), slots_(slots) {}
 
-  // Argument slots of a table of blocks and of the bytes between their tokens.
+  // Argument slots of a table of blocks and of the bytes between their tokens. scales: not the
+  // tokens are walked, but their f32 scales, which lie behind a block's last token.
   struct Table {
     int blocks, stride;
+    bool scales = false;
   };
 
   // Where a key lies in all tables alike: the offset of its block's entry, and its place there.

@@ -1,9 +1,11 @@
 // The attention kernel for many queries, in phases over scratch that only this thread sees:
 //
 //   transpose  q becomes [head_dim][rows], so that lanes are rows
-//   scores     [keys][rows]: a few keys at a time, each q of the tile loaded once for them
+//   scores     [keys][rows]: a few keys at a time, each q of the tile loaded once for them; of i8
+//              they are widened into scratch first, where one element after another is read
 //   finish     softcap, slopes, mask, the rows' ranges of keys; each row's largest score
-//   softmax    down the keys, all rows of a vector at once: nothing is summed across lanes
+//   softmax    down the keys, all rows of a vector at once: nothing is summed across lanes; of i8
+//              the weights then take in the scales of the values
 //   output     a few rows x two vectors of head_dim in registers, keys outside
 //
 // Phases are separate loops because an activation beside the accumulators would spill; a score is
@@ -47,7 +49,13 @@ constexpr int kChunkColumns = 64;
 
 constexpr std::int64_t kHeaderBytes = 64;  // KeyBlocks
 
-// Scratch: the header, a row's numbers, the totals of the output phase, q, the weights.
+// Of a key that was widened.
+std::int64_t wide_bytes(const AttentionKernel& spec) {
+  return static_cast<std::int64_t>(HeadVectors(spec.head_dim, spec.lanes).count()) * 4 * spec.lanes;
+}
+
+// Scratch: the header, a row's numbers, the totals of the output phase, q, widened keys, the
+// weights.
 struct ScratchLayout {
   explicit ScratchLayout(const AttentionKernel& spec)
       : row_bytes(4 * prefill_rows(spec.lanes)),
@@ -55,9 +63,10 @@ struct ScratchLayout {
         divisor(most + row_bytes),
         totals(divisor + row_bytes),
         query(totals + output_rows_at_once(spec.lanes) * kOutputVectors * 4 * spec.lanes),
-        weights(query + spec.head_dim * row_bytes) {}
+        wide(query + spec.head_dim * row_bytes),
+        weights(wide + (spec.has_scales() ? keys_at_once(spec.lanes) * wide_bytes(spec) : 0)) {}
   std::int64_t row_bytes;  // of a number per row
-  std::int64_t most, divisor, totals, query, weights;
+  std::int64_t most, divisor, totals, query, wide, weights;
 };
 
 class PrefillBuilder {
@@ -78,6 +87,7 @@ class PrefillBuilder {
     if (spec_.mask != MaskKind::none) add_masks();
     limit_keys();
     softmax();
+    if (spec_.has_scales()) scale_weights();
     output();
     return std::move(b_).finish();
   }
@@ -140,30 +150,55 @@ class PrefillBuilder {
   // --- scores
 
   void score() {
+    if (spec_.has_scales()) head_.make_mask(b_);
     Reg weights = scratch(at_.weights);
-    const KeyBlocks::Table table{PrefillArgs::k_blocks, PrefillArgs::k_token_stride};
-    blocks_.walk(table, [&](std::span<const Reg> at, Reg tokens) {
-      Reg token = at[0];
-      const int most = keys_at_once(spec_.lanes);
-      for (int keys : {most, 1}) {
-        Reg steps =
-            keys == 1 ? b_.bit_and(tokens, most - 1) : b_.shift_right(tokens, most == 8 ? 3 : 2);
-        b_.loop(steps, [&] {
-          score_keys(keys, token, weights);
-          b_.add_to(token, b_.mul(b_.arg(PrefillArgs::k_token_stride), keys));
-          b_.add_to(weights, keys * at_.row_bytes);
-        });
-      }
-    });
+    std::vector<KeyBlocks::Table> tables{{PrefillArgs::k_blocks, PrefillArgs::k_token_stride}};
+    if (spec_.has_scales()) tables.push_back({tables[0].blocks, tables[0].stride, true});
+    blocks_.walk(blocks_.first(), blocks_.key_count(), tables,
+                 [&](std::span<const Reg> at, Reg tokens) {
+                   Reg token = at[0];
+                   const int most = keys_at_once(spec_.lanes);
+                   for (int keys : {most, 1}) {
+                     Reg steps = keys == 1 ? b_.bit_and(tokens, most - 1)
+                                           : b_.shift_right(tokens, most == 8 ? 3 : 2);
+                     b_.loop(steps, [&] {
+                       if (spec_.has_scales()) {
+                         widen(keys, token, at[1]);
+                         score_keys(keys, DataType::f32, scratch(at_.wide), weights);
+                       } else {
+                         score_keys(keys, spec_.cache, token, weights);
+                       }
+                       b_.add_to(token, b_.mul(b_.arg(PrefillArgs::k_token_stride), keys));
+                       b_.add_to(weights, keys * at_.row_bytes);
+                     });
+                   }
+                 });
   }
 
-  void score_keys(int keys, Reg token, Reg weights) {
+  // The keys of i8 from `token` on times their scales, as f32; `scales` moves behind theirs.
+  void widen(int keys, Reg token, Reg scales) {
+    Reg from = b_.copy(token), to = scratch(at_.wide);
+    for (int key = 0; key < keys; ++key) {
+      Reg scale = b_.broadcast(Element::f32, b_.at(scales, key * kScaleBytes));
+      for (int v = 0; v < head_.count(); ++v) {
+        Reg numbers = load(b_, spec_.cache, from, head_.columns(v));
+        b_.store(Element::f32, vector(to, v), b_.vmul(numbers, scale));
+      }
+      b_.add_to(from, b_.arg(PrefillArgs::k_token_stride));
+      b_.add_to(to, wide_bytes(spec_));
+    }
+    b_.add_to(scales, keys * kScaleBytes);
+  }
+
+  // `type`: the cache's, or f32 if they were widened.
+  void score_keys(int keys, DataType type, Reg token, Reg weights) {
     constexpr int unroll = 4;
-    const int bytes = size_in_bytes(spec_.cache);
+    const int bytes = size_in_bytes(type);
     std::vector<Reg> tokens{b_.copy(token)};  // every fourth
     Reg stride, stride3;
     if (keys > 1) {
-      stride = b_.arg(PrefillArgs::k_token_stride);
+      stride =
+          spec_.has_scales() ? b_.constant(wide_bytes(spec_)) : b_.arg(PrefillArgs::k_token_stride);
       stride3 = b_.mul(stride, 3);
     }
     while (static_cast<int>(tokens.size()) * 4 < keys) {
@@ -196,7 +231,7 @@ class PrefillBuilder {
               b_.load(Element::f32, b_.at(query, d * at_.row_bytes + v * b_.vector_bytes())));
         }
         for (int key = 0; key < keys; ++key) {
-          Reg k = b_.broadcast(load_element(spec_.cache), key_element(key, d));
+          Reg k = b_.broadcast(load_element(type), key_element(key, d));
           for (std::size_t v = 0; v < q.size(); ++v) {
             b_.fma(sums[static_cast<std::size_t>(key)][v], k, q[v]);
           }
@@ -321,6 +356,24 @@ class PrefillBuilder {
       Reg divisor = b_.select(b_.equal(sum, b_.zero()), infinity, sum);
       b_.store(Element::f32, vector(scratch(at_.divisor), v), divisor);
     }
+  }
+
+  // Weights take in what their values are multiplied by.
+  void scale_weights() {
+    Reg weights = scratch(at_.weights);
+    const KeyBlocks::Table scales{PrefillArgs::v_blocks, PrefillArgs::v_token_stride, true};
+    blocks_.walk(scales, [&](std::span<const Reg> at, Reg tokens) {
+      Reg from = at[0];
+      b_.loop(tokens, [&] {
+        Reg scale = b_.broadcast(Element::f32, b_.at(from));
+        for (int v = 0; v < kRowVectors; ++v) {
+          Reg weight = b_.load(Element::f32, vector(weights, v));
+          b_.store(Element::f32, vector(weights, v), b_.vmul(weight, scale));
+        }
+        b_.add_to(weights, at_.row_bytes);
+        b_.add_to(from, kScaleBytes);
+      });
+    });
   }
 
   // --- output

@@ -368,6 +368,12 @@ def _vpmovzxbd(machine: Machine, i: Instruction) -> None:
     machine.put_lanes(i, machine.load(i, 1, vector_lanes(i)))
 
 
+@step("VPMOVSXBD")
+def _vpmovsxbd(machine: Machine, i: Instruction) -> None:
+    octets = machine.load(i, 1, vector_lanes(i))
+    machine.put_lanes(i, [signed(octet, 8) & 0xFFFFFFFF for octet in octets])
+
+
 @step("VCVTPH2PS")
 def _vcvtph2ps(machine: Machine, i: Instruction) -> None:
     if i.op1_kind == OpKind.MEMORY:

@@ -4,6 +4,9 @@
 user code keep the object they know. `keys` and `values` materialise tensors; whatever changes them
 (reorder, crop, batch selection, plain assignment) is done on the blocks.
 
+Blocks of int8 materialise in the model's type, and what is assigned is rounded to 8 bits. Rows that
+were of that type once come and go without further loss (jit/base/eight_bits.h).
+
 Not thread-safe, as any Cache. Tested by tests/python/test_generate.py.
 """
 
@@ -42,9 +45,11 @@ class BlockLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, max_length: int = -1) -> None:
+    def __init__(self, max_length: int = -1, stored: torch.dtype | None = None) -> None:
+        """stored: the type of the blocks; None: that of keys and values."""
         self._assigned: dict[str, torch.Tensor] = {}
         self.blocks: Any = None  # core.KvCache
+        self.stored = stored
         self.first_keys: list[int] = []
         self.max_length = max_length
         layers_alive.add(self)
@@ -56,12 +61,13 @@ class BlockLayer(CacheLayerMixin):
         contents = None if self.blocks is None else self.read()
         return {
             "max_length": self.max_length,
+            "stored": self.stored,
             "first_keys": self.first_keys,
             "contents": contents,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        BlockLayer.__init__(self, state["max_length"])
+        BlockLayer.__init__(self, state["max_length"], state["stored"])
         if state["contents"] is not None:
             self.write(*state["contents"])
             if state["first_keys"]:
@@ -69,13 +75,26 @@ class BlockLayer(CacheLayerMixin):
 
     # --- what the program uses
 
-    def prepare(self, batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Makes the blocks of an empty layer."""
+    def prepare(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        stored: torch.dtype | None = None,
+    ) -> None:
+        """Makes the blocks of an empty layer, or others of one whose type is not `stored`."""
+        self.stored = stored or self.stored
+        name = DTYPE_NAMES[self.stored or dtype]
         if self.blocks is None:
-            self.blocks = core.KvCache(batch, kv_heads, head_dim, DTYPE_NAMES[dtype])
+            self.blocks = core.KvCache(batch, kv_heads, head_dim, name)
             self.dtype, self.device = dtype, torch.device("cpu")
             self.first_keys = []
             self.is_initialized = True
+        elif self.blocks.dtype != name and self.dtype == dtype:
+            keys, values = self.read()
+            self.blocks = None
+            self.write(keys, values)
 
     def set_first_keys(self, first_keys: list[int]) -> None:
         if first_keys != self.first_keys:
@@ -90,7 +109,7 @@ class BlockLayer(CacheLayerMixin):
         shape = (blocks.batch, blocks.kv_heads, blocks.length, blocks.head_dim)
         keys, values = torch.empty(shape, dtype=self.dtype), torch.empty(shape, dtype=self.dtype)
         if keys.numel():
-            blocks.read(keys.data_ptr(), values.data_ptr())
+            blocks.read(DTYPE_NAMES[self.dtype], keys.data_ptr(), values.data_ptr())
         return keys, values
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -104,8 +123,11 @@ class BlockLayer(CacheLayerMixin):
         ):
             self.blocks = None
             self.prepare(batch, heads, head_dim, keys.dtype)
-        keys, values = keys.to(self.dtype).contiguous(), values.to(self.dtype).contiguous()
-        self.blocks.write(keys.data_ptr(), values.data_ptr(), length)
+        keys, values = self._as_taken(keys), self._as_taken(values)
+        self.blocks.write(length, DTYPE_NAMES[self.dtype], keys.data_ptr(), values.data_ptr())
+
+    def _as_taken(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype).contiguous()
 
     def _get(self, index: int) -> torch.Tensor | None:
         if self.blocks is None:
@@ -150,13 +172,23 @@ class BlockLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For steps that the original forward runs: appends by rewriting."""
+        """For steps that the original forward runs."""
         if self.blocks is None:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self.read()
-        keys = torch.cat([keys, key_states], dim=-2)
-        values = torch.cat([values, value_states], dim=-2)
-        self.write(keys.detach(), values.detach())
+        before = self.read()
+        new = [self._as_taken(states.detach()) for states in (key_states, value_states)]
+        shape = (self.blocks.batch, self.blocks.kv_heads, new[0].shape[2], self.blocks.head_dim)
+        if any(tuple(states.shape) != shape for states in new):
+            raise ValueError(f"keys and values {tuple(new[0].shape)} for a cache of {shape}")
+        addresses = [states.data_ptr() for states in new]
+        self.blocks.append(shape[2], DTYPE_NAMES[self.dtype], *addresses)
+        is_rounded = self.blocks.dtype != DTYPE_NAMES[self.dtype]
+        if is_rounded and not key_states.requires_grad:
+            return self.read()  # as every other step sees them
+        keys, values = (
+            torch.cat([old, states], dim=-2)
+            for old, states in zip(before, (key_states, value_states), strict=True)
+        )
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -215,8 +247,9 @@ class BlockLayer(CacheLayerMixin):
 _WINDOWED = (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
 
 
-def adopt(cache: Any, layers: int) -> str:
-    """Puts BlockLayers into `cache`, with its contents. Returns why it cannot, or ""."""
+def adopt(cache: Any, layers: int, stored: torch.dtype | None = None) -> str:
+    """Puts BlockLayers into `cache`, with its contents. stored: the type of their blocks; None:
+    that of the contents. Returns why it cannot, or ""."""
     if type(cache) not in (Cache, DynamicCache, StaticCache):
         return f"a {type(cache).__name__}"
     if getattr(cache, "offloading", False):
@@ -233,17 +266,18 @@ def adopt(cache: Any, layers: int) -> str:
         if layer.keys.numel() and layer.keys.shape != layer.values.shape:
             return "a cache whose keys and values differ in shape"
     adopted = [
-        layer if isinstance(layer, BlockLayer) else _converted(layer) for layer in cache.layers
+        layer if isinstance(layer, BlockLayer) else _converted(layer, stored)
+        for layer in cache.layers
     ]
-    adopted += [BlockLayer() for _ in range(layers - len(adopted))]
+    adopted += [BlockLayer(stored=stored) for _ in range(layers - len(adopted))]
     cache.layers = adopted
     cache.layer_class_to_replicate = None
     return ""
 
 
-def _converted(layer: Any) -> BlockLayer:
+def _converted(layer: Any, stored: torch.dtype | None) -> BlockLayer:
     # Blocks keep what a window would drop.
-    block_layer = BlockLayer(-1 if type(layer) in _WINDOWED else layer.get_max_length())
+    block_layer = BlockLayer(-1 if type(layer) in _WINDOWED else layer.get_max_length(), stored)
     length = int(layer.get_seq_length())
     if length:
         block_layer.write(layer.keys[:, :, :length], layer.values[:, :, :length])

@@ -76,6 +76,12 @@ def progress_bar() -> Iterator[Any]:
         yield update
 
 
+def checked_cache_dtype(dtype: str | None) -> str | None:
+    if dtype not in (None, "auto", "int8"):
+        raise typer.BadParameter(f"'{dtype}' is not one of auto, int8")
+    return dtype
+
+
 def checked_dtype(dtype: str | None) -> str | None:
     from tilewright.shapes import TYPE_NAMES
 
@@ -99,6 +105,12 @@ def prewarm(
     pack: Annotated[
         str | None, typer.Option(help="Also write all kernels into this file, a sealed pack.")
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of keys and values, as of llm.optimize: int8, or auto, the model's own."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fill the cache for a model, so that no process has to capture it or to emit its kernels.
@@ -116,7 +128,16 @@ def prewarm(
     dtype = checked_dtype(dtype)
     try:
         with progress_bar() as progress:
-            result = prewarming.prewarm(model, dtype, split(isa), jobs, timeout, pack, progress)
+            result = prewarming.prewarm(
+                model,
+                dtype,
+                split(isa),
+                jobs,
+                timeout,
+                pack,
+                progress,
+                checked_cache_dtype(kv_cache_dtype),
+            )
     except (CoreError, prewarming.NotPrewarmedError, OSError) as error:
         fail(str(error))
     text = (

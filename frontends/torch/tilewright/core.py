@@ -76,6 +76,17 @@ def unavailable() -> str:
     return problem
 
 
+def stored_dtype(given: Any = None) -> torch.dtype | None:
+    """The type in which caches keep keys and values: int8, or None, the model's own. given: "int8",
+    "auto", or None, which is what TILEWRIGHT_KV_CACHE says. Raises ValueError."""
+    asked = settings()["kv_cache"] if given is None else given
+    if asked in ("int8", torch.int8):
+        return torch.int8
+    if asked == "auto":
+        return None
+    raise ValueError(f"kv_cache_dtype is None, 'auto' or 'int8', not {given!r}")
+
+
 def threads() -> int:
     return settings()["num_threads"] or torch.get_num_threads()
 

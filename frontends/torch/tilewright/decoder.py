@@ -99,8 +99,11 @@ class Prepared:
 class Decoder(InstalledForward):
     """See the module's description."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, stored: torch.dtype | None = None) -> None:
+        """stored: the type of keys and values in the caches; None: the model's."""
         super().__init__(model)
+        self._asked_stored = stored
+        self.not_stored = ""  # why they are in the model's type although another was asked for
         self._lock = threading.RLock()
         self._programs: dict[int, tuple[CapturedModel, Executable]] = {}
         self._store = _core.WeightStore()
@@ -116,6 +119,11 @@ class Decoder(InstalledForward):
         decoders.add(self)
         self._counted: str | None = None  # see _own_positions
         self.fallbacks: collections.Counter[str] = collections.Counter()
+
+    @property
+    def stored(self) -> torch.dtype | None:
+        """The type of keys and values in the caches; None: the model's."""
+        return None if self.not_stored else self._asked_stored
 
     # --- calls
 
@@ -210,6 +218,9 @@ class Decoder(InstalledForward):
     def _run_ragged(self, arguments: dict[str, Any]) -> Any:
         try:
             step = ragged.step_of(arguments)
+            if step.chosen is None and self.stored is not None:
+                # The program of all logits is of caches that pages are not: all are chosen.
+                step.chosen = torch.arange(step.input_ids.shape[1])
             captured, executable = self._program(
                 not step.is_decode, 0 if step.chosen is None else RAGGED
             )
@@ -325,7 +336,7 @@ class Decoder(InstalledForward):
         self._check_rotary(step.position_ids)
         layers = [step.cache.layers[shape.layer] for shape in captured.caches]
         for layer, shape in zip(layers, captured.caches, strict=True):
-            layer.prepare(len(input_ids), shape.kv_heads, shape.head_dim, shape.dtype)
+            layer.prepare(len(input_ids), *shape[1:])
             layer.set_first_keys(step.first_keys)
         return Prepared(step, captured, executable, [layer.blocks for layer in layers])
 
@@ -425,7 +436,7 @@ class Decoder(InstalledForward):
         cache = DynamicCache() if given is None else given
         layers = getattr(cache, "layers", None)
         ready = layers is not None and len(layers) == count and isinstance(layers[0], BlockLayer)
-        if not ready and (reason := adopt(cache, count)):
+        if not ready and (reason := adopt(cache, count, self.stored)):
             raise NotRunnableError(f"past_key_values is {reason}")
         held = cache.layers[0].batch_size
         if held not in (-1, batch):
@@ -459,6 +470,8 @@ class Decoder(InstalledForward):
                 self.refresh()  # what was packed until then serves nobody
                 made = self._planned(logits_to_keep, may_load=False)
         except (UnsupportedError, core.CoreError) as error:
+            if logits_to_keep != RAGGED and self.stored is not None:
+                return self._made_without(str(error).splitlines()[0], logits_to_keep)
             if logits_to_keep == RAGGED:
                 self._not_ragged = f"no program of a ragged step: {str(error).splitlines()[0]}"
                 raise NotRunnableError(self._not_ragged) from None
@@ -470,6 +483,17 @@ class Decoder(InstalledForward):
         if self._state is None or not self._state.is_current():  # capture replaced parameters
             self._state = ModuleState(self.model)
         return made
+
+    def _made_without(self, reason: str, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
+        """Of caches in the model's own type, because no program can be made of others."""
+        stored = str(self.stored).removeprefix("torch.")
+        if core.settings()["strict"]:
+            self.refresh()
+            raise NotRunnableError(f"no program with keys and values in {stored}: {reason}")
+        self.refresh()
+        self.not_stored = f"keys and values are not in {stored}: {reason}"
+        core.say_once(f"{type(self.model).__name__}: {self.not_stored}")
+        return self._make(logits_to_keep)
 
     def _begin_packing(self) -> None:
         """What needs no Python, while Python looks for a plan or captures the model."""
@@ -494,6 +518,8 @@ class Decoder(InstalledForward):
                 logits_to_keep,
                 lambda captured: self._built(captured, packed),
                 may_load=may_load,
+                # Pages of transformers' are what they are.
+                stored=None if logits_to_keep == RAGGED else self.stored,
             )
 
     def _built(
@@ -530,6 +556,7 @@ class Decoder(InstalledForward):
         self._state = None
         self.unsupported = ""
         self._not_ragged = ""
+        self.not_stored = ""
         self.by_parts = None
         self.no_parts = ""
         self._growing = None

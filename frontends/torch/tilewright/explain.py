@@ -40,6 +40,8 @@ class Explanation:
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> calls of PyTorch's forward
     problem: str = ""  # why everything runs in PyTorch, in this process
     by_parts: str = ""  # why the model is no single program, but graphs of torch.compile
+    kv_cache: str = ""  # the type of keys and values, if it is not the model's
+    not_stored: str = ""  # why it is the model's although another was asked for
     kernels_emitted: int = 0
     kernels_loaded: int = 0
     emit_seconds: float = 0.0
@@ -72,6 +74,7 @@ class Explanation:
             "problem": self.problem,
             "fallbacks": self.fallbacks,
             "by_parts": self.by_parts,
+            "kv_cache": self.kv_cache,
             "notes": self.notes(),
             "regions": self.regions,
             "target": self.target,
@@ -85,6 +88,12 @@ class Explanation:
         notes += [f"in PyTorch ({count} calls): {why}" for why, count in self.fallbacks.items()]
         if self.by_parts:
             notes.append(f"by parts, through torch.compile: {self.by_parts}")
+        if self.kv_cache:
+            notes.append(
+                f"keys and values are kept in {self.kv_cache}, but for those of paged caches"
+            )
+        if self.not_stored:
+            notes.append(self.not_stored)
         if self.choices.get("problem"):
             notes.append(self.choices["problem"])
         if self.cache.get("problem"):
@@ -168,6 +177,9 @@ def executables_of(model: nn.Module, explanation: Explanation) -> list[Executabl
     if decoder is not None:
         found += decoder.programs()
         explanation.fallbacks.update(decoder.fallbacks)
+        explanation.not_stored = decoder.not_stored
+        if decoder.stored is not None:
+            explanation.kv_cache = str(decoder.stored).removeprefix("torch.")
         if decoder.by_parts is not None:
             explanation.by_parts = decoder.unsupported
         if decoder.no_parts:

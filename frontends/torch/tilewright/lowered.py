@@ -73,7 +73,8 @@ class CacheShape(NamedTuple):
     layer: int
     kv_heads: int
     head_dim: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the model's keys and values
+    stored: torch.dtype  # of the blocks: the same, or int8 with scales
 
 
 def lowered_model(

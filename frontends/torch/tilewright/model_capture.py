@@ -37,9 +37,13 @@ _RESULTS = ("logits", "past_key_values")
 
 
 def capture_model(
-    model: nn.Module, forward: Callable[..., Any], logits_to_keep: int
+    model: nn.Module,
+    forward: Callable[..., Any],
+    logits_to_keep: int,
+    stored: torch.dtype | None = None,
 ) -> CapturedModel:
     """`forward`: the model's own. logits_to_keep: 0 (all), a number of the last tokens, or RAGGED.
+    stored: the type of keys and values in the caches; None: the model's.
     Raises UnsupportedError with the reason.
 
     Not thread-safe: while it runs, the model's attention and layers record instead of computing.
@@ -48,16 +52,17 @@ def capture_model(
     with capture.no_collection():
         if len(groups) == 1:
             try:
-                return _capture(model, forward, logits_to_keep, groups[0])
+                return _capture(model, forward, logits_to_keep, stored, groups[0])
             except stamp.NotAlikeError:
                 pass  # then every layer is captured
-        return _capture(model, forward, logits_to_keep, None)
+        return _capture(model, forward, logits_to_keep, stored, None)
 
 
 def _capture(
     model: nn.Module,
     forward: Callable[..., Any],
     logits_to_keep: int,
+    stored: torch.dtype | None,
     group: stamp.Group | None,
 ) -> CapturedModel:
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
@@ -70,15 +75,20 @@ def _capture(
         gm, output_type = _trace(model, forward, logits_to_keep, group, sizes, markers=i == 0)
         if group is not None and i == 0:
             group.wiring = stamp.chain(gm, group)
-        lowerer = ModelLowerer(gm, group, names)
+        lowerer = ModelLowerer(gm, group, names, stored)
         lowerer.run_model()
         lowerers.append(lowerer)
     builder = unify([lowerer.builder for lowerer in lowerers])
     layers = list(lowerers[0].caches)
     if group is not None:
         layers = expand_layers(builder, group, names, layers)
+    appended = {
+        id(node.operands[0]): node.operands[1].dtype
+        for node in builder.nodes
+        if node.op == "kv_append"
+    }
     caches = [
-        CacheShape(layer, *_cache_sizes(value.type), value.dtype)
+        CacheShape(layer, *_cache_sizes(value.type), appended[id(value)], value.dtype)
         for layer, value in zip(
             layers, (v for v in builder.parameters if v.type.is_cache), strict=True
         )
@@ -155,9 +165,14 @@ class ModelLowerer(Lowerer):
     of the first one, between `layer_input` and `layer_output` nodes."""
 
     def __init__(
-        self, gm: GraphModule, group: stamp.Group | None, names: Mapping[int, str]
+        self,
+        gm: GraphModule,
+        group: stamp.Group | None,
+        names: Mapping[int, str],
+        stored: torch.dtype | None,
     ) -> None:
         super().__init__(gm, "model", {}, keep_views=True)
+        self._stored = stored
         self.group = group
         self.attributes = dict(names)
         self.caches: dict[int, Value] = {}
@@ -223,7 +238,7 @@ class ModelLowerer(Lowerer):
         if k.shape != v.shape:
             raise UnsupportedError("keys and values of different shape")
         if layer not in self.caches:
-            type_ = Type(k.dtype, (k.shape[1], k.shape[3]), is_cache=True)
+            type_ = Type(self._stored or k.dtype, (k.shape[1], k.shape[3]), is_cache=True)
             self.caches[layer] = self.builder.parameter(f"cache.{layer}", type_)
         before = self._cache_now.get(layer, self.caches[layer])
         after = self.builder.append("kv_append", [before, k, v], before.type, "kv")
@@ -231,7 +246,14 @@ class ModelLowerer(Lowerer):
         whole = Type(k.dtype, (k.shape[0], k.shape[1], length.shape[0], k.shape[3]))
         shape = list(whole.shape)
         kept = [
-            self.builder.append(op, [after], whole, "kept", shape=shape)
+            self.builder.append(
+                op,
+                [after],
+                whole,
+                "kept",
+                shape=shape,
+                dtype=k.dtype if after.dtype != k.dtype else None,
+            )
             for op in ("cache_keys", "cache_values")
         ]
         self._caches_of.update((id(value), after) for value in kept)

@@ -70,17 +70,19 @@ def planned_model(
     build: Callable[[CapturedModel], Built],
     engine: Any = None,
     may_load: bool = True,
+    stored: torch.dtype | None = None,
 ) -> Built:
     """What `build` makes of the model's graph, after the passes: from a plan, if there is one and
     it may be loaded, else captured as by `capture_model` and, in a writable cache, kept as a plan.
 
-    engine: whose cache and passes, the process's if None. Raises UnsupportedError, CoreError if
-    the passes refuse the graph, and what `build` raises; RefusedPlanError instead of a CoreError
-    where the graph is a plan's: `build` may have gone half its way, so the caller starts again.
+    engine: whose cache and passes, the process's if None. stored: as of `capture_model`. Raises
+    UnsupportedError, CoreError if the passes refuse the graph, and what `build` raises;
+    RefusedPlanError instead of a CoreError where the graph is a plan's: `build` may have gone half
+    its way, so the caller starts again.
     """
     engine = engine or core.engine()
     with _timed("plan"), no_collection():
-        key = engine.keeps_plans() and plan_key(model, forward, logits_to_keep, engine)
+        key = engine.keeps_plans() and plan_key(model, forward, logits_to_keep, engine, stored)
         kept = engine.load_plan(key) if key and may_load else None
     if kept is not None and not core.settings()["cache_check"]:
         try:
@@ -98,7 +100,7 @@ def planned_model(
     with _timed("capture"):
         from tilewright.model_capture import capture_model
 
-        captured = capture_model(model, forward, logits_to_keep)
+        captured = capture_model(model, forward, logits_to_keep, stored)
         captured.lowered.text = engine.optimize(captured.lowered.text)
         captured.lowered.has_passed = True
     _count("captured")
@@ -112,7 +114,11 @@ def planned_model(
 
 
 def plan_key(
-    model: nn.Module, forward: Callable[..., Any], logits_to_keep: int, engine: Any
+    model: nn.Module,
+    forward: Callable[..., Any],
+    logits_to_keep: int,
+    engine: Any,
+    stored: torch.dtype | None = None,
 ) -> str:
     """The key text of a model's plan; "" if it can have none."""
     try:
@@ -120,9 +126,9 @@ def plan_key(
     except identity.UncertainError as reason:
         _unplan(f"{type(model).__name__}: {reason}")
         return ""
-    return str(
-        engine.plan_key(f"model {type(model).__qualname__} logits {logits_to_keep}\n{digest}\n")
-    )
+    caches = f" caches {DTYPE_NAMES[stored]}" if stored is not None else ""
+    of_what = f"model {type(model).__qualname__} logits {logits_to_keep}{caches}"
+    return str(engine.plan_key(f"{of_what}\n{digest}\n"))
 
 
 def _text_of(captured: CapturedModel, model: nn.Module) -> str:
@@ -188,7 +194,13 @@ def encode(captured: CapturedModel) -> str:
     head = {
         "output": [captured.output_type.__module__, captured.output_type.__qualname__],
         "caches": [
-            [shape.layer, shape.kv_heads, shape.head_dim, DTYPE_NAMES[shape.dtype]]
+            [
+                shape.layer,
+                shape.kv_heads,
+                shape.head_dim,
+                DTYPE_NAMES[shape.dtype],
+                DTYPE_NAMES[shape.stored],
+            ]
             for shape in captured.caches
         ],
         "results": [
@@ -223,8 +235,8 @@ def decode(text: str, named: Mapping[str, torch.Tensor], logits_to_keep: int) ->
         )
         lowered.has_passed = True
         caches = [
-            CacheShape(int(layer), int(heads), int(size), DTYPES[dtype])
-            for layer, heads, size, dtype in head["caches"]
+            CacheShape(int(layer), int(heads), int(size), DTYPES[dtype], DTYPES[stored])
+            for layer, heads, size, dtype, stored in head["caches"]
         ]
         return CapturedModel(lowered, _output_type(*head["output"]), caches, literals)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

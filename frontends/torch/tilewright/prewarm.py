@@ -81,13 +81,14 @@ def prewarm(
     timeout: float = 600,
     pack: str | None = None,
     progress: Callable[[int, int, int], Any] = lambda done, total, kernels: None,
+    kv_cache_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Emits and stores the kernels of a model (shapes.py says what `model` may be, or a .pt2 file).
 
     isas: rungs, "" for this CPU. jobs: processes at once. timeout: seconds without progress after
     which a worker is ended; a tenth of it for one kernel. pack: also write all kernels into this
     file, and into it alone if the cache is off. progress: called with units done, units, kernels
-    emitted.
+    emitted. kv_cache_dtype: as of `llm.optimize`.
 
     Returns counts; `failed` lists what could not be made, with reasons. Raises NotPrewarmedError,
     or CoreError for an unknown rung.
@@ -100,6 +101,8 @@ def prewarm(
         raise NotPrewarmedError(f"the kernel cache cannot be filled: {why}")
     with contextlib.ExitStack() as stack:
         environment = dict(os.environ)
+        if kv_cache_dtype is not None:
+            environment["TILEWRIGHT_KV_CACHE"] = kv_cache_dtype
         directory = state["directory"]
         if not usable:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewright-"))

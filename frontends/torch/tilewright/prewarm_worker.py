@@ -135,10 +135,12 @@ class Worker:
     def _planned(self, keep: int) -> Any:
         from tilewright import core, plans
 
-        model, engine = self._model, core.engine()
-        if key := plans.plan_key(model, model.forward, keep, engine):
+        model, engine, stored = self._model, core.engine(), core.stored_dtype()
+        if key := plans.plan_key(model, model.forward, keep, engine, stored):
             self._channel.send(plan=key, there=engine.load_plan(key) is not None)
-        return plans.planned_model(model, model.forward, keep, lambda made: made.lowered)
+        return plans.planned_model(
+            model, model.forward, keep, lambda made: made.lowered, stored=stored
+        )
 
     def _load(self, unit: int) -> Any:
         """What cannot be loaded ends the process, with the reason as its last line."""
