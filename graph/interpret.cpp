@@ -165,10 +165,7 @@ class Interpreter {
   std::vector<int> argument_of_;
 };
 
-}  // namespace
-
-namespace {
-
+// Of a cache, as a tensor.
 DataType contents_type(DataType cache) { return cache == DataType::i8 ? DataType::f32 : cache; }
 
 }  // namespace

@@ -34,7 +34,7 @@ struct Step {
   int region = -1;          // index into State::regions
   bool host = false;        // its one task is a HostTask
   bool attention = false;
-  DimIndex work{};  // floating-point operations, but for attention (counted from the keys)
+  DimIndex work{};      // floating-point operations, but for attention (counted from the keys)
   bool little = false;  // of the last run: one thread computes it (is_little)
 };
 
