@@ -25,11 +25,11 @@ std::int64_t most_rows(const LinearKernel& spec, const Choices& choices) {
   return std::max(std::min(fitting, choices.most_chunk_rows), choices.fewest_chunk_rows);
 }
 
-// Of fp16 no stream waits for memory: widening takes longer.
+// Of fp16 a second stream gave nothing clear (perf/results/linear-avx2.md).
 int streams(LinearKernel spec, int rows, const Choices& choices) {
   spec.rows = rows;
-  const bool waits = spec.weight != graph::DataType::f16;
-  return waits && reads_several_panels(spec) ? static_cast<int>(choices.streams_row) : 1;
+  const bool gains = spec.weight != graph::DataType::f16;
+  return gains && reads_several_panels(spec) ? static_cast<int>(choices.streams_row) : 1;
 }
 
 std::int64_t prefetch(const LinearKernel& spec, int rows, const Choices& choices) {

@@ -121,7 +121,7 @@ class LinearBuilder {
 
   // The next panels, side by side: a turn of the loop over k takes some steps of each. The hardware
   // reads ahead for every stream that it sees, so a thread with two gets more of memory than one
-  // that asks as far ahead as it likes: 1.07 to 1.16 times (perf/results/linear-avx2.md).
+  // that asks as far ahead as it likes: 1.06 to 1.16 times (perf/results/linear-avx2.md).
   //
   // The sums stay in memory between stretches, where there are no registers for them, and before
   // the epilogue, which then has all registers to itself: an activation beside 12 accumulators
