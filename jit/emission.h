@@ -74,11 +74,11 @@ void clamp_to_scratch(Site& s);      // rax = the general source 0, clamped to [
 #undef VIR_OP
 
 // What the two widths encode differently.
-#define TILEWRIGHT_PER_WIDTH(declare)                                                            \
-  declare(vsplat) declare(vcvt_f16) declare(vloadm) declare(vstore) declare(vstorem)             \
-      declare(vround) declare(vswap) declare(vbroadcast16) declare(mtail) declare(mcmp_lt)       \
-          declare(mcmp_le) declare(mcmp_eq) declare(mcmp_ne) declare(micmp_eq) declare(micmp_gt) \
-              declare(mand) declare(mor) declare(mandn) declare(vselect)
+#define TILEWRIGHT_PER_WIDTH(declare)                                                           \
+  declare(vsplat) declare(vcvt_f16) declare(vloadm) declare(vstore) declare(vstorem)            \
+      declare(vround) declare(vswap) declare(vunzip_runs) declare(vbroadcast16) declare(mtail)  \
+          declare(mcmp_lt) declare(mcmp_le) declare(mcmp_eq) declare(mcmp_ne) declare(micmp_eq) \
+              declare(micmp_gt) declare(mand) declare(mor) declare(mandn) declare(vselect)
 #define TILEWRIGHT_DECLARE(name) void name(Site& s);
 namespace avx2 {
 TILEWRIGHT_PER_WIDTH(TILEWRIGHT_DECLARE)

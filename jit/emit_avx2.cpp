@@ -85,6 +85,10 @@ void vswap(Site& s) {
   }
 }
 
+void vunzip_runs(Site& s) {
+  s.as.vperm2f128(s.vd(), s.v(0), s.v(1), s.immediate() == 0 ? 0x20 : 0x31);
+}
+
 void vbroadcast16(Site& s) { s.as.vbroadcasti128(s.vd(), s.memory); }
 
 // Lane i is set when count > i, in 32 bits: the count is clamped first.

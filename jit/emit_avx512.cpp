@@ -78,6 +78,10 @@ void vswap(Site& s) {
   }
 }
 
+void vunzip_runs(Site& s) {
+  s.as.vshuff32x4(s.vd(), s.v(0), s.v(1), s.immediate() == 0 ? 0x88 : 0xDD);
+}
+
 void vbroadcast16(Site& s) { s.as.vbroadcasti32x4(s.vd(), s.memory); }
 
 // All 16 bits, with those from the count on zeroed.

@@ -181,6 +181,10 @@ TILEWRIGHT_BINARY(vinterleave_low, vpunpcklbw)
 TILEWRIGHT_BINARY(vinterleave_high, vpunpckhbw)
 #undef TILEWRIGHT_BINARY
 
+void vunzip_lanes(Site& s) {
+  s.as.vshufps(s.vd(), s.v(0), s.v(1), s.immediate() == 0 ? 0x88 : 0xDD);
+}
+
 #define TILEWRIGHT_UNARY(op, mnemonic) \
   void op(Site& s) { s.as.mnemonic(s.vd(), s.v(0)); }
 TILEWRIGHT_UNARY(vsqrt, vsqrtps)

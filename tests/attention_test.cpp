@@ -347,6 +347,19 @@ TEST_P(Attention, MatchesTheBoundsForEveryShape) {
   }
 }
 
+// Where pairs of vectors end, one vector or a part of one may follow.
+TEST_P(Attention, MatchesTheBoundsWhereBf16ComesInPairs) {
+  unsigned turn = 0;
+  for (int head_dim : {16, 24, 32, 40, 48, 72, 80, 100}) {
+    for (std::int64_t count : {1, 9, 70}) {
+      AttentionKernel spec = kernel(3, head_dim);
+      spec.input = spec.cache = DataType::bf16;
+      if (supported(spec).ok()) check(spec, {3, count, 16, 20}, turn++);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
 TEST_P(Attention, MatchesTheBoundsForEveryTypeAndMask) {
   for (DataType input : kFloats) {
     for (DataType cache : kCaches) {

@@ -69,6 +69,9 @@ std::vector<std::int64_t> immediates(Op op, int lanes) {
     case Op::vswap:
       return lanes == 16 ? std::vector<std::int64_t>{1, 2, 4, 8}
                          : std::vector<std::int64_t>{1, 2, 4};
+    case Op::vunzip_lanes:
+    case Op::vunzip_runs:
+      return {0, 1};
     case Op::prefetch:
       return {0, 1, 2, 3};
     default:

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -411,11 +412,37 @@ TEST(Interpret, ByteOps) {
           [](__m128i x, __m128i y) { return _mm_unpacklo_epi8(x, y); });
     check([](Builder& builder, Reg x, Reg y, Reg) { return builder.interleave_high(x, y); },
           [](__m128i x, __m128i y) { return _mm_unpackhi_epi8(x, y); });
+    check([](Builder& builder, Reg x, Reg y, Reg) { return builder.even_lanes(x, y); },
+          [](__m128i x, __m128i y) {
+            return _mm_castps_si128(_mm_shuffle_ps(_mm_castsi128_ps(x), _mm_castsi128_ps(y), 0x88));
+          });
+    check([](Builder& builder, Reg x, Reg y, Reg) { return builder.odd_lanes(x, y); },
+          [](__m128i x, __m128i y) {
+            return _mm_castps_si128(_mm_shuffle_ps(_mm_castsi128_ps(x), _mm_castsi128_ps(y), 0xDD));
+          });
     check(
         [](Builder& builder, Reg, Reg, Reg) {
           return builder.broadcast_16_bytes(builder.at(builder.arg(0), 16));
         },
         [&](__m128i, __m128i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(&a[4])); });
+  }
+}
+
+TEST(Interpret, UnzipsRuns) {
+  for (int lanes : {8, 16}) {
+    Lanes a(static_cast<std::size_t>(lanes)), b(a.size());
+    std::iota(a.begin(), a.end(), 0);
+    std::iota(b.begin(), b.end(), 100);
+    const auto even = [](Builder& builder, Reg x, Reg y, Reg) { return builder.even_runs(x, y); };
+    const auto odd = [](Builder& builder, Reg x, Reg y, Reg) { return builder.odd_runs(x, y); };
+    const Lanes evens = compute(lanes, even, a, b), odds = compute(lanes, odd, a, b);
+    if (lanes == 8) {
+      EXPECT_EQ(evens, (Lanes{0, 1, 2, 3, 100, 101, 102, 103}));
+      EXPECT_EQ(odds, (Lanes{4, 5, 6, 7, 104, 105, 106, 107}));
+    } else {
+      EXPECT_EQ(evens, (Lanes{0, 1, 2, 3, 8, 9, 10, 11, 100, 101, 102, 103, 108, 109, 110, 111}));
+      EXPECT_EQ(odds, (Lanes{4, 5, 6, 7, 12, 13, 14, 15, 104, 105, 106, 107, 112, 113, 114, 115}));
+    }
   }
 }
 

@@ -407,6 +407,8 @@ TEST(VirBuilder, ReachesEveryOp) {
   v = b.imul(b.isub(b.iadd(v, w), w), w);
   v = b.vshift_right_signed(b.vshift_right(b.vshift_left(v, 1), 2), 3);
   v = b.swap(b.copy(v), 8);
+  v = b.odd_lanes(b.even_lanes(v, w), w);
+  v = b.odd_runs(b.even_runs(v, w), w);
   v = b.lookup_bytes(b.broadcast_16_bytes(b.at(p)), v);
   v = b.interleave_high(b.interleave_low(v, w), w);
   v = b.vadd(b.splat(g), v);

@@ -271,6 +271,18 @@ Reg Builder::vshift_right_signed(Reg a, int bits) {
 
 Reg Builder::swap(Reg a, int distance) { return with_immediate(Op::vswap, Kind::vec, a, distance); }
 
+Reg Builder::unzip(Op op, Reg a, Reg b, int odd) {
+  Instruction& i = append(op);
+  i.src[0] = a;
+  i.src[1] = b;
+  i.immediate = odd;
+  return i.dst = fresh(Kind::vec);
+}
+Reg Builder::even_lanes(Reg a, Reg b) { return unzip(Op::vunzip_lanes, a, b, 0); }
+Reg Builder::odd_lanes(Reg a, Reg b) { return unzip(Op::vunzip_lanes, a, b, 1); }
+Reg Builder::even_runs(Reg a, Reg b) { return unzip(Op::vunzip_runs, a, b, 0); }
+Reg Builder::odd_runs(Reg a, Reg b) { return unzip(Op::vunzip_runs, a, b, 1); }
+
 // --- bytes
 
 Reg Builder::lookup_bytes(Reg table, Reg index) {

@@ -123,6 +123,11 @@ class Builder {
   Reg vshift_right(Reg a, int bits);  // logical
   Reg vshift_right_signed(Reg a, int bits);
   Reg swap(Reg a, int distance);
+  // vunzip_lanes and vunzip_runs: of a, then of b.
+  Reg even_lanes(Reg a, Reg b);
+  Reg odd_lanes(Reg a, Reg b);
+  Reg even_runs(Reg a, Reg b);
+  Reg odd_runs(Reg a, Reg b);
 
   // Bytes, in every run of 16 alike.
   Reg lookup_bytes(Reg table, Reg index);
@@ -173,6 +178,7 @@ class Builder {
   Instruction& append(Op op);
   Reg unary(Op op, Kind kind, Reg a);
   Reg binary(Op op, Kind kind, Reg a, Reg b);
+  Reg unzip(Op op, Reg a, Reg b, int odd);
   Reg with_immediate(Op op, Kind kind, Reg a, std::int64_t immediate);
   Reg with_address(Op op, Kind kind, Element element, Address address);
   void to_memory(Op op, Element element, Address address, Reg value);

@@ -347,6 +347,16 @@ class Machine {
     const auto lanes = std::bit_cast<Vector>(result);
     set_lanes(i.dst, [&](std::size_t k) { return lanes[k]; });
   }
+  // Units of lanes, halved within each group of lanes.
+  void unzip(const Instruction& i, std::size_t unit, std::size_t group) {
+    const Vector a = v(i.src[0]), b = v(i.src[1]);
+    const std::size_t half = group / unit / 2, odd = static_cast<std::size_t>(i.immediate);
+    set_lanes(i.dst, [&](std::size_t k) {
+      const std::size_t place = k % group / unit;
+      const std::size_t from = k / group * group + (place % half * 2 + odd) * unit + k % unit;
+      return place < half ? a[from] : b[from];
+    });
+  }
   void store(const Instruction& i, Mask mask) {
     std::byte* base = memory(i.address);
     const auto size = static_cast<std::size_t>(element_bytes(i.element));
@@ -478,6 +488,9 @@ std::size_t Machine::step(std::size_t at) {
       set_lanes(i.dst, [&](std::size_t k) { return a[k ^ static_cast<std::size_t>(i.immediate)]; });
       break;
     }
+
+    case Op::vunzip_lanes: unzip(i, 1, 4); break;
+    case Op::vunzip_runs: unzip(i, 4, lanes_); break;
 
     case Op::vbroadcast16: broadcast_run(i); break;
     case Op::vlookup_bytes: bytes(i, look_up); break;

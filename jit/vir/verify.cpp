@@ -87,6 +87,9 @@ Range legal_immediates(Op op, const Function& function) {
       return {0, 31};
     case Op::vswap:
       return {1, function.lanes - 1};
+    case Op::vunzip_lanes:
+    case Op::vunzip_runs:
+      return {0, 1};
     case Op::prefetch:
       return {0, 3};
     default:
