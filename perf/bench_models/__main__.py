@@ -370,13 +370,15 @@ def ops(
     """Measure single ops against ATen and oneDNN, with cold weights."""
     import torch
 
-    from bench_models import op_cases
+    from bench_models import goals, op_cases
     from bench_models import ops as single
+    from tilewright import core
 
     torch.set_num_threads(threads)
+    isa = str(core.engine().target()["isa"])
     try:
         rows = tuple(int(part) for part in _split(row))
-        cases = op_cases.read_cases(wanted, tuple(_split(dtype)), rows)
+        cases = op_cases.read_cases(wanted, tuple(_split(dtype)), rows, isa)
     except ValueError as error:
         messages.print(str(error))
         raise typer.Exit(2) from None
@@ -385,6 +387,7 @@ def ops(
     record["read_gb_per_second"] = read = gate.best_read(limits, threads)
     record["versions"] = {"torch": torch.__version__}
     record["cases"] = []
+    record["isa"] = isa
     probe = gate.Gate(threads)
     try:
         for case in (case for case in cases if match in case.title):
@@ -395,6 +398,8 @@ def ops(
         probe.close()
     console = Console(width=None if Console().is_terminal else 170)
     table.print_ops(record, console)
+    if wanted in ("matmul", "all"):
+        table.print_goals(goals.standing(record), console)
     path = output or results.default_path(record, label or wanted)
     results.write(record, path)
     console.print(f"wrote {path}", highlight=False)

@@ -1,7 +1,8 @@
 """The cases of single ops: one table, tests/op_cases.json, for this benchmark and for the tests.
 
-A case is a shape and an op; rows (M) and dtype multiply it. Here it becomes a module, its inputs,
-and how many bytes and operations one call needs. Tested by tests/python/test_bench_ops.py.
+A case is a shape and an op; rows (M), dtype and what is special about its weights (FORMS) multiply
+it. Here it becomes a module, its inputs, and how many bytes and operations one call needs. Tested
+by tests/python/test_bench_ops.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,31 @@ from bench_models.places import REPOSITORY
 TABLE = REPOSITORY / "tests" / "op_cases.json"
 ROWS = (1, 4, 16, 128, 512)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a case asks of its weights besides their dtype, and of whom."""
+
+    dtype: str
+    rows: tuple[int, ...]
+    choices: str = ""  # for the engine, a JSON object
+    exact: bool = False  # fp32 values that fit bf16
+    warm: bool = False  # one copy of the weights, which stays in the caches where it fits
+    isa: str = ""  # only where the machine has it
+
+
+# Every matmul is measured as the machine would run it ("") unless two other forms stand for that.
+FORMS = {
+    "16 bits": Form("bf16", (1, 4), f'{{"twelve_bits_from": {(1 << 63) - 1}}}'),
+    "12 bits": Form("bf16", (1, 4), '{"twelve_bits_from": 0}'),
+    "exact": Form("fp32", (1,), exact=True),
+    "warm": Form("fp32", (512,), warm=True),
+    "warm bf16": Form("bf16", (512,), warm=True),
+    "by AMX": Form("fp32", (512,), '{"fp32_products": 6}', isa="amx_bf16"),
+    "exact by AMX": Form("fp32", (512,), '{"fp32_products": 3}', exact=True, isa="amx_bf16"),
+}
+_PLAIN = Form("", ())
 
 
 class Gated(nn.Module):
@@ -56,6 +82,11 @@ class Case:
     dtype: str
     rows: int
     sizes: tuple[tuple[str, int], ...]
+    form_name: str = ""
+
+    @property
+    def form(self) -> Form:
+        return FORMS.get(self.form_name, _PLAIN)
 
     def size(self, name: str) -> int:
         return dict(self.sizes)[name]
@@ -63,7 +94,8 @@ class Case:
     @property
     def title(self) -> str:
         sizes = " ".join(f"{name}={value}" for name, value in self.sizes)
-        return f"{self.op} {self.name} ({sizes}) M={self.rows} {self.dtype}"
+        form = f" {self.form_name}" if self.form_name else ""
+        return f"{self.op} {self.name} ({sizes}) M={self.rows} {self.dtype}{form}"
 
     def module(self) -> nn.Module:
         """With weights of its own."""
@@ -72,6 +104,8 @@ class Case:
             linear = nn.Linear(self.size("k"), self.size("n"), bias=False, dtype=dtype)
             with torch.no_grad():
                 linear.weight.normal_(0.0, 0.02)
+                if self.form.exact:
+                    linear.weight.copy_(linear.weight.bfloat16())
             return linear
         if self.op == "rms_norm":
             return nn.RMSNorm(self.size("k"), eps=1e-5, dtype=dtype)
@@ -126,9 +160,13 @@ class Case:
 
 
 def read_cases(
-    wanted: str = "all", dtypes: tuple[str, ...] = ("fp32", "bf16"), rows: tuple[int, ...] = ()
+    wanted: str = "all",
+    dtypes: tuple[str, ...] = ("fp32", "bf16"),
+    rows: tuple[int, ...] = (),
+    isa: str = "",
 ) -> list[Case]:
-    """Of one set, or all. Attention has the prompt's rows and one row."""
+    """Of one set, or all, on a machine with these extensions ("avx2+fma+...", "" for none).
+    Attention has the prompt's rows and one row."""
     entries: list[dict[str, Any]] = json.loads(TABLE.read_text())
     sets = sorted({entry["set"] for entry in entries})
     if wanted not in (*sets, "all"):
@@ -139,10 +177,21 @@ def read_cases(
             continue
         sizes = {k: v for k, v in entry.items() if isinstance(v, int)}
         for dtype in dtypes:
-            is_attention = entry["op"] == "attention"
-            of_op = (1, sizes["keys"]) if is_attention else rows or ROWS
-            cases += [
-                Case(entry["set"], entry["name"], entry["op"], dtype, m, tuple(sizes.items()))
-                for m in of_op
-            ]
+            of_op = (1, sizes["keys"]) if entry["op"] == "attention" else rows or ROWS
+            for m in of_op:
+                names = _forms(dtype, m, isa) if entry["op"] == "linear" else [""]
+                cases += [
+                    Case(entry["set"], entry["name"], entry["op"], dtype, m,
+                         tuple(sizes.items()), name)
+                    for name in names
+                ]  # fmt: skip
     return cases
+
+
+def _forms(dtype: str, rows: int, isa: str) -> list[str]:
+    found = [
+        name
+        for name, form in FORMS.items()
+        if form.dtype == dtype and rows in form.rows and (not form.isa or form.isa in isa)
+    ]
+    return found if "12 bits" in found else ["", *found]

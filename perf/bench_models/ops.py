@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -35,7 +36,7 @@ class UnableError(Exception):
 
 def copies_of(case: Case) -> int:
     """Enough to exceed every cache; few for ops without cold operands."""
-    if not case.cold_bytes:
+    if not case.cold_bytes or case.form.warm:
         return 1
     return max(2, math.ceil(COLD_BYTES / case.cold_bytes))
 
@@ -92,6 +93,15 @@ def onednn(operands: Operands) -> Call:
 
 def ours(operands: Operands) -> Call:
     """The program that the backend makes, one for each copy of the weights."""
+    from tilewright import core
+
+    choices = operands.case.form.choices
+    engine = core.engine_for("", choices) if choices else core.engine()
+    with mock.patch.object(core, "engine", lambda: engine):
+        return _compiled(operands)
+
+
+def _compiled(operands: Operands) -> Call:
     from tilewright import backend, program
 
     torch._dynamo.reset()
@@ -158,6 +168,7 @@ def run_case(
         "op": case.op,
         "rows": case.rows,
         "dtype": case.dtype,
+        "form": case.form_name,
         "copies": operands.count,
         "implementations": {},
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench_models import latest
+from bench_models import goals, latest
 
 
 def interval(ratio: dict[str, float] | None) -> str:
@@ -121,6 +122,27 @@ def print_ops(record: dict[str, Any], console: Console) -> None:
             f"{own['relative_error']:.0e}",
             *against,
             f"{own['kept']}+{own['dropped']}",
+        )
+    console.print(table)
+
+
+def print_goals(rows: list[goals.Standing], console: Console) -> None:
+    """What matmul is to reach, and the worst and the median of the cases."""
+    table = Table(title="goals: worst / median of the cases", title_justify="left")
+    for column in ("cases", "how many", "share of limit", "goal", "x best peer", "goal"):
+        table.add_column(column, justify="left" if column == "cases" else "right")
+    for row in rows:
+        if row.reason:
+            table.add_row(row.goal.title, row.reason, style="dim")
+            continue
+        share, ratio = row.goal.share, row.goal.ratio
+        table.add_row(
+            row.goal.title,
+            str(len(row.shares)),
+            f"{min(row.shares):.2f} / {statistics.median(row.shares):.2f}",
+            f"{share:.2f}" if share else "-",
+            f"{min(row.ratios):.2f} / {statistics.median(row.ratios):.2f}",
+            f"{ratio:.2f}",
         )
     console.print(table)
 
