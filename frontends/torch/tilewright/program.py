@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import operator
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,7 +94,7 @@ def version_of(tensor: torch.Tensor) -> int:
 
 # As functions for `map`: a model has hundreds of tensors.
 _data_ptr = torch.Tensor.data_ptr
-_version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+_version = operator.attrgetter("_version")
 
 
 def _is_as_marked(mark: tuple[Any, int, int]) -> bool:
@@ -317,18 +318,18 @@ class Executable:
         self,
         tensors: Sequence[torch.Tensor],
         symbols: Mapping[str, int],
-        caches: Sequence[Any] = (),
+        caches: Sequence[int] = (),
         decode: bool | None = None,
     ) -> list[torch.Tensor]:
-        """The program's outputs. Tensors are row-major, in the program's order. decode: what the
-        run is counted as, if the symbols do not say it."""
+        """The program's outputs. Tensors are row-major, in the program's order. caches: handles.
+        decode: what the run is counted as, if the symbols do not say it."""
         self._symbols = dict(symbols)
         try:
             return operators.step(
                 self.program.handle,
                 tensors,
                 [symbols[name] for name in self.lowered.shape_inputs],
-                [cache.handle for cache in caches],
+                caches,
                 self.is_decode(symbols) if decode is None else decode,
                 core.threads(),
             )
