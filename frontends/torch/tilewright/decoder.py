@@ -409,7 +409,7 @@ class Decoder(InstalledForward):
         if (
             not isinstance(input_ids, torch.Tensor)
             or input_ids.dim() != 2
-            or input_ids.device.type != "cpu"
+            or not input_ids.is_cpu
             or input_ids.numel() == 0
         ):
             raise NotRunnableError("input_ids is not a CPU tensor [batch, tokens]")
@@ -449,7 +449,8 @@ class Decoder(InstalledForward):
         self._check_rotary(position_ids)
         if ready is None or ready.first_keys != first_keys:
             ready = self._made_ready(cache, captured, batch, first_keys)
-        input_ids = input_ids.to(torch.int64).contiguous()
+        if input_ids.dtype is not torch.int64 or not input_ids.is_contiguous():
+            input_ids = input_ids.to(torch.int64).contiguous()
         return Step(input_ids, position_ids, cache, logits_to_keep), ready
 
     def _made_ready(
