@@ -119,6 +119,45 @@ def test_what_changes_a_cache_between_two_steps(change: Any, batch: int) -> None
 
 
 @torch.no_grad()
+def test_a_mask_may_change_between_two_calls() -> None:
+    model = tiny_llama(2)
+    inputs, token = padded([7, 4]), prompt(2, 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+    logits = []
+    for candidate in (model, tilewright.llm.optimize(model)):
+        cache = candidate(**inputs, use_cache=True).past_key_values
+        for same in (mask, torch.ones_like(mask), mask):  # the padding is there, then it is not
+            output = candidate(
+                token,
+                attention_mask=same,
+                position_ids=torch.tensor([[7], [4]]),
+                past_key_values=cache,
+            )
+            cache.crop(-1)
+            logits.append(output.logits)
+    assert not torch.allclose(logits[0][1], logits[1][1], rtol=0.01, atol=0.01)
+    for theirs, ours in zip(logits[:3], logits[3:], strict=True):
+        torch.testing.assert_close(ours[0], theirs[0], **TOLERANCE[torch.float32])
+    torch.testing.assert_close(logits[5], logits[3], **TOLERANCE[torch.float32])
+    assert not torch.allclose(logits[3][1], logits[4][1], rtol=0.01, atol=0.01)
+
+
+@torch.no_grad()
+def test_the_configuration_may_change_between_two_calls() -> None:
+    optimized = tilewright.llm.optimize(tiny_llama(2))
+    assert optimized(prompt()).past_key_values is not None
+    optimized.config.use_cache = False
+    assert optimized(prompt()).past_key_values is None
+    optimized.config.output_hidden_states = True
+    assert len(optimized(prompt()).hidden_states) == 3
+    optimized.config.output_hidden_states = False
+    optimized.config.use_cache = True
+    output = optimized(prompt())
+    assert output.past_key_values is not None and output.hidden_states is None
+    assert decoder_of(optimized).fallbacks["config.output_hidden_states is set"] == 1
+
+
+@torch.no_grad()
 def test_two_models_may_share_a_cache() -> None:
     model = tiny_llama(2)
     first = tilewright.llm.optimize(model)

@@ -625,7 +625,6 @@ class Decoder(InstalledForward):
             executable.forget_weights()
         unpack_all(self.model)
         self._programs.clear()
-        self._ready.clear()
         self._state = None
         self.unsupported = ""
         self._not_ragged = ""
