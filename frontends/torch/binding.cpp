@@ -33,6 +33,7 @@
 #include <utility>
 
 #include "frontends/torch/binding_cache.h"
+#include "frontends/torch/binding_snapshot.h"
 #include "frontends/torch/core_error.h"
 #include "frontends/torch/handles.h"
 #include "frontends/torch/step_call.h"
@@ -717,6 +718,7 @@ NB_MODULE(_core, module) {
   bind_cache(module);
   bind_program(module);
   bind_cache_files(module);
+  bind_snapshot(module);
   module.def("variables", &variable_rows, "The table of environment variables.");
   module.def("settings", &settings, "What the environment variables say.");
   module.def("log_problems", &log_environment_problems);

@@ -6,12 +6,15 @@ captured one by one and whose cache eager would have cut.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 pytest.importorskip("tilewright._core")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "campaign"))
@@ -20,6 +23,7 @@ from architectures import ARCHITECTURES, build, prompt
 
 import tilewright
 from tilewright.decoder import decoder_of
+from tilewright.model_output import model_output
 
 NAMES = ("qwen2", "gemma2")
 
@@ -161,3 +165,37 @@ def test_a_windowed_cache_that_eager_filled() -> None:
     close(results[1], results[0])
     (reason,) = decoder_of(ours).fallbacks
     assert "window" in reason
+
+
+def test_outputs_are_what_their_constructors_make() -> None:
+    logits = torch.ones(1, 2, 3)
+
+    @dataclasses.dataclass
+    class Own(CausalLMOutputWithPast):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.loss = 7
+
+    @dataclasses.dataclass
+    class Reversed(ModelOutput):
+        past_key_values: Any = None
+        logits: torch.Tensor | None = None
+
+    @dataclasses.dataclass
+    class WithDefault(ModelOutput):
+        logits: torch.Tensor | None = None
+        past_key_values: Any = None
+        kind: Any = dataclasses.field(default=None, init=False)
+
+    class Undecorated(CausalLMOutputWithPast):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given, loss=7)
+
+    for kind in (CausalLMOutputWithPast, Own, Reversed, WithDefault, Undecorated):
+        for given in ({"logits": logits}, {"logits": logits, "past_key_values": "cache"}):
+            expected, made = kind(**given), model_output(kind, **given)
+            assert type(made) is kind and vars(made) == vars(expected)
+            assert list(made.items()) == list(expected.items())
+            assert made.to_tuple() == expected.to_tuple() and made.logits is logits
+            made.past_key_values = "another"
+            assert made["past_key_values"] == "another"

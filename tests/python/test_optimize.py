@@ -81,6 +81,108 @@ def test_steps_with_a_cache_of_the_caller() -> None:
         torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
 
 
+def other_contents(cache: Any) -> None:
+    for layer in cache.layers:
+        keys, values = layer.keys[:1] * 2, layer.values[:1] * 3
+        layer.keys, layer.values = keys, values
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("change", "batch"),
+    [
+        (lambda cache: None, 2),
+        (lambda cache: cache.layers.reverse(), 2),
+        (lambda cache: setattr(cache, "layers", cache.layers[::-1]), 2),
+        (lambda cache: cache.layers.__setitem__(0, copy.deepcopy(cache.layers[1])), 2),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), 2),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), 1),
+        (lambda cache: cache.crop(-2), 2),
+        (lambda cache: cache.reset(), 2),
+        (other_contents, 1),
+    ],
+    ids=[
+        *("nothing", "layers reversed", "other list of layers", "other layer", "reordered"),
+        *("selected", "cropped", "reset", "other contents"),
+    ],
+)
+def test_what_changes_a_cache_between_two_steps(change: Any, batch: int) -> None:
+    model = tiny_llama(2)
+    logits = []
+    for candidate in (model, tilewright.llm.optimize(model)):
+        cache = candidate(prompt(2, 7), use_cache=True).past_key_values
+        for tokens in (1, 2, 1):  # what was made ready for one step is there for the next
+            candidate(prompt(2, tokens), past_key_values=cache)
+        change(cache)
+        logits.append(candidate(prompt(batch, 1), past_key_values=cache).logits)
+    torch.testing.assert_close(logits[1], logits[0], **TOLERANCE[torch.float32])
+
+
+@torch.no_grad()
+def test_a_mask_may_change_between_two_calls() -> None:
+    model = tiny_llama(2)
+    inputs, token = padded([7, 4]), prompt(2, 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+    logits = []
+    for candidate in (model, tilewright.llm.optimize(model)):
+        cache = candidate(**inputs, use_cache=True).past_key_values
+        for same in (mask, torch.ones_like(mask), mask):  # the padding is there, then it is not
+            output = candidate(
+                token,
+                attention_mask=same,
+                position_ids=torch.tensor([[7], [4]]),
+                past_key_values=cache,
+            )
+            cache.crop(-1)
+            logits.append(output.logits)
+    assert not torch.allclose(logits[0][1], logits[1][1], rtol=0.01, atol=0.01)
+    for theirs, ours in zip(logits[:3], logits[3:], strict=True):
+        torch.testing.assert_close(ours[0], theirs[0], **TOLERANCE[torch.float32])
+    torch.testing.assert_close(logits[5], logits[3], **TOLERANCE[torch.float32])
+    assert not torch.allclose(logits[3][1], logits[4][1], rtol=0.01, atol=0.01)
+
+
+@torch.no_grad()
+def test_the_configuration_may_change_between_two_calls() -> None:
+    optimized = tilewright.llm.optimize(tiny_llama(2))
+    assert optimized(prompt()).past_key_values is not None
+    optimized.config.use_cache = False
+    assert optimized(prompt()).past_key_values is None
+    optimized.config.output_hidden_states = True
+    assert len(optimized(prompt()).hidden_states) == 3
+    optimized.config.output_hidden_states = False
+    optimized.config.use_cache = True
+    output = optimized(prompt())
+    assert output.past_key_values is not None and output.hidden_states is None
+    assert decoder_of(optimized).fallbacks["config.output_hidden_states is set"] == 1
+
+
+@torch.no_grad()
+def test_two_models_may_share_a_cache() -> None:
+    model = tiny_llama(2)
+    first = tilewright.llm.optimize(model)
+    second = tilewright.llm.optimize(model, kv_cache_dtype="int8")
+    ids = prompt(1, 9)
+    cache = first(ids[:, :4], use_cache=True).past_key_values
+    for at, candidate in enumerate((first, second, first, second), 4):
+        actual = candidate(ids[:, at : at + 1], past_key_values=cache).logits
+        expected = model(ids[:, : at + 1]).logits[:, -1:]
+        torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+        assert calls(candidate) > 0 and not decoder_of(candidate).fallbacks
+
+
+@torch.no_grad()
+def test_arguments_by_position() -> None:
+    optimized = tilewright.llm.optimize(tiny_llama(2))
+    mask = torch.ones_like(prompt())
+    expected = optimized(input_ids=prompt(), attention_mask=mask, logits_to_keep=1).logits
+    assert torch.equal(optimized(prompt(), mask, logits_to_keep=1).logits, expected)
+    with pytest.raises(TypeError, match="multiple values"):
+        optimized(prompt(), input_ids=prompt())
+    with pytest.raises(TypeError, match="too many positional"):
+        optimized(*[None] * 20)
+
+
 @torch.no_grad()
 def test_a_cache_that_eager_filled() -> None:
     from transformers import DynamicCache

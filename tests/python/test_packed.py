@@ -20,6 +20,7 @@ import tilewright
 from tilewright import _core
 from tilewright.decoder import decoder_of
 from tilewright.packed import PackedParameter, Releases, Source
+from tilewright.program import Weights
 from tiny_models import prompt, tiny_llama
 
 
@@ -166,6 +167,40 @@ def test_whatever_writes_is_seen(write: Callable[[torch.Tensor], None]) -> None:
     layer, expected = packed_parameter()
     write(layer.weight)
     assert torch.equal(layer.weight, expected + 1)
+
+
+@pytest.mark.parametrize("change", [*WRITES, lambda w: w.values(), lambda w: w.detach()])
+@torch.no_grad()
+def test_a_program_looks_at_what_is_no_longer_packed(change: Callable[[Any], Any]) -> None:
+    (layer, _), (other, _) = packed_parameter(), packed_parameter()
+    tensors = {"weight": layer.weight, "other": other.weight, "bias": layer.bias}
+    weights = Weights(tensors)
+    assert weights.all_same() and weights.all_same()
+    change(layer.weight)
+    assert not weights.all_same() and not weights.all_same()
+    weights = Weights(tensors)
+    other.weight.values()
+    assert not weights.all_same()
+
+
+@torch.no_grad()
+def test_a_program_looks_at_what_was_never_packed() -> None:
+    with torch.inference_mode():
+        written = torch.ones(3)
+    changes: list[Callable[[torch.Tensor], Any]] = [
+        lambda t: t.add_(0),
+        lambda t: setattr(t, "data", t.clone()),
+    ]
+    for change in changes:
+        tensors = {"a": torch.ones(3), "b": torch.ones(3), "c": written}
+        weights = Weights(tensors)
+        assert weights.all_same() and weights.all_same()
+        change(tensors["b"])
+        assert not weights.all_same() and not weights.all_same()
+    weights = Weights(tensors)
+    assert weights.all_same()
+    del tensors["a"]
+    assert not weights.all_same()
 
 
 def test_what_must_not_be_freed_is_not() -> None:

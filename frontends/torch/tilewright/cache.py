@@ -30,6 +30,15 @@ from transformers.cache_utils import (
 from tilewright import core
 from tilewright.graph_text import DTYPE_NAMES
 
+# Assignments to attributes of BlockLayers so far: as long as nobody made one, the layers of a cache
+# are as a step left them. What tokens they hold, their blocks say.
+_assignments = 0
+
+
+def assignments() -> int:
+    return _assignments
+
+
 layers_alive: weakref.WeakSet[BlockLayer] = weakref.WeakSet()
 
 
@@ -54,6 +63,11 @@ class BlockLayer(CacheLayerMixin):
         self.max_length = max_length
         layers_alive.add(self)
         super().__init__()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        global _assignments
+        super().__setattr__(name, value)
+        _assignments += 1
 
     # Copies and pickles hold the contents: a prefix may be reused, each time by a copy.
 

@@ -27,10 +27,11 @@ from typing import Any
 import torch
 
 from tilewright import _core, core, ragged, rotary
-from tilewright.cache import BlockLayer, adopt
+from tilewright.cache import BlockLayer, adopt, assignments
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
 from tilewright.lowered import RAGGED, CapturedModel
+from tilewright.model_output import model_output
 from tilewright.module_state import ModuleState
 from tilewright.packed import stand_ins, unpack_all
 from tilewright.plans import RefusedPlanError, planned_model
@@ -73,7 +74,6 @@ class Step:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     cache: Any
-    first_keys: list[int]
     logits_to_keep: int
 
 
@@ -87,13 +87,52 @@ class Ends:
 
 
 @dataclass(eq=False, repr=False)
+class Settings:
+    """What calls ask the model's configuration. As long as the model is what it was, so is this."""
+
+    problem: str  # why no program may run, or ""
+    use_cache: bool
+    layers: int
+
+    @staticmethod
+    def of(model: Any) -> Settings:
+        problem = ""
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(model.config, name, False):
+                problem = problem or f"config.{name} is set"
+        layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+        return Settings(problem, bool(getattr(model.config, "use_cache", True)), layers)
+
+
+@dataclass(eq=False, repr=False)
+class Ready:
+    """A cache whose layers are what a program wants, as long as `is_still` says so."""
+
+    layers: list[BlockLayer]
+    captured: CapturedModel
+    batch: int
+    first_keys: list[int]
+    caches: list[int]  # handles of the program's
+    assignments: int  # when the layers were made ready
+
+    def is_still(self, cache: Any, captured: CapturedModel, batch: int) -> bool:
+        return bool(
+            self.assignments == assignments()
+            and self.captured is captured
+            and self.batch == batch
+            and self.layers[0].batch_size in (-1, batch)
+            and cache.layers == self.layers
+        )
+
+
+@dataclass(eq=False, repr=False)
 class Prepared:
     """A step with what runs it; the next one differs in its tokens and positions only."""
 
     step: Step
     captured: CapturedModel
     executable: Executable
-    blocks: list[Any]  # of the cache's layers
+    caches: list[int]  # handles of the blocks of the cache's layers
 
 
 class Decoder(InstalledForward):
@@ -109,6 +148,13 @@ class Decoder(InstalledForward):
         self._store = _core.WeightStore()
         self.frees = False  # packed parameters may be: the model is the caller's to change
         self._state: ModuleState | None = None  # of the model that the programs are of
+        self._settings: Settings | None = None  # of the same
+        self._ready: weakref.WeakKeyDictionary[Any, Ready] = weakref.WeakKeyDictionary()
+        self._positional = [
+            name
+            for name, parameter in self.__signature__.parameters.items()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
         self.unsupported = ""  # why no program can be made of this model
         self._not_ragged = ""  # why none can be made of its ragged steps
         self._paged = ragged.PagedCaches()
@@ -132,8 +178,7 @@ class Decoder(InstalledForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
             try:
-                bound = self.__signature__.bind(*args, **kwargs) if args else None
-                arguments = _flat(bound.arguments) if bound is not None else kwargs
+                arguments = self._named(args, kwargs) if args else kwargs
                 self._check_state()
                 if ragged.is_ragged(arguments):
                     return self._run_ragged(arguments)
@@ -144,6 +189,12 @@ class Decoder(InstalledForward):
                 return self._run_parts(str(reason), args, kwargs)
             except NotRunnableError as reason:
                 return self._fall_back(str(reason), args, kwargs)
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        named = dict(zip(self._positional, args, strict=False))
+        if len(named) == len(args) and named.keys().isdisjoint(kwargs):
+            return named | kwargs
+        return _flat(self.__signature__.bind(*args, **kwargs).arguments)  # or says what is wrong
 
     def _run_parts(self, reason: str, args: Any, kwargs: Any) -> Any:
         from tilewright import backend, capture_ops
@@ -208,9 +259,10 @@ class Decoder(InstalledForward):
         logits = self.execute(prepared)
         use_cache = arguments.get("use_cache")
         if use_cache is None:
-            use_cache = getattr(self.model.config, "use_cache", True)
+            use_cache = self._look_at_model().use_cache
         keeps = use_cache or arguments.get("past_key_values") is not None
-        output = captured.output_type(logits=logits, past_key_values=step.cache if keeps else None)
+        cache = step.cache if keeps else None
+        output = model_output(captured.output_type, logits=logits, past_key_values=cache)
         if arguments.get("return_dict") is False:
             return output.to_tuple()
         return output
@@ -225,7 +277,7 @@ class Decoder(InstalledForward):
                 not step.is_decode, 0 if step.chosen is None else RAGGED
             )
             self._check_rotary(step.position_ids)
-            caches = self._paged.begin_step(step, captured.caches)
+            caches = [cache.handle for cache in self._paged.begin_step(step, captured.caches)]
         except (UnsupportedError, core.CoreError) as reason:
             raise NotRunnableError(str(reason)) from None
         inputs = [step.input_ids, step.position_ids]
@@ -234,7 +286,7 @@ class Decoder(InstalledForward):
             inputs.append(step.chosen)
             symbols["n"] = len(step.chosen)
         logits = self._ran(executable, inputs, symbols, caches, step.is_decode)
-        return captured.output_type(logits=logits)
+        return model_output(captured.output_type, logits=logits)
 
     def prepared(self, arguments: dict[str, Any]) -> Prepared:
         """The call with these arguments, checked as any call. Raises NotRunnableError."""
@@ -251,7 +303,7 @@ class Decoder(InstalledForward):
             step = prepared.step
             batch, tokens = step.input_ids.shape
             inputs, symbols = [step.input_ids, step.position_ids], {"b": batch, "s": tokens}
-            logits = self._ran(prepared.executable, inputs, symbols, prepared.blocks)
+            logits = self._ran(prepared.executable, inputs, symbols, prepared.caches, tokens == 1)
             if step.logits_to_keep > 1:
                 logits = logits[:, -step.logits_to_keep :]
             return logits
@@ -261,8 +313,8 @@ class Decoder(InstalledForward):
         executable: Executable,
         inputs: list[torch.Tensor],
         symbols: dict[str, int],
-        caches: list[Any],
-        decode: bool | None = None,
+        caches: list[int],
+        decode: bool,
     ) -> torch.Tensor:
         try:
             (logits,) = executable.run(inputs, symbols, caches, decode)
@@ -310,7 +362,7 @@ class Decoder(InstalledForward):
                 found = program.greedy_search(
                     tokens.tolist(),
                     positions[:, 0].tolist(),
-                    [cache.handle for cache in prepared.blocks],
+                    prepared.caches,
                     ends.tokens,
                     ends.finished or [False] * len(tokens),
                     ends.pad,
@@ -332,13 +384,8 @@ class Decoder(InstalledForward):
         # Before the caller's cache gets our layers, which are of no use without a program.
         key = 1 if logits_to_keep == 1 else 0
         captured, executable = self._program(input_ids.shape[1] > 1, key)
-        step = self._prepare(arguments, input_ids, logits_to_keep)
-        self._check_rotary(step.position_ids)
-        layers = [step.cache.layers[shape.layer] for shape in captured.caches]
-        for layer, shape in zip(layers, captured.caches, strict=True):
-            layer.prepare(len(input_ids), *shape[1:])
-            layer.set_first_keys(step.first_keys)
-        return Prepared(step, captured, executable, [layer.blocks for layer in layers])
+        step, ready = self._prepare(arguments, input_ids, logits_to_keep, captured)
+        return Prepared(step, captured, executable, ready.caches)
 
     def _check_rotary(self, position_ids: torch.Tensor) -> None:
         if self._growing is None:
@@ -355,10 +402,6 @@ class Decoder(InstalledForward):
         for name, value in arguments.items():
             if name not in _KNOWN and value is not None and value is not False:
                 raise NotRunnableError(f"the argument {name} is given")
-        if getattr(self.model.config, "output_attentions", False):
-            raise NotRunnableError("config.output_attentions is set")
-        if getattr(self.model.config, "output_hidden_states", False):
-            raise NotRunnableError("config.output_hidden_states is set")
         keep = arguments.get("logits_to_keep", 0)
         if not isinstance(keep, int) or keep < 0:
             raise NotRunnableError("logits_to_keep is a tensor")
@@ -366,7 +409,7 @@ class Decoder(InstalledForward):
         if (
             not isinstance(input_ids, torch.Tensor)
             or input_ids.dim() != 2
-            or input_ids.device.type != "cpu"
+            or not input_ids.is_cpu
             or input_ids.numel() == 0
         ):
             raise NotRunnableError("input_ids is not a CPU tensor [batch, tokens]")
@@ -377,12 +420,20 @@ class Decoder(InstalledForward):
         return input_ids, keep
 
     def _prepare(
-        self, arguments: dict[str, Any], input_ids: torch.Tensor, logits_to_keep: int
-    ) -> Step:
+        self,
+        arguments: dict[str, Any],
+        input_ids: torch.Tensor,
+        logits_to_keep: int,
+        captured: CapturedModel,
+    ) -> tuple[Step, Ready]:
         batch, tokens = input_ids.shape
         mask = arguments.get("attention_mask")
-        cache = self._cache(arguments.get("past_key_values"), batch)
-        past = int(cache.layers[0].get_seq_length())
+        cache: Any = arguments.get("past_key_values")
+        ready = None if cache is None else self._ready.get(cache)
+        if ready is None or not ready.is_still(cache, captured, batch):
+            ready = None
+            cache = self._cache(cache, batch)
+        past = cache.layers[0].get_seq_length()
         first_keys = _first_keys(mask, batch, past + tokens)
         positions = arguments.get("position_ids")
         if positions is None and any(first_keys):
@@ -394,13 +445,25 @@ class Decoder(InstalledForward):
         if past == 0 and mask is None and not _is_run(positions):
             # Without a cache, transformers takes positions that start anew for packed sequences.
             raise NotRunnableError("position_ids are not consecutive")
-        return Step(
-            input_ids.to(torch.int64).contiguous(),
-            _positions(positions, batch, tokens, past),
-            cache,
-            first_keys,
-            logits_to_keep,
-        )
+        position_ids = _positions(positions, batch, tokens, past)
+        self._check_rotary(position_ids)
+        if ready is None or ready.first_keys != first_keys:
+            ready = self._made_ready(cache, captured, batch, first_keys)
+        if input_ids.dtype is not torch.int64 or not input_ids.is_contiguous():
+            input_ids = input_ids.to(torch.int64).contiguous()
+        return Step(input_ids, position_ids, cache, logits_to_keep), ready
+
+    def _made_ready(
+        self, cache: Any, captured: CapturedModel, batch: int, first_keys: list[int]
+    ) -> Ready:
+        layers = [cache.layers[shape.layer] for shape in captured.caches]
+        for layer, shape in zip(layers, captured.caches, strict=True):
+            layer.prepare(batch, *shape[1:])
+            layer.set_first_keys(first_keys)
+        caches = [layer.blocks.handle for layer in layers]
+        ready = Ready([*cache.layers], captured, batch, first_keys, caches, assignments())
+        self._ready[cache] = ready
+        return ready
 
     def _own_positions(self) -> str:
         """What the model counts where it is given padding and no positions: "tokens" (most do),
@@ -432,7 +495,7 @@ class Decoder(InstalledForward):
         """The caller's cache with our layers in it, or a new one."""
         from transformers.cache_utils import DynamicCache
 
-        count = int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+        count = self._look_at_model().layers
         cache = DynamicCache() if given is None else given
         layers = getattr(cache, "layers", None)
         ready = layers is not None and len(layers) == count and isinstance(layers[0], BlockLayer)
@@ -448,13 +511,21 @@ class Decoder(InstalledForward):
     def _program(self, is_prefill: bool, key: int) -> tuple[CapturedModel, Executable]:
         """key: what is captured of its logits; see capture_model."""
         self._drop_stale(is_prefill)
-        if self._state is None:
-            self._state = ModuleState(self.model)
+        if problem := self._look_at_model().problem:
+            raise NotRunnableError(problem)
+        assert self._state is not None
         if hooked := self._state.hooked():
             raise NotRunnableError(f"{hooked} has forward hooks, which a program would not call")
         if key not in self._programs:
             self._programs[key] = self._make(key)
         return self._programs[key]
+
+    def _look_at_model(self) -> Settings:
+        """What it says of itself; what else it is, is noted for later calls to compare with."""
+        if self._state is None or self._settings is None:
+            self._state = ModuleState(self.model)
+            self._settings = Settings.of(self.model)
+        return self._settings
 
     def _make(self, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
         """Plans and compiles. A model that cannot be captured is not tried again."""
@@ -481,7 +552,8 @@ class Decoder(InstalledForward):
         finally:
             self._store.settle()
         if self._state is None or not self._state.is_current():  # capture replaced parameters
-            self._state = ModuleState(self.model)
+            self._state = None
+            self._look_at_model()
         return made
 
     def _made_without(self, reason: str, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
@@ -596,6 +668,8 @@ def _flat(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _positions(given: Any, batch: int, tokens: int, past: int) -> torch.Tensor:
+    if given is None and tokens == 1:
+        return torch.full((batch, 1), past)
     if given is None:
         return torch.arange(past, past + tokens).expand(batch, tokens).contiguous()
     if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[1] != tokens:
@@ -631,9 +705,9 @@ def _first_keys(mask: torch.Tensor | None, batch: int, keys: int) -> list[int]:
         return [0] * batch
     if tuple(mask.shape) != (batch, keys):
         raise NotRunnableError(f"attention_mask is {tuple(mask.shape)}, not {(batch, keys)}")
-    mask = mask.bool()
     if bool(mask.all()):
         return [0] * batch
+    mask = mask.bool()
     if not bool((mask[:, 1:] >= mask[:, :-1]).all() and mask[:, -1].all()):
         raise NotRunnableError("attention_mask is not left padding")
     return [int(n) for n in (keys - mask.sum(-1)).tolist()]

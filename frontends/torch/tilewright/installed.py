@@ -95,6 +95,10 @@ def called_model(model: Any) -> Any:
 
 def installed_in(model: Any) -> InstalledForward | None:
     """The object installed in a model, if there is one."""
+    # At once where there is no wrapper: a module says slowly that it has no such attribute.
+    forward = getattr(model, "__dict__", {}).get("forward")
+    if isinstance(forward, InstalledForward):
+        return forward
     forward = getattr(called_model(model), "__dict__", {}).get("forward")
     return forward if isinstance(forward, InstalledForward) else None
 

@@ -2,12 +2,13 @@
 
 A program is right as long as the model is what it was: the same modules, parameters and buffers,
 and the same attributes and configuration, which decide what `forward` does (an adapter's name, an
-activation, a scale). A snapshot keeps all of them; comparing takes about a microsecond per module,
-so every call can afford it. Hooks on inner modules must see values that a program never makes:
-such a model is not for a program at all.
+activation, a scale). A snapshot keeps all of them, and every call compares: by identity, in the
+core (binding_snapshot.cpp), which takes some nanoseconds a module where dicts have versions; what
+is not the same there may still be equal. Hooks on inner modules must see values that a program
+never makes: such a model is not for a program at all.
 
 Not thread-safe by itself: a Decoder compares under its lock. Tested by
-tests/python/test_optimize.py, test_adapters.py.
+tests/python/test_module_state.py, test_optimize.py, test_adapters.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+
+from tilewright import _core
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -30,44 +33,67 @@ class ModuleState:
 
     def __init__(self, model: nn.Module) -> None:
         named = list(model.named_modules())
-        modules = [module for _, module in named]
         self._hooks = [
             (name, module.__dict__[hooks]) for name, module in named[1:] for hooks in _HOOKS
         ]
-        # (dictionary, its shallow copy): equal as long as each value is the same or equal.
-        self._pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._containers: list[tuple[Any, Any]] = []
-        for module in modules:
-            self._pairs.append((module.__dict__, dict(module.__dict__)))
-            for registry in _REGISTRIES:
-                if module.__dict__[registry]:
-                    self._pairs.append((module.__dict__[registry], dict(module.__dict__[registry])))
-            for name, value in module.__dict__.items():
-                if name not in _OWN and isinstance(value, list | dict | set):
-                    self._containers.append((value, value.copy()))
-        configurations = {
-            id(module.__dict__["config"]): module.__dict__["config"]
-            for module in modules
-            if hasattr(module.__dict__.get("config"), "__dict__")
-        }
-        for configuration in configurations.values():
-            self._pairs.append((configuration.__dict__, dict(configuration.__dict__)))
+        self._look_at_hooks()
+        watched: list[Any] = []
+        configurations: dict[int, Any] = {}
+        for _, module in named:
+            watched.append(module.__dict__)
+            watched += [module.__dict__[registry] for registry in _REGISTRIES]
+            watched += [
+                value
+                for name, value in module.__dict__.items()
+                if name not in _OWN and isinstance(value, list | dict | set)
+            ]
+            configuration = module.__dict__.get("config")
+            if hasattr(configuration, "__dict__"):
+                configurations[id(configuration)] = configuration
+        watched += [configuration.__dict__ for configuration in configurations.values()]
+        self._watched = _Containers(watched)
 
     def is_current(self) -> bool:
         """Whether the model is still what it was."""
-        try:
-            return all(
-                now == then or _relevant(now) == _relevant(then) for now, then in self._pairs
-            ) and all(now == then for now, then in self._containers)
-        except (RuntimeError, ValueError, TypeError):
-            return False  # tensors or arrays that are not the same object have no truth value
+        return self._watched.are_equal()
 
     def hooked(self) -> str:
         """The name of an inner module with forward hooks, or "". The model's own hooks run around a
         program as they do around its forward."""
-        if not any(hooks for _, hooks in self._hooks):
-            return ""
-        return next(name for name, hooks in self._hooks if hooks)
+        if not self._watched_hooks.are_equal():
+            self._look_at_hooks()
+        return self._hooked
+
+    def _look_at_hooks(self) -> None:
+        self._watched_hooks = _Containers([hooks for _, hooks in self._hooks])
+        self._hooked = next((name for name, hooks in self._hooks if hooks), "")
+
+
+class _Containers:
+    """Dicts, lists and sets, and what they held: the same or equal values."""
+
+    def __init__(self, containers: list[Any]) -> None:
+        self._now = containers
+        self._then = [container.copy() for container in containers]
+        self._snapshot = _core.Snapshot(self._now, self._then)
+
+    def are_equal(self) -> bool:
+        """Whether they hold it still."""
+        try:
+            for place in self._snapshot.moved():
+                now = self._now[place].copy()
+                if not _alike(now, self._then[place]):
+                    return False
+                self._then[place] = now  # so that the next comparison finds the same
+        except (RuntimeError, ValueError, TypeError):
+            return False  # tensors or arrays that are not the same object have no truth value
+        return True
+
+
+def _alike(now: Any, then: Any) -> bool:
+    if now == then:
+        return True
+    return isinstance(now, dict) and _relevant(now) == _relevant(then)
 
 
 def _relevant(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,14 @@ _QUESTIONS: set[Any] = {getattr(torch.Tensor, name) for name in _METHODS.split()
 _QUESTIONS |= {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split()}
 _QUESTIONS.add(torch.Tensor.requires_grad.__set__)
 
+# Assignments to attributes of PackedParameters so far: as long as nobody made one, each of them is
+# what it was. Unpacking makes some, and so does torch.utils.swap_tensors.
+_assignments = 0
+
+
+def assignments() -> int:
+    return _assignments
+
 
 class Source:
     """The store's copy of a weight; forgotten when nothing stands for it any more."""
@@ -77,6 +85,11 @@ class PackedParameter(torch.Tensor):
         packed._source = source
         packed._values = None
         return packed
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        global _assignments
+        super().__setattr__(name, value)
+        _assignments += 1  # afterwards: who counts meanwhile may still see what was
 
     @property
     def token(self) -> int | None:

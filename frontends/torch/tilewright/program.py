@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import operator
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tilewright import _core, core, host, operators, profile
 from tilewright.graph_text import DTYPE_NAMES, DTYPES, Type
 from tilewright.lowered import Lowered
-from tilewright.packed import PackedParameter, Releases, address
+from tilewright.packed import PackedParameter, Releases, address, assignments
 
 _stores: Any = WeakIdKeyDictionary()
 
@@ -91,6 +92,17 @@ def version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+# As functions for `map`: a model has hundreds of tensors.
+_data_ptr = torch.Tensor.data_ptr
+_version = operator.attrgetter("_version")
+
+
+def _is_as_marked(mark: tuple[Any, int, int]) -> bool:
+    reference, place, version = mark
+    tensor: Any = reference()
+    return tensor is not None and address(tensor) == place and version_of(tensor) == version
+
+
 class Weights:
     """What a program read from its constants, and how to tell that they changed since.
 
@@ -100,10 +112,24 @@ class Weights:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._assignments = assignments()
         self._marks: dict[str, tuple[Any, int, int]] = {
             name: (weakref.ref(tensor), address(tensor), version_of(tensor))
             for name, tensor in tensors.items()
         }
+        # For `all_same`, which every call asks: what only assignments change; what torch counts the
+        # writes of; and what it does not.
+        kinds: dict[str, list[tuple[Any, int, int]]] = {"packed": [], "counted": [], "other": []}
+        for mark, tensor in zip(self._marks.values(), tensors.values(), strict=True):
+            if isinstance(tensor, PackedParameter):
+                kind = "packed" if tensor.token is not None else "other"
+            else:
+                kind = "other" if tensor.is_inference() else "counted"
+            kinds[kind].append(mark)
+        self._packed, self._other = kinds["packed"], kinds["other"]
+        self._counted = [reference for reference, _, _ in kinds["counted"]]
+        self._places = [place for _, place, _ in kinds["counted"]]
+        self._versions = [version for _, _, version in kinds["counted"]]
         self._fingerprint = _core.Fingerprint(
             [
                 (tensor.data_ptr(), tensor.numel() * tensor.element_size())
@@ -128,10 +154,22 @@ class Weights:
 
     def all_same(self) -> bool:
         """Nobody replaced the memory of a tensor or wrote it in a way that torch counts."""
-        for reference, place, version in self._marks.values():
-            tensor: Any = reference()
-            if tensor is None or address(tensor) != place or version_of(tensor) != version:
+        tensors = [reference() for reference in self._counted]
+        try:
+            if (
+                list(map(_data_ptr, tensors)) != self._places
+                or list(map(_version, tensors)) != self._versions
+            ):
                 return False
+        except (TypeError, RuntimeError):
+            return False  # one is gone, or became a tensor of inference mode
+        if not all(map(_is_as_marked, self._other)):
+            return False
+        made = assignments()
+        if made != self._assignments:
+            if not all(map(_is_as_marked, self._packed)):
+                return False
+            self._assignments = made
         return True
 
     def contents_changed(self) -> bool:
@@ -280,18 +318,18 @@ class Executable:
         self,
         tensors: Sequence[torch.Tensor],
         symbols: Mapping[str, int],
-        caches: Sequence[Any] = (),
+        caches: Sequence[int] = (),
         decode: bool | None = None,
     ) -> list[torch.Tensor]:
-        """The program's outputs. Tensors are row-major, in the program's order. decode: what the
-        run is counted as, if the symbols do not say it."""
+        """The program's outputs. Tensors are row-major, in the program's order. caches: handles.
+        decode: what the run is counted as, if the symbols do not say it."""
         self._symbols = dict(symbols)
         try:
             return operators.step(
                 self.program.handle,
                 tensors,
                 [symbols[name] for name in self.lowered.shape_inputs],
-                [cache.handle for cache in caches],
+                caches,
                 self.is_decode(symbols) if decode is None else decode,
                 core.threads(),
             )
