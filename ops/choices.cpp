@@ -63,21 +63,24 @@ void add_blocks(std::vector<int>& blocks, const std::vector<int>& more) {
   blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
 }
 
-// A rung that was asked for by its name stands for all CPUs that have it: what is prewarmed for it
-// must serve those of every row.
+// A rung that was asked for by its name stands for all CPUs that have it.
 Decision choices_for_a_rung(IsaMask isa) {
-  Decision decision{{}, fmt::format("all rows, for {}", isa_mask_name(isa)), ""};
-  for (const CpuRow& row : kCpus) {
-    const Result<Choices> choices = changed({}, row.choices);
-    add_blocks(decision.choices.row_blocks_avx2, choices->row_blocks_avx2);
-    add_blocks(decision.choices.row_blocks_avx512, choices->row_blocks_avx512);
-    std::int64_t& products = decision.choices.fp32_products;
-    products = std::max(products, choices->fp32_products);
-  }
-  return decision;
+  std::vector<Choices> rows;
+  for (const CpuRow& row : kCpus) rows.push_back(*changed({}, row.choices));
+  return {serving(rows), fmt::format("all rows, for {}", isa_mask_name(isa)), ""};
 }
 
 }  // namespace
+
+Choices serving(std::span<const Choices> rows) {
+  Choices all;
+  for (const Choices& row : rows) {
+    add_blocks(all.row_blocks_avx2, row.row_blocks_avx2);
+    add_blocks(all.row_blocks_avx512, row.row_blocks_avx512);
+    all.fp32_products = std::max(all.fp32_products, row.fp32_products);
+  }
+  return all;
+}
 
 Decision choices_for(const CpuModel& cpu, IsaMask isa) {
   if (cpu.vendor == "generic") return choices_for_a_rung(isa);

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -38,6 +39,10 @@ struct Decision {
 
 // The row that fits, or the rule.
 Decision choices_for(const CpuModel& cpu, IsaMask isa);
+
+// The rule's choices and what each of `rows` has kernels for beside it, which prewarm makes so:
+// all blocks of rows, and the most products.
+Choices serving(std::span<const Choices> rows);
 
 // `choices` but for those that a JSON object names, as {"prefetch": 512}. Error: no such choice, or
 // a value out of range, and which.

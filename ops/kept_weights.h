@@ -58,7 +58,7 @@ class KeptWeights {
   std::unique_ptr<SourceHashes> hash_ahead(std::vector<SourceHashes::Block> blocks);
 
   // Whether this directory holds, or held, any weight, or is to. If not nothing is looked for, nor
-  // hashed.
+  // hashed. With `on` it makes the secret that hashing needs, with the other policies nothing.
   bool any();
   WeightCounters counters() const;
   const cache::WeightDirectory& directory() const { return directory_; }

@@ -268,7 +268,8 @@ void find_little_steps(State& state, const Frame& frame) {
   }
 }
 
-void run_steps(State& state, std::size_t begin, std::size_t end, const Frame& frame, int threads) {
+// Returns how many threads there were.
+int run_steps(State& state, std::size_t begin, std::size_t end, const Frame& frame, int threads) {
   const auto mark_end = [&](std::size_t step) {
     if (state.profile) state.marks[step + 1] = Clock::now();
   };
@@ -280,9 +281,11 @@ void run_steps(State& state, std::size_t begin, std::size_t end, const Frame& fr
     }
   };
   run_little_steps();
-  if (next == end) return;
+  int members = 1;
+  if (next == end) return members;
   Barrier barrier;
   run_team(threads, [&](int thread, int team) {
+    if (thread == 0) members = team;
     while (next < end) {
       for (const Task& task : state.steps[next].tasks) run_task(task, frame, thread, team);
       barrier.wait(team, [&] {
@@ -292,6 +295,7 @@ void run_steps(State& state, std::size_t begin, std::size_t end, const Frame& fr
       });
     }
   });
+  return members;
 }
 
 // Weights, keys and values that a step reads from memory. Experts: unknown before they are chosen.
@@ -461,6 +465,7 @@ Status Program::run(const RunArguments& arguments) {
   find_little_steps(state, frame);
   PhaseCounters& counters = state.counters[static_cast<std::size_t>(arguments.phase)];
   if (state.profile) state.marks.assign(state.steps.size() + 1, Clock::now());
+  counters.threads = 0;
   std::size_t next = 0;
   while (next < state.steps.size()) {
     if (arguments.observer != nullptr) (*arguments.observer)(next, frame);
@@ -479,7 +484,8 @@ Status Program::run(const RunArguments& arguments) {
     while (arguments.observer == nullptr && end < state.steps.size() && !state.steps[end].host) {
       end += 1;
     }
-    run_steps(state, next, end, frame, arguments.threads);
+    const int members = run_steps(state, next, end, frame, arguments.threads);
+    counters.threads = std::max(counters.threads, members);
     counters.own_seconds += seconds(Clock::now() - start);
     next = end;
     if (problem.load() != nullptr) return Error{problem.load()};

@@ -59,6 +59,7 @@ struct PhaseCounters {
   std::uint64_t runs = 0, steps = 0, fallback_calls = 0, onednn_calls = 0;
   // Those from the first attention to the last, and how many layers these are.
   std::uint64_t layer_steps = 0, layers = 0;
+  int threads = 0;  // of the last run: the largest team
   double own_flops = 0, fallback_flops = 0;
   double own_seconds = 0, fallback_seconds = 0;
   // Only with TILEWRIGHT_VERBOSE=profile. Between the end of the program's last run and the

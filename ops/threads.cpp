@@ -2,14 +2,107 @@
 #include "ops/threads.h"
 
 #include <omp.h>
+#include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <chrono>
+#include <condition_variable>
+#include <list>
+#include <mutex>
+#include <vector>
+
+#include "jit/base/env.h"
+#include "jit/base/processors.h"
 
 namespace tilewright::ops {
 namespace {
 
 void pause() { __builtin_ia32_pause(); }
+
+// OpenMP may have bound its threads to places (OMP_PROC_BIND, OMP_PLACES), the first one to a
+// single CPU: then the places say where a team may run, and the mask of the caller nothing.
+ProcessorSet places() {
+  ProcessorSet set;
+  std::vector<int> processors;
+  for (int place = 0; place < omp_get_num_places(); ++place) {
+    processors.resize(static_cast<std::size_t>(omp_get_place_num_procs(place)));
+    omp_get_place_proc_ids(place, processors.data());
+    for (int processor : processors) set.add(static_cast<std::size_t>(processor));
+  }
+  return set;
+}
+
+ProcessorSet processors_of_caller() {
+  static const ProcessorSet bound = places();  // fixed when OpenMP starts
+  return bound.count() > 0 ? bound : ProcessorSet::allowed();
+}
+
+// The teams of this process, in the order of arrival.
+class TeamQueue {
+ public:
+  struct Team {
+    ProcessorSet processors;
+    int room;  // CPUs of them that the quota allows at once
+    int threads;
+  };
+  using Place = std::list<Team>::iterator;
+
+  // Waits until there is room. All teams before this one count, those that wait, too, so that a
+  // large one is not passed by small ones for ever.
+  Place enter(int threads) {
+    const ProcessorSet processors = processors_of_caller();
+    const int count = processors.count();
+    const Team team{processors, std::min(count, current_quota().value_or(count)), threads};
+    std::unique_lock lock(mutex_);
+    const Place place = teams_.insert(teams_.end(), team);
+    left_.wait(lock, [&] { return has_room(place); });
+    return place;
+  }
+
+  void leave(Place place) {
+    {
+      const std::lock_guard lock(mutex_);
+      teams_.erase(place);
+    }
+    left_.notify_all();
+  }
+
+ private:
+  bool has_room(Place place) {  // a team alone always has
+    int before = 0;
+    for (Place team = teams_.begin(); team != place; ++team) {
+      if (team->processors.meets(place->processors)) before += team->threads;
+    }
+    return before == 0 || before + place->threads <= place->room;
+  }
+
+  std::mutex mutex_;
+  std::condition_variable left_;
+  std::list<Team> teams_;
+};
+
+// Never destroyed, because a thread may compute while the process exits. A child after fork() has
+// none of the threads that are in its parent's queue, so it begins another.
+TeamQueue*& team_queue() {
+  static TeamQueue* queue = [] {
+    pthread_atfork(nullptr, nullptr, [] { team_queue() = new TeamQueue; });
+    return new TeamQueue;
+  }();
+  return queue;
+}
+
+class PlaceInQueue {
+ public:
+  explicit PlaceInQueue(int threads) : place_(queue_.enter(threads)) {}
+  ~PlaceInQueue() { queue_.leave(place_); }
+  PlaceInQueue(const PlaceInQueue&) = delete;
+  PlaceInQueue& operator=(const PlaceInQueue&) = delete;
+
+ private:
+  TeamQueue& queue_ = *team_queue();
+  TeamQueue::Place place_;
+};
 
 }  // namespace
 
@@ -34,10 +127,28 @@ void run_team(int threads, const std::function<void(int, int)>& body) {
     body(0, 1);
     return;
   }
+  const PlaceInQueue place(threads);
 #pragma omp parallel num_threads(threads)
   body(omp_get_thread_num(), omp_get_num_threads());
 }
 
-int default_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+int ThreadLimits::threads() const {
+  if (setting > 0) return setting;
+  return std::max(std::min({asked, affinity, quota.value_or(asked)}), 1);
+}
+
+std::string_view ThreadLimits::decided_by() const {
+  if (setting > 0) return "setting";
+  if (threads() >= asked) return "torch";
+  return threads() == affinity ? "affinity" : "quota";
+}
+
+ThreadLimits thread_limits(int asked) {
+  return {environment().num_threads, asked, processors_of_caller().count(), current_quota()};
+}
+
+int default_threads() {
+  return omp_in_parallel() ? 1 : thread_limits(omp_get_max_threads()).threads();
+}
 
 }  // namespace tilewright::ops

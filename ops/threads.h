@@ -6,12 +6,22 @@
 // steps; between them threads meet at a spinning barrier (a region per op would cost microseconds
 // each, hundreds of times per token).
 //
-// Tested by threads_test.
+// Where a weight's pages are. share() gives thread t of a team the same panels when a weight is
+// packed and when it is read, and packing touches the pages first (weights.cpp), so with as many
+// threads they lie on the NUMA node of the CPU that thread t ran on. That it stays there is the
+// launcher's business (OMP_PROC_BIND), as the threads are OpenMP's; which node that is, getcpu()
+// says and no partition repeats. Not so: pages shared by the ends of two shares (huge ones, so up
+// to 2 MB of each), weights mapped from disk, and a team of another size than the one that packed.
+// Nobody has measured it on two nodes.
+//
+// Tested by threads_test, first touch by weights_test.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <optional>
+#include <string_view>
 
 namespace tilewright::ops {
 
@@ -39,9 +49,27 @@ class Barrier {
 
 // Runs body(thread, threads) on a team of at most `threads`; the calling thread is thread 0. Called
 // inside another parallel region, or with threads == 1, it runs on the caller alone.
+//
+// Teams of several callers do not share CPUs: one waits, in the order of arrival, while those
+// before it whose affinity masks meet its own leave it too few of them.
 void run_team(int threads, const std::function<void(int thread, int threads)>& body);
 
-// The size of the team that OpenMP would use by default (torch.set_num_threads governs it too).
+// How many threads a team should have, and why.
+struct ThreadLimits {
+  int setting = 0;           // TILEWRIGHT_NUM_THREADS: overrules the rest; 0: not set
+  int asked = 1;             // by the caller: torch.get_num_threads()
+  int affinity = 1;          // CPUs that the calling thread may run on
+  std::optional<int> quota;  // of the control groups
+
+  int threads() const;                  // the smallest of the last three, or the setting
+  std::string_view decided_by() const;  // "setting", "torch", "affinity" or "quota"
+};
+
+// As of now, but for the quota, which may be a second old: each step may ask.
+ThreadLimits thread_limits(int asked);
+
+// The size of a team where nobody asks for one: OpenMP's own (torch.set_num_threads governs it
+// too), limited so; 1 in a team.
 int default_threads();
 
 // [begin, end) of `count` work items for one thread of a team: contiguous, balanced.

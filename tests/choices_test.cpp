@@ -38,6 +38,17 @@ TEST(ChoicesFor, ARungHasTheKernelsOfEveryRow) {
   EXPECT_TRUE(std::ranges::is_sorted(blocks, std::greater<>()));
 }
 
+TEST(Choices, WhatServesAllRowsHasTheBlocksOfEachAndTheMostProducts) {
+  const std::vector<Choices> rows = {*changed({}, R"({"fp32_products": 3})"),
+                                     *changed({}, R"({"row_blocks_avx512": [9, 4, 1]})"),
+                                     *changed({}, R"({"fp32_products": 6})"), Choices{}};
+  Choices expected;
+  expected.row_blocks_avx512 = {12, 9, 8, 4, 2, 1};
+  expected.fp32_products = 6;
+  EXPECT_EQ(serving(rows), expected);
+  EXPECT_EQ(serving({}), Choices{});
+}
+
 TEST(Choices, ARowIsFoundByVendorFamilyModelAndStepping) {
   const Decision milan = choices_for(kMilan, bit(Isa::avx2));
   EXPECT_EQ(milan.source, "row zen3-server");
@@ -236,6 +247,24 @@ std::map<std::string, std::vector<std::byte>> kernels(const Choices& choices, co
   EXPECT_TRUE(program.ok()) << program.error().message;
   EXPECT_TRUE(program->prepare().ok());
   return result;
+}
+
+// What is prewarmed for a rung must be all that a CPU of any row asks for. A row with a choice that
+// cannot be merged (streams_row, prefetch: a kernel has one of them) fails here: it then needs
+// kernels for both values, or a prewarm by CPU.
+TEST(Choices, ARungHasTheCodeOfEveryRow) {
+  std::vector<std::string> rows = {"{}"};
+#define CPU(name, vendor, family, first, last, steppings, choices) rows.emplace_back(choices);
+#include "ops/choices.def"
+  for (const char* rung : {"avx2", "avx512", "amx_bf16"}) {
+    const Target target = *Target::for_rung(rung);
+    const auto all = kernels(choices_for(target.cpu, target.isa).choices, rung);
+    for (const std::string& row : rows) {
+      for (const auto& [key, code] : kernels(*changed({}, row), rung)) {
+        EXPECT_TRUE(all.contains(key)) << rung << " " << row << "\n" << key;
+      }
+    }
+  }
 }
 
 // What the cache rests on: whatever row, profile or build of choices made a kernel, its key says

@@ -5,7 +5,10 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -183,6 +186,42 @@ TEST_F(KeptWeightsTest, OtherAddressesAndThreadsAreTheSameContents) {
   const std::vector<char> moved = values_[0];
   values_[0] = std::vector<char>(moved);
   EXPECT_TRUE(is_mapped());
+}
+
+TEST_F(KeptWeightsTest, OnlyWhereAllAreKeptTheQuestionMakesTheSecret) {
+  const cache::fs::path secret = cache::fs::path(directory()) / "weights.secret";
+  for (Policy policy : {Policy::off, Policy::automatic}) {
+    EXPECT_FALSE(kept(policy)->any());
+    EXPECT_EQ(kept(policy)->hash_ahead({}), nullptr);
+    pack(kept(policy).get());
+    EXPECT_FALSE(cache::fs::exists(secret));
+  }
+  EXPECT_TRUE(kept(Policy::on)->any());
+  EXPECT_TRUE(cache::fs::exists(secret));
+}
+
+// What decides whether tiles may multiply by it is read from the mapped file, as from memory.
+TEST_F(KeptWeightsTest, AMappedWeightKnowsItsLargestMagnitude) {
+  for (int form : {0, 1, 2}) {
+    for (bool finite : {true, false}) {
+      fill({DataType::f32, false, false, form});
+      // Its sign, exponent and mantissa are 0 but for the largest value: one that each form has.
+      for (std::vector<char>& block : values_) std::ranges::fill(block, '\0');
+      const float value = finite ? -3.0f : std::numeric_limits<float>::infinity();
+      const float inexact = 0.1f;
+      if (form == 0) std::memcpy(values_[0].data(), &inexact, sizeof inexact);
+      std::memcpy(values_[1].data() + 36 * kDepth * 4 + 20, &value, sizeof value);
+      pack(kept().get(), true);
+      WeightStore store;
+      const auto reader = kept();
+      const auto mapped = *store.pack(blocks(), kDepth, DataType::f32, false, {true, form == 2},
+                                      reader.get(), false);
+      EXPECT_EQ(reader->counters().mapped, 1u);
+      EXPECT_EQ(mapped->form.dtype, form == 0 ? DataType::f32 : DataType::bf16);
+      EXPECT_EQ(mapped->form.twelve_bits, form == 2);
+      EXPECT_EQ(store.largest_magnitude(mapped), std::abs(value));
+    }
+  }
 }
 
 TEST_F(KeptWeightsTest, NothingIsWrittenUnasked) {

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <deque>
+#include <optional>
 #include <random>
 
 #include "graph/interpret.h"
@@ -119,7 +120,8 @@ struct Step {
 // The kernels that a decoder gets for a CPU that this one need not be; nothing is executed.
 // exact: fp32 weights have the values of bf16 ones. All values are multiplied by `scale`.
 std::vector<std::string> kernels_for(const char* rung, graph::DataType dtype, bool exact = false,
-                                     const CompileOptions& options = {}, double scale = 1) {
+                                     const CompileOptions& options = {}, double scale = 1,
+                                     std::optional<AssumedValues> assumed = {}) {
   LlamaShape shape;
   shape.head_dim = 16;
   Model model(llama_graph(shape, true, std::string(graph::name(dtype))), dtype);
@@ -133,8 +135,8 @@ std::vector<std::string> kernels_for(const char* rung, graph::DataType dtype, bo
   const Target target = *Target::for_rung(rung);
   auto store = std::make_shared<cache::Store>(cache::Store::open("", cache::Mode::off, 0));
   auto kernels = std::make_shared<KernelLibrary>(target, store);
-  auto program =
-      ops::compile(model.optimized, model.views, target, options, kernels, model.weights);
+  auto program = ops::compile(model.optimized, model.views, target, options, kernels,
+                              assumed ? std::make_shared<WeightStore>(*assumed) : model.weights);
   if (!program) ADD_FAILURE() << program.error().message;
   const Status prepared = program->prepare();
   EXPECT_TRUE(prepared.ok()) << prepared.error().message;
@@ -173,6 +175,23 @@ TEST(Rungs, HaveTheirMatrixKernels) {
   EXPECT_TRUE(splits(6, 1, false));
   for (double scale : {1e-30, 1e39, std::nan("")}) {
     EXPECT_FALSE(splits(6, scale, false)) << "weights out of range";
+  }
+}
+
+// Prewarm has no values: with the same assumptions it makes the kernels that a start will ask for,
+// those of tiles included.
+TEST(Rungs, PrewarmMakesTheFp32TilesOfAStart) {
+  const auto f32 = graph::DataType::f32;
+  for (bool exact : {true, false}) {
+    const AssumedValues assumed{exact ? graph::DataType::bf16 : f32, false};
+    for (std::int64_t products : {0, 3, 6}) {
+      CompileOptions options;
+      options.choices.fp32_products = products;
+      const auto prewarmed = kernels_for("amx_bf16", f32, exact, options, 1, assumed);
+      EXPECT_EQ(prewarmed, kernels_for("amx_bf16", f32, exact, options)) << products;
+      const bool splits = std::ranges::count(prewarmed, "tilewright_linear_amx_fp32") > 0;
+      EXPECT_EQ(splits, products >= (exact ? 3 : 6));
+    }
   }
 }
 

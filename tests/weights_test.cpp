@@ -3,13 +3,19 @@
 #include "ops/weights.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <utility>
 #include <vector>
+
+#include "ops/threads.h"
 
 namespace tilewright::ops {
 namespace {
@@ -152,6 +158,31 @@ TEST(WeightStore, KnowsTheLargestMagnitudeOfFp32) {
     values[5] = std::numeric_limits<float>::quiet_NaN();
     EXPECT_TRUE(std::isinf(largest()));
   }
+}
+
+// What of a weight thread t of a team will read, its pages it touches first: the kernel counts who
+// made it give a page. A few huge ones at least, which the temporary memory of a panel is not.
+TEST(WeightStore, PagesAreTouchedByTheThreadThatReads) {
+  constexpr std::int64_t rows = 2048, depth = 4096;
+  const std::vector<float> values(rows * depth, 1.1f);
+  const auto faults = [] {
+    std::vector<long> of_thread(static_cast<std::size_t>(default_threads()));
+    run_team(default_threads(), [&](int thread, int) {
+      rusage usage{};
+      getrusage(RUSAGE_THREAD, &usage);
+      of_thread[static_cast<std::size_t>(thread)] = usage.ru_minflt;
+    });
+    return of_thread;
+  };
+  faults();  // makes the threads
+  WeightStore store;
+  std::vector<long> before = faults();
+  ASSERT_TRUE(store.pack({{values.data(), rows, depth * 4}}, depth, DataType::f32, false, {}).ok());
+  const std::vector<long> after = faults();
+  std::ranges::transform(after, before, before.begin(), std::minus());
+  const auto [fewest, most] = std::ranges::minmax(before);
+  EXPECT_GE(fewest, 16 / std::ssize(before) / 2);
+  EXPECT_LE(most, 2 * fewest);
 }
 
 TEST(WeightStore, OnlyWhatIsPackedOnceIsReleased) {

@@ -53,6 +53,7 @@
 #include "ops/prompt_lookup.h"
 #include "ops/read_bandwidth.h"
 #include "ops/region_check.h"
+#include "ops/threads.h"
 #include "ops/weights.h"
 
 namespace nb = nanobind;
@@ -355,6 +356,7 @@ nb::dict counters(const ops::PhaseCounters& phase) {
   result["fallback_calls"] = phase.fallback_calls;
   result["onednn_calls"] = phase.onednn_calls;
   result["layers"] = phase.layers;
+  result["threads"] = phase.threads;
   result["layer_steps"] = phase.layer_steps;
   result["own_flops"] = phase.own_flops;
   result["fallback_flops"] = phase.fallback_flops;
@@ -543,13 +545,23 @@ nb::list variable_rows() {
   return result;
 }
 
+nb::dict thread_limits(int asked) {
+  const ops::ThreadLimits limits = ops::thread_limits(asked);
+  nb::dict result;
+  result["count"] = limits.threads();
+  result["decided_by"] = std::string(limits.decided_by());
+  result["torch"] = limits.asked;
+  result["affinity"] = limits.affinity;
+  result["quota"] = limits.quota;
+  return result;
+}
+
 nb::dict settings() {
   const Environment& set = environment();
   nb::dict result;
   result["disable_all"] = set.disable.all;
   result["disabled"] = set.disable.names;
   result["strict"] = set.strict;
-  result["num_threads"] = set.num_threads;
   result["verbose"] = set.verbose;
   result["profile"] = set.profile;
   result["cache_check"] = set.cache_check;
@@ -723,6 +735,8 @@ NB_MODULE(_core, module) {
   module.def("settings", &settings, "What the environment variables say.");
   module.def("log_problems", &log_environment_problems);
   module.def("forward_log", &forward_log, "sink"_a.none());
+  module.def("thread_count", [](int asked) { return ops::thread_limits(asked).threads(); });
+  module.def("thread_limits", &thread_limits);
   module.def("read_bandwidth", [](int threads) {
     nb::gil_scoped_release unlocked;
     return ops::read_bandwidth(threads);

@@ -43,7 +43,7 @@ struct Environment {
   bool cache_check = false;
   CacheWeights cache_weights = CacheWeights::automatic;
   std::string cache_pack;  // names, as cache/pack.h splits them; empty: none
-  int num_threads = 0;     // 0: as torch
+  int num_threads = 0;     // 0: see ops/threads.h
   int verbose = 0;
   bool profile = false;  // VERBOSE=profile
   Selection dump;

@@ -8,17 +8,15 @@
 
 #include <cpuid.h>
 #include <fmt/format.h>
-#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <array>
 #include <cctype>
 #include <cstring>
-#include <vector>
 
 #include "jit/base/cpu_features.h"
+#include "jit/base/processors.h"
 
 namespace tilewright {
 namespace {
@@ -149,18 +147,6 @@ void read_caches(Target& target) {
   }
 }
 
-int usable_cores() {
-  // The kernel's mask may be longer than cpu_set_t (1024 CPUs): grow until it fits.
-  for (int cpus = 1024; cpus <= 1 << 20; cpus *= 2) {
-    std::vector<std::byte> memory(CPU_ALLOC_SIZE(cpus));
-    auto* set = reinterpret_cast<cpu_set_t*>(memory.data());
-    if (sched_getaffinity(0, memory.size(), set) == 0) {
-      return std::max(1, CPU_COUNT_S(memory.size(), set));
-    }
-  }
-  return 1;
-}
-
 Target probe_host() {
   Target target;
   target.isa = isa_from(probe_features());
@@ -168,7 +154,7 @@ Target probe_host() {
   target.model_name = brand_name();
   read_signature(target.cpu);
   read_caches(target);
-  target.cores = usable_cores();
+  target.cores = ProcessorSet::allowed().count();
   return target;
 }
 

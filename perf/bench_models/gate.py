@@ -10,7 +10,6 @@ import os
 import shutil
 import statistics
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,15 @@ SOURCE = places.PERF / "roof" / "roof.cpp"
 FLAGS = ("-std=c++20", "-O3", "-march=x86-64-v2", "-ffp-contract=off", "-fopenmp", "-pthread")
 
 
-def build(name: str, sources: Sequence[Path], *more: str) -> Path:
-    """A program of the harness, built alone with g++ when one of its sources is newer."""
+def build(name: str, source: Path) -> Path:
+    """A program of the harness, built alone with g++ when its source is newer."""
     built = places.home() / name
-    if built.exists() and built.stat().st_mtime >= max(s.stat().st_mtime for s in sources):
+    if built.exists() and built.stat().st_mtime >= source.stat().st_mtime:
         return built
     built.parent.mkdir(parents=True, exist_ok=True)
     partial = built.with_name(f"{name}.{os.getpid()}")
     compiler = ["ccache", "g++"] if shutil.which("ccache") else ["g++"]
-    command = [*compiler, *FLAGS, *map(str, sources), *more, "-o", str(partial)]
+    command = [*compiler, *FLAGS, str(source), "-o", str(partial)]
     subprocess.run(command, check=True)
     partial.rename(built)
     return built
@@ -36,7 +35,7 @@ def build(name: str, sources: Sequence[Path], *more: str) -> Path:
 
 def program() -> Path:
     """The probe."""
-    return build("roof", [SOURCE])
+    return build("roof", SOURCE)
 
 
 def measure(threads: int, full: bool = False) -> dict[str, Any]:

@@ -16,6 +16,7 @@
 #include "graph/graph.h"
 #include "jit/base/env.h"
 #include "ops/engine.h"
+#include "ops/threads.h"
 
 namespace tilewright {
 namespace {
@@ -84,8 +85,7 @@ struct Compiled {
     arguments.outputs = out;
     arguments.host = &host;
     arguments.phase = ops::Phase::prefill;
-    const int limit = environment().num_threads;
-    arguments.threads = limit > 0 ? limit : at::get_num_threads();
+    arguments.threads = ops::thread_limits(at::get_num_threads()).threads();
     const Status status = program.run(arguments);
     TORCH_CHECK(status.ok(), "tilewright: ", status.error().message);
     return results;

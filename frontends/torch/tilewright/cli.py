@@ -93,6 +93,7 @@ def env(as_json: Json = False) -> None:
     problems = list(core.settings()["problems"])
     if reason := core.unavailable():
         problems.append(f"everything runs in PyTorch: {reason}")
+    threads = core.thread_limits()
     try:
         engine = core.engine()
         target, cache = dict(engine.target()), dict(engine.cache_state())
@@ -109,6 +110,7 @@ def env(as_json: Json = False) -> None:
         "variables": rows,
         "problems": problems,
         "target": target,
+        "threads": threads,
         "cache": cache,
         "choices": choices,
     }
@@ -116,6 +118,10 @@ def env(as_json: Json = False) -> None:
     if as_json:
         return
     out.print(f"\nmachine: {target.get('model_name', '')}: {target.get('isa', target)}")
+    out.print(
+        f"threads: {threads['count']} ({threads['decided_by']}; torch {threads['torch']}, "
+        f"affinity {threads['affinity']}, quota {threads['quota'] or 'none'})"
+    )
     out.print(f"cache:   {cache.get('directory', '')} {cache.get('problem', '')}")
     for pack in cache.get("packs", []):
         out.print(f"pack:    {pack['problem'] or pack['name']}: {pack['kernels']} kernels")

@@ -88,7 +88,15 @@ def stored_dtype(given: Any = None) -> torch.dtype | None:
 
 
 def threads() -> int:
-    return settings()["num_threads"] or torch.get_num_threads()
+    """Of a step that begins now: what torch, the affinity mask and the control group's quota allow,
+    or TILEWRIGHT_NUM_THREADS."""
+    return _core.thread_count(torch.get_num_threads())
+
+
+def thread_limits() -> dict[str, Any]:
+    """The count of `threads`, what decided it ("torch", "affinity", "quota", or "setting"), and the
+    limits."""
+    return _core.thread_limits(torch.get_num_threads())
 
 
 def say_once(message: str) -> None:

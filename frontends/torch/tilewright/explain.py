@@ -117,7 +117,7 @@ class Explanation:
                 f"{name}: {phase['runs']} runs, {100 * phase['own_flops_share']:.2f} % of the flops"
                 f" and {100 * phase['own_time_share']:.2f} % of the time in our kernels, "
                 f"{phase['fallback_calls']} fallback calls, "
-                f"{phase['steps_per_layer']:.1f} steps per layer"
+                f"{phase['steps_per_layer']:.1f} steps per layer, {phase['threads']} threads"
             )
         lines += self.notes()
         lines += self._region_lines()
@@ -224,7 +224,9 @@ def _whole_call(reason: str) -> dict[str, Any]:
 
 def _phase(counters: Iterable[dict[str, Any]]) -> dict[str, Any]:
     total = dict.fromkeys(_COUNTS, 0)
+    threads = 0  # of each program's last run
     for counted in counters:
+        threads = max(threads, counted["threads"])
         for name in _COUNTS:
             total[name] += counted[name]
     flops = total["own_flops"] + total["fallback_flops"]
@@ -234,4 +236,5 @@ def _phase(counters: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "own_flops_share": total["own_flops"] / flops if flops else 0.0,
         "own_time_share": total["own_seconds"] / seconds if seconds else 0.0,
         "steps_per_layer": total["layer_steps"] / total["layers"] if total["layers"] else 0.0,
+        "threads": threads,
     }
