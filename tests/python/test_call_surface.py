@@ -131,6 +131,18 @@ def test_attentions(pair: tuple[Any, Any]) -> None:
         close(a, b)
 
 
+def test_what_is_no_cache_is_refused_as_eager_refuses_it(pair: tuple[Any, Any]) -> None:
+    eager, model = pair
+    tokens = torch.tensor([[3, 5]])
+    for given in (((torch.zeros(1, 2, 1, 8),) * 2,), 7):
+        refused = []
+        for called in (eager, model):
+            with torch.inference_mode(), pytest.raises(Exception) as caught:
+                called(tokens, past_key_values=given)
+            refused.append((caught.type, str(caught.value)))
+        assert refused[0] == refused[1]
+
+
 def test_interleaved_conversations_and_steps_of_several_tokens(pair: tuple[Any, Any]) -> None:
     """Two caches take turns, with 1, 2, 5 and 16 tokens at a time, past the window."""
     from transformers import DynamicCache

@@ -429,7 +429,8 @@ class Decoder(InstalledForward):
         batch, tokens = input_ids.shape
         mask = arguments.get("attention_mask")
         cache: Any = arguments.get("past_key_values")
-        ready = None if cache is None else self._ready.get(cache)
+        # Of what is no cache there is no weak reference either.
+        ready = self._ready.get(cache) if hasattr(cache, "layers") else None
         if ready is None or not ready.is_still(cache, captured, batch):
             ready = None
             cache = self._cache(cache, batch)
