@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
-#include <iterator>
 #include <limits>
 #include <random>
 #include <utility>
@@ -163,8 +162,10 @@ TEST(WeightStore, KnowsTheLargestMagnitudeOfFp32) {
 // What of a weight thread t of a team will read, its pages it touches first: the kernel counts who
 // made it give a page. A few huge ones at least, which the temporary memory of a panel is not.
 TEST(WeightStore, PagesAreTouchedByTheThreadThatReads) {
-  constexpr std::int64_t rows = 2048, depth = 4096;
-  const std::vector<float> values(rows * depth, 1.1f);
+  if (default_threads() > 8) GTEST_SKIP() << "16 MB for each of so many threads";
+  constexpr std::int64_t depth = 4096, huge_pages = 8;
+  const std::int64_t rows = 1024 * default_threads();  // so many huge pages for each
+  const std::vector<float> values(static_cast<std::size_t>(rows * depth), 1.1f);
   const auto faults = [] {
     std::vector<long> of_thread(static_cast<std::size_t>(default_threads()));
     run_team(default_threads(), [&](int thread, int) {
@@ -180,9 +181,7 @@ TEST(WeightStore, PagesAreTouchedByTheThreadThatReads) {
   ASSERT_TRUE(store.pack({{values.data(), rows, depth * 4}}, depth, DataType::f32, false, {}).ok());
   const std::vector<long> after = faults();
   std::ranges::transform(after, before, before.begin(), std::minus());
-  const auto [fewest, most] = std::ranges::minmax(before);
-  EXPECT_GE(fewest, 16 / std::ssize(before) / 2);
-  EXPECT_LE(most, 2 * fewest);
+  EXPECT_GE(std::ranges::min(before), huge_pages / 2);
 }
 
 TEST(WeightStore, OnlyWhatIsPackedOnceIsReleased) {
