@@ -139,8 +139,7 @@ std::vector<Variable> make_table() {
        [](Text v, E& e) { return read_text(v, e.cache_pack); }},
       {"NUM_THREADS", "0", "0 to 4096",
        "Threads of a program; 0: as torch, at most the CPUs of the affinity mask and of the "
-       "cgroup's "
-       "quota.",
+       "cgroup's quota.",
        [](Text v, E& e) { return read_integer(v, 0, 4096, e.num_threads); }},
       {"VERBOSE", "0", "0, 1, 2, profile",
        "Messages on stderr: warnings, information, debugging; or at exit, where the time went.",
