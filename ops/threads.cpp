@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
-#include <list>
 #include <mutex>
 #include <vector>
 
@@ -38,48 +37,50 @@ ProcessorSet processors_of_caller() {
   return bound.count() > 0 ? bound : ProcessorSet::allowed();
 }
 
-// The teams of this process, in the order of arrival.
-class TeamQueue {
- public:
-  struct Team {
-    ProcessorSet processors;
-    int room;  // CPUs of them that the quota allows at once
-    int threads;
-  };
-  using Place = std::list<Team>::iterator;
-
-  // Waits until there is room. All teams before this one count, those that wait, too, so that a
-  // large one is not passed by small ones for ever.
-  Place enter(int threads) {
-    const ProcessorSet processors = processors_of_caller();
+// A caller that has a team or waits for one. It lives on that caller's stack.
+struct Team {
+  explicit Team(int thread_count) : threads(thread_count), processors(processors_of_caller()) {
     const int count = processors.count();
-    const Team team{processors, std::min(count, current_quota().value_or(count)), threads};
-    std::unique_lock lock(mutex_);
-    const Place place = teams_.insert(teams_.end(), team);
-    left_.wait(lock, [&] { return has_room(place); });
-    return place;
+    room = std::min(count, current_quota().value_or(count));
   }
 
-  void leave(Place place) {
+  int threads;
+  ProcessorSet processors;
+  int room;  // CPUs of them that the quota allows at once
+};
+
+// The teams of this process, in the order of arrival. Allocates for more of them than ever before.
+class TeamQueue {
+ public:
+  // Waits until there is room. All teams before this one count, those that wait, too, so that a
+  // large one is not passed by small ones for ever.
+  void enter(const Team& team) {
+    std::unique_lock lock(mutex_);
+    teams_.push_back(&team);
+    left_.wait(lock, [&] { return has_room(team); });
+  }
+
+  void leave(const Team& team) {
     {
       const std::lock_guard lock(mutex_);
-      teams_.erase(place);
+      std::erase(teams_, &team);
     }
     left_.notify_all();
   }
 
  private:
-  bool has_room(Place place) {  // a team alone always has
+  bool has_room(const Team& team) const {  // a team alone always has
     int before = 0;
-    for (Place team = teams_.begin(); team != place; ++team) {
-      if (team->processors.meets(place->processors)) before += team->threads;
+    for (const Team* other : teams_) {
+      if (other == &team) break;
+      if (other->processors.meets(team.processors)) before += other->threads;
     }
-    return before == 0 || before + place->threads <= place->room;
+    return before == 0 || before + team.threads <= team.room;
   }
 
   std::mutex mutex_;
   std::condition_variable left_;
-  std::list<Team> teams_;
+  std::vector<const Team*> teams_;
 };
 
 // Never destroyed, because a thread may compute while the process exits. A child after fork() has
@@ -94,14 +95,14 @@ TeamQueue*& team_queue() {
 
 class PlaceInQueue {
  public:
-  explicit PlaceInQueue(int threads) : place_(queue_.enter(threads)) {}
-  ~PlaceInQueue() { queue_.leave(place_); }
+  explicit PlaceInQueue(int threads) : team_(threads) { queue_.enter(team_); }
+  ~PlaceInQueue() { queue_.leave(team_); }
   PlaceInQueue(const PlaceInQueue&) = delete;
   PlaceInQueue& operator=(const PlaceInQueue&) = delete;
 
  private:
   TeamQueue& queue_ = *team_queue();
-  TeamQueue::Place place_;
+  const Team team_;
 };
 
 }  // namespace

@@ -131,7 +131,7 @@ TEST(Threads, CallersThatShareProcessorsQueue) {
 // each other, each waiting for the other inside.
 TEST(Threads, CallersOnOtherProcessorsDoNotQueue) {
   const ProcessorSet all = ProcessorSet::allowed();
-  if (all.count() < 2) GTEST_SKIP() << "one CPU";
+  if (all.count() < 2) GTEST_SKIP() << "this machine, or this process's mask, has one CPU only";
   std::atomic<int> inside{0};
   const auto call = [&](std::size_t processor) {
     cpu_set_t one;

@@ -1,12 +1,10 @@
 // The attention kernel, three phases for each chunk of keys:
 //
 //   scores    [group][chunk] in scratch: as many keys at a time as a vector has lanes, so that
-//   their
-//             horizontal sums share one butterfly and end up in one vector, in order. Heads are the
-//             inner loop: the keys of a step stay in L1 for the whole group.
+//             their horizontal sums are made together and end up in one vector, in order. Heads are
+//             the inner loop: the keys of a step stay in L1 for the whole group.
 //   softmax   in place, a row of a head at a time; what the larger scores of this chunk leave of
-//   the
-//             sums before is kept for the last phase
+//             the sums before is kept for the last phase
 //   output    heads x head_dim sums in registers, keys outside; added to the part
 //
 // A key's score and a column's sum are added in the same order wherever the key lies in its block.
