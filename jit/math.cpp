@@ -176,6 +176,13 @@ Reg exp(Builder& b, Reg x) {
   return scale_by_power(b, parts.p, parts.n);
 }
 
+Reg exp_to_one(Builder& b, Reg x) {
+  const ExpParts parts = exp_parts(b, at_least(b, b.has_scalef() ? -104.0f : -88.0f, x));
+  if (b.has_scalef()) return b.scalef(parts.p, parts.n);
+  // Below -87.7 n is -127, which as an exponent field is a factor of zero.
+  return b.vmul(parts.p, power_of_two(b, b.to_i32(parts.n)));
+}
+
 Reg exp2(Builder& b, Reg x) {
   x = at_most(b, 129.0f, at_least(b, -151.0f, x));
   Reg n = b.vround(x);

@@ -30,6 +30,8 @@ using vir::Builder;
 using vir::Reg;
 
 Reg exp(Builder& b, Reg x);
+// For x <= 0 (of a softmax): what is below 2^-126 may be zero, which saves a scaling with AVX2.
+Reg exp_to_one(Builder& b, Reg x);
 Reg exp2(Builder& b, Reg x);
 Reg log(Builder& b, Reg x);
 Reg log1p(Builder& b, Reg x);  // log(1 + x)

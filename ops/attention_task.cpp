@@ -226,6 +226,7 @@ class Tile {
     arguments_[PrefillArgs::end_keys] = argument(end_keys_.data());
     arguments_[PrefillArgs::slopes] = argument(slopes_.data());
     arguments_[PrefillArgs::sinks] = argument(sinks_.data());
+    arguments_[PrefillArgs::strips] = argument(strips_.data());
     arguments_[PrefillArgs::scale] = std::bit_cast<std::int32_t>(task.scale);
     arguments_[PrefillArgs::softcap] = std::bit_cast<std::int32_t>(task.softcap);
     nowhere_ = scratch;
@@ -234,36 +235,55 @@ class Tile {
 
   void run(std::int64_t sequence, std::int64_t kv_head, std::int64_t first_row,
            std::int64_t count) {
-    const QueryRows rows(task_, frame_);
+    constexpr std::int64_t far = std::numeric_limits<std::int64_t>::max();
     const Queries queries = queries_of(task_, frame_, sequence);
-    const std::int64_t batch = queries.batch;
-    const int group = task_.spec.group;
-    std::int64_t first = std::numeric_limits<std::int64_t>::max(), end = 0;
-    for (std::size_t i = 0; i < static_cast<std::size_t>(prefill_rows(task_.spec.lanes)); ++i) {
-      const bool exists = static_cast<std::int64_t>(i) < count;
-      const std::int64_t row = first_row + (exists ? static_cast<std::int64_t>(i) : 0);
-      const std::int64_t query = queries.first + row / group, head = kv_head * group + row % group;
-      const KeyRange keys = exists ? keys_of(task_, frame_, batch, query) : KeyRange{0, 0};
-      q_[i] = rows.q(batch, head, query);
-      output_[i] = exists ? rows.output(batch, head, query) : nowhere_;
-      mask_[i] = rows.mask(batch, head, query);
-      first_keys_[i] = static_cast<std::int32_t>(keys.first);
-      end_keys_[i] = static_cast<std::int32_t>(keys.first + keys.count);
-      if (task_.spec.slopes) slopes_[i] = number(task_.slopes, head);
-      if (task_.spec.sinks) sinks_[i] = number(task_.sinks, head);
-      if (keys.count == 0) continue;
-      first = std::min(first, keys.first);
-      end = std::max(end, keys.first + keys.count);
+    const std::int64_t strip_rows = ops::strip_rows(task_.spec.lanes);
+    const std::int64_t strips = (count + strip_rows - 1) / strip_rows;
+    std::int64_t first = far, end = 0, origin = 0;
+    for (std::int64_t strip = 0; strip < strips; ++strip) {
+      StripKeys& keys = strips_[static_cast<std::size_t>(strip)];
+      keys = {0, 0, far};
+      for (std::int64_t i = strip * strip_rows; i < (strip + 1) * strip_rows; ++i) {
+        const KeyRange row = set_row(queries, kv_head, first_row, i, i < count);
+        if (i >= count) continue;
+        keys.end = std::max(keys.end, row.first + row.count);
+        keys.sure_first = std::max(keys.sure_first, row.first);
+        keys.sure_end = std::min(keys.sure_end, row.first + row.count);
+        if (row.count > 0) first = std::min(first, row.first);
+        origin = row.origin;
+      }
+      end = std::max(end, keys.end);
     }
     first = std::min(first, end);
+    arguments_[PrefillArgs::strip_count] = strips;
     arguments_[PrefillArgs::first_key] = first;
     arguments_[PrefillArgs::key_count] = end - first;
+    // Chunks end at the same keys for all queries of a sequence, and wherever it begins.
+    arguments_[PrefillArgs::first_chunk] = kChunkKeys - (first - origin) % kChunkKeys;
     const KeysAndValues cached(task_, frame_, sequence, kv_head);
     cached.give<PrefillArgs>(arguments_);
     task_.prefill->function(arguments_);
   }
 
  private:
+  KeyRange set_row(const Queries& queries, std::int64_t kv_head, std::int64_t first_row,
+                   std::int64_t index, bool exists) {
+    const QueryRows rows(task_, frame_);
+    const int group = task_.spec.group;
+    const std::int64_t row = first_row + (exists ? index : 0);
+    const std::int64_t query = queries.first + row / group, head = kv_head * group + row % group;
+    const KeyRange keys = exists ? keys_of(task_, frame_, queries.batch, query) : KeyRange{0, 0, 0};
+    const auto i = static_cast<std::size_t>(index);
+    q_[i] = rows.q(queries.batch, head, query);
+    output_[i] = exists ? rows.output(queries.batch, head, query) : nowhere_;
+    mask_[i] = rows.mask(queries.batch, head, query);
+    first_keys_[i] = static_cast<std::int32_t>(keys.first);
+    end_keys_[i] = static_cast<std::int32_t>(keys.first + keys.count);
+    if (task_.spec.slopes) slopes_[i] = number(task_.slopes, head);
+    if (task_.spec.sinks) sinks_[i] = number(task_.sinks, head);
+    return keys;
+  }
+
   float number(const Operand& numbers, std::int64_t head) const {
     return reinterpret_cast<const float*>(numbers.address(frame_))[head];
   }
@@ -271,15 +291,35 @@ class Tile {
   const AttentionTask& task_;
   const Frame& frame_;
   char* nowhere_;  // output of rows that do not exist
-  std::array<const void*, kMostPrefillRows> q_, output_, mask_;
-  std::array<std::int32_t, kMostPrefillRows> first_keys_, end_keys_;
-  std::array<float, kMostPrefillRows> slopes_, sinks_;
+  std::array<const void*, kMostTileRows> q_, output_, mask_;
+  std::array<std::int32_t, kMostTileRows> first_keys_, end_keys_;
+  std::array<float, kMostTileRows> slopes_, sinks_;
+  std::array<StripKeys, kMostStrips> strips_;
   std::int64_t arguments_[PrefillArgs::count] = {};
 };
 
+// Tiles as large as leave each thread a few of them: no bit depends on where they end.
+std::int64_t rows_of_tiles(const AttentionTask& task, const Frame& frame, int threads) {
+  constexpr std::int64_t enough = 4;  // for each thread
+  std::int64_t strips = kMostStrips;
+  const std::int64_t strip_rows = ops::strip_rows(task.spec.lanes);
+  const auto tiles = [&] {
+    std::int64_t count = 0;
+    for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
+      const Queries queries = queries_of(task, frame, sequence);
+      if (!fills_tiles(task, queries)) continue;
+      const std::int64_t rows = queries.count * task.spec.group;
+      count += (rows + strips * strip_rows - 1) / (strips * strip_rows);
+    }
+    return count * frame.dim(task.kv_heads);
+  };
+  while (strips > 1 && tiles() < enough * threads) strips /= 2;
+  return strips * strip_rows;
+}
+
 void run_tiles(const AttentionTask& task, const Frame& frame, int thread, int threads) {
   const std::int64_t kv_heads = frame.dim(task.kv_heads);
-  const std::int64_t tile_rows = prefill_rows(task.spec.lanes);
+  const std::int64_t tile_rows = rows_of_tiles(task, frame, threads);
   Tile tile(task, frame, frame.scratch[static_cast<std::size_t>(thread)]);
   std::int64_t item = 0;
   for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
@@ -327,18 +367,18 @@ Queries queries_of(const AttentionTask& task, const Frame& frame, std::int64_t s
 
 KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t batch,
                  std::int64_t query) {
-  std::int64_t first = 0, end = 0;
+  std::int64_t origin = 0, end = 0;
   if (const KvCache* cache = cache_of(task, frame)) {
     const KvCache::Place place = cache->place(batch, query);
-    first = cache->first_keys()[static_cast<std::size_t>(place.sequence)];
+    origin = cache->first_keys()[static_cast<std::size_t>(place.sequence)];
     end = cache->length(place.sequence) +
           (task.causal ? place.token + 1 : queries_of(task, frame, place.sequence).count);
   } else {
     const std::int64_t keys = frame.dim(task.keys);
     end = task.causal ? std::min(query + 1, keys) : keys;
   }
-  if (task.window > 0) first = std::max(first, end - task.window);
-  return {std::min(first, end), std::max<std::int64_t>(end - first, 0)};
+  const std::int64_t first = task.window > 0 ? std::max(origin, end - task.window) : origin;
+  return {std::min(first, end), std::max<std::int64_t>(end - first, 0), origin};
 }
 
 AttentionScratch scratch_of(const AttentionTask& task, const Frame& frame) {
@@ -348,8 +388,8 @@ AttentionScratch scratch_of(const AttentionTask& task, const Frame& frame) {
     const Queries queries = queries_of(task, frame, sequence);
     std::int64_t bytes = scratch_bytes(task.spec);
     if (fills_tiles(task, queries)) {
-      const KeyRange last = keys_of(task, frame, queries.batch, queries.last());
-      bytes = query_bytes(task.spec) + prefill_scratch_bytes(task.spec, last.first + last.count);
+      bytes =
+          query_bytes(task.spec) + prefill_scratch_bytes({task.spec, task.arithmetic}, kMostStrips);
     } else {
       few = true;
     }

@@ -29,9 +29,9 @@ struct Queries {
 std::int64_t sequence_count(const AttentionTask& task, const Frame& frame);
 Queries queries_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence);
 
-// Keys that a query sees: [first, first + count).
+// Keys that a query sees: [first, first + count). Those of its sequence begin at `origin`.
 struct KeyRange {
-  std::int64_t first, count;
+  std::int64_t first, count, origin;
 };
 KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t batch,
                  std::int64_t query);

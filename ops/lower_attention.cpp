@@ -6,6 +6,7 @@
 
 #include "ops/attention/merge_kernel.h"
 #include "ops/attention/prefill_kernel.h"
+#include "ops/gemm/arithmetic.h"
 #include "ops/lowering.h"
 #include "ops/quantize_kernel.h"
 #include "ops/rope_kernel.h"
@@ -243,8 +244,11 @@ Status Lowering::lower_attention(const graph::Node& node) {
   task.kernel = kernels_->request(specification, [spec] { return build(spec); });
   task.merge = kernels_->request(print_merge(spec), [spec] { return build_merge(spec); });
   task.few_queries = options_.choices.few_queries;
-  task.prefill = kernels_->request(print_prefill(spec), [spec] { return build_prefill(spec); });
-  add_task(std::move(task), reads, {output.buffer}, Dim(0), specification);
+  task.arithmetic = choose_arithmetic(target_, spec);
+  const PrefillKernel prefill{spec, task.arithmetic};
+  task.prefill = kernels_->request(print(prefill), [prefill] { return build(prefill); });
+  const std::string report = fmt::format("{}; many queries: {}", specification, print(prefill));
+  add_task(std::move(task), reads, {output.buffer}, Dim(0), report);
   return {};
 }
 

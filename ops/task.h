@@ -164,9 +164,10 @@ struct AppendTask {
 
 struct AttentionTask {
   AttentionKernel spec;
-  const Kernel* kernel;   // a part of one token of a group of heads
-  const Kernel* merge;    // the token, of its parts
-  const Kernel* prefill;  // a tile of tokens
+  const Kernel* kernel;                     // a part of one token of a group of heads
+  const Kernel* merge;                      // the token, of its parts
+  const Kernel* prefill;                    // a tile of tokens
+  Arithmetic arithmetic = Arithmetic::fma;  // of the tile
   float scale, softcap;
   std::int64_t few_queries;  // up to so many go token by token
   bool causal;

@@ -8,6 +8,7 @@
 //   ; choices JSON        of speed (ops/choices.h), anywhere before the first loop; may be missing
 //   ; loop of KERNEL      of the kernel whose specification begins so: its innermost loop with the
 //                         most instructions, where its time goes. Whole kernels have hundreds
+//   ; loop of KERNEL, most INSTRUCTION    the one with the most of these
 //
 // BLESS=1 rewrites the expectations in place: read the diff before you commit it.
 #include <fmt/format.h>
@@ -83,10 +84,16 @@ std::vector<std::string> lines_of(std::string_view text) {
   return lines;
 }
 
-// From a label to the jump back to it, with no such loop inside: the longest. Empty: none.
-std::vector<std::string> longest_inner_loop(std::span<const std::string> listing) {
+// From a label to the jump back to it, with no such loop inside: the one with the most of an
+// instruction, of any if it is empty. Empty: none.
+std::vector<std::string> inner_loop(std::span<const std::string> listing,
+                                    std::string_view instruction) {
   std::map<std::string, std::size_t> labels;
-  std::span<const std::string> longest;
+  std::span<const std::string> found;
+  const auto size = [&](std::span<const std::string> loop) {
+    return std::ranges::count_if(
+        loop, [&](const std::string& line) { return line.starts_with(instruction); });
+  };
   std::size_t innermost = 0;  // loops that begin before it hold one that has ended
   for (std::size_t i = 0; i < listing.size(); ++i) {
     const std::string& line = listing[i];
@@ -96,9 +103,9 @@ std::vector<std::string> longest_inner_loop(std::span<const std::string> listing
     if (label == labels.end() || label->second < innermost) continue;  // ahead, or around another
     innermost = i;
     const auto loop = listing.subspan(label->second, i + 1 - label->second);
-    if (loop.size() > longest.size()) longest = loop;
+    if (size(loop) > size(found)) found = loop;
   }
-  return {longest.begin(), longest.end()};
+  return {found.begin(), found.end()};
 }
 
 std::string output_of(const std::string& command) {
@@ -122,7 +129,7 @@ std::string after(std::span<const std::string> lines, std::string_view beginning
 
 // The same for a graph's kernels.
 Result<std::string> regenerate_loops(const fs::path& path, std::string_view text) {
-  constexpr std::string_view kLoop = "; loop of ";
+  constexpr std::string_view kLoop = "; loop of ", kMost = ", most ";
   const std::vector<std::string> lines = lines_of(text);
   const std::string choices = after(lines, "; choices ");
   const std::vector<std::string> printed = lines_of(output_of(
@@ -135,14 +142,16 @@ Result<std::string> regenerate_loops(const fs::path& path, std::string_view text
     expected = expected || line.starts_with(kLoop);
     if (!expected) result += line + "\n";
     if (!line.starts_with(kLoop)) continue;
-    const std::string kernel = line.substr(kLoop.size());
+    const std::size_t comma = std::min(line.find(kMost), line.size());
+    const std::string kernel = line.substr(kLoop.size(), comma - kLoop.size());
+    const std::string instruction = line.substr(std::min(comma + kMost.size(), line.size()));
     const auto title = std::ranges::find_if(
         printed, [&](const std::string& other) { return other.starts_with("; " + kernel); });
     if (title == printed.end()) return Error{fmt::format("no kernel begins with {}", kernel)};
     const auto end = std::find(title, printed.end(), "");  // an empty line follows each
     result += line + "\n";
-    for (const std::string& instruction : longest_inner_loop({title, end})) {
-      result += as_comments(instruction + "\n");
+    for (const std::string& code : inner_loop({title, end}, instruction)) {
+      result += as_comments(code + "\n");
     }
   }
   if (!expected) return Error{"no loop is asked for"};

@@ -118,6 +118,8 @@ double exact_gelu(double x) { return 0.5 * x * std::erfc(-x / std::sqrt(2.0)); }
 const std::vector<Case>& cases() {
   static const std::vector<Case> table = {
       {"exp", exp, [](double x) { return std::exp(x); }, 1.0, 0, -104, 89},
+      {"exp_to_one", exp_to_one, [](double x) { return std::exp(x); }, 1.0, 0x1p-126, -104, 0,
+       -std::numeric_limits<float>::max(), 0},
       {"exp2", exp2, [](double x) { return std::exp2(x); }, 1.0, 0, -150, 128.1f},
       {"log", log, [](double x) { return std::log(x); }, 1.0, 0, 0, 4},
       {"log1p", log1p, [](double x) { return std::log1p(x); }, 2, 0, -1, 4},
@@ -198,6 +200,11 @@ TEST(MathSpecials, LimitsZerosAndNan) {
       {"exp", exp, -kMax, 0},
       {"exp", exp, -104, 0},
       {"exp", exp, -103.9f, kTiny},
+      {"exp_to_one", exp_to_one, 0, 1},
+      {"exp_to_one", exp_to_one, -0.0f, 1},
+      {"exp_to_one", exp_to_one, -kInfinity, 0},
+      {"exp_to_one", exp_to_one, -kMax, 0},
+      {"exp_to_one", exp_to_one, kNan, kNan},
       {"exp2", exp2, 10, 1024},
       {"exp2", exp2, 127, 0x1p127f},
       {"exp2", exp2, 128, kInfinity},

@@ -16,17 +16,21 @@
 #include "guarded_rows.h"
 #include "kernel_run.h"
 #include "ops/attention/merge_kernel.h"
+#include "ops/gemm/arithmetic.h"
 #include "ops/scalar_type.h"
 
 namespace tilewright {
 namespace {
 
 using graph::DataType;
+using ops::Arithmetic;
 using ops::AttentionArgs;
 using ops::AttentionKernel;
 using ops::MaskKind;
 using ops::MergeArgs;
 using ops::PrefillArgs;
+using ops::PrefillKernel;
+using ops::StripKeys;
 using Rows = std::unique_ptr<GuardedRows>;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -36,24 +40,42 @@ constexpr std::array kMasks{MaskKind::none, MaskKind::boolean, MaskKind::additiv
 
 using Keys = DrawnKeys;
 
-// A tile whose rows see ranges of keys of all kinds: none, all, and drawn ones.
+// The engines that this host has for a kernel.
+std::vector<Engine> engines(const PrefillKernel& kernel) {
+  const Isa needed = kernel.arithmetic == Arithmetic::tiles ? Isa::amx_bf16
+                     : kernel.arithmetic == Arithmetic::dot ? Isa::avx512_bf16
+                                                            : Isa::avx2;
+  if (!Target::host().has(needed)) return {Engine::interpreter};
+  return tilewright::engines(kernel.attention.lanes);
+}
+
+// A tile of two strips. Those of the first see ranges of keys of all kinds: none, all, and drawn
+// ones; those of the second all but a few at both ends.
 class Problem {
  public:
-  Problem(const AttentionKernel& kernel, const Keys& key_range, unsigned seed,
+  static constexpr int kStrips = 2;
+
+  Problem(const PrefillKernel& prefill, const Keys& key_range, unsigned seed,
           GuardedRows::Flush flush)
-      : spec(kernel),
+      : kernel(prefill),
+        spec(prefill.attention),
         keys(key_range),
         random_(seed),
         flush_(flush),
         k_(keys, spec.cache, spec.head_dim, flush, random_),
         v_(keys, spec.cache, spec.head_dim, flush, random_) {
-    const std::int64_t rows = ops::prefill_rows(spec.lanes), end = keys.first + keys.count;
+    const std::int64_t end = keys.first + keys.count;
+    rows = kStrips * ops::strip_rows(spec.lanes);
     q = drawn(rows, spec.head_dim, spec.input);
     output = guarded(rows, spec.head_dim, spec.input);
     mask = guarded(rows, std::max<std::int64_t>(end, 1), mask_type());
     for (std::int64_t row = 0; row < rows; ++row) {
-      const std::int64_t from = row % 5 == 0 ? 0 : below(keys.count);
-      const std::int64_t until = row % 7 == 0 ? keys.count : from + below(keys.count - from);
+      const bool most = row >= ops::strip_rows(spec.lanes);
+      const std::int64_t edge = std::min<std::int64_t>(keys.count, 2);
+      const std::int64_t from = row % 5 == 0 ? 0 : below(most ? edge : keys.count);
+      const std::int64_t until = row % 7 == 0 ? keys.count
+                                 : most       ? std::max(keys.count - below(edge), from)
+                                              : from + below(keys.count - from);
       first_keys.push_back(static_cast<std::int32_t>(keys.first + from));
       end_keys.push_back(static_cast<std::int32_t>(keys.first + until));
       slopes.push_back(static_cast<float>(draw()));
@@ -69,9 +91,16 @@ class Problem {
       output_rows_.push_back(output->row(row));
       mask_rows_.push_back(mask->row(row));
     }
-    scratch = std::make_unique<GuardedRows>(1, prefill_scratch_bytes(spec, keys.count), 0,
+    set_strips();
+    scratch = std::make_unique<GuardedRows>(1, prefill_scratch_bytes(kernel, kStrips), 0,
                                             GuardedRows::Flush::end);
     scale = 1.0f / std::sqrt(static_cast<float>(spec.head_dim));
+  }
+
+  // From the rows' ranges.
+  void set_strips() {
+    strips_.clear();
+    for (int strip = 0; strip < kStrips; ++strip) strips_.push_back(keys_of(strip));
   }
 
   std::vector<std::int64_t> args() {
@@ -81,13 +110,13 @@ class Problem {
     list[PrefillArgs::mask_rows] = address(mask_rows_.data());
     list[PrefillArgs::first_keys] = address(first_keys.data());
     list[PrefillArgs::end_keys] = address(end_keys.data());
+    list[PrefillArgs::strips] = address(strips_.data());
+    list[PrefillArgs::strip_count] = kStrips;
     list[PrefillArgs::k_blocks] = k_.table();
     list[PrefillArgs::v_blocks] = v_.table();
     list[PrefillArgs::k_token_stride] = k_.stride();
     list[PrefillArgs::v_token_stride] = v_.stride();
     list[PrefillArgs::block_tokens] = keys.block_tokens;
-    list[PrefillArgs::first_key] = keys.first;
-    list[PrefillArgs::key_count] = keys.count;
     list[PrefillArgs::scale] = std::bit_cast<std::int32_t>(scale);
     list[PrefillArgs::softcap] = std::bit_cast<std::int32_t>(softcap);
     list[PrefillArgs::slopes] = address(slopes.data());
@@ -96,7 +125,14 @@ class Problem {
     return list;
   }
 
-  void run(Engine engine) { run_kernel(engine, build_prefill(spec), args()); }
+  void run(Engine engine) { run(engine, keys.first, keys.count); }
+  void run(Engine engine, std::int64_t first, std::int64_t count) {
+    std::vector<std::int64_t> list = args();
+    list[PrefillArgs::first_key] = first;
+    list[PrefillArgs::key_count] = count;
+    list[PrefillArgs::first_chunk] = ops::kChunkKeys - first % ops::kChunkKeys;
+    run_kernel(engine, build(kernel), list);
+  }
 
   std::vector<double> row(std::int64_t index) const {
     std::vector<double> list;
@@ -152,7 +188,9 @@ class Problem {
     std::swap(sinks[a], sinks[b]);
   }
 
+  PrefillKernel kernel;
   AttentionKernel spec;
+  std::int64_t rows;
   Keys keys;
   Rows q, output, mask, scratch;
   std::vector<std::int32_t> first_keys, end_keys;
@@ -167,6 +205,19 @@ class Problem {
   }
   DataType mask_type() const {
     return spec.mask == MaskKind::boolean ? DataType::boolean : DataType::f32;
+  }
+
+  StripKeys keys_of(int strip) const {
+    StripKeys result{0, 0, std::numeric_limits<std::int64_t>::max()};
+    const int count = ops::strip_rows(spec.lanes);
+    for (int row = strip * count; row < (strip + 1) * count; ++row) {
+      const std::int64_t first = first_keys[static_cast<std::size_t>(row)];
+      const std::int64_t end = end_keys[static_cast<std::size_t>(row)];
+      result.end = std::max(result.end, end);
+      result.sure_first = std::max(result.sure_first, first);
+      result.sure_end = std::min(result.sure_end, end);
+    }
+    return result;
   }
 
   Rows guarded(std::int64_t count, std::int64_t columns, DataType type) {
@@ -190,23 +241,27 @@ class Problem {
   GuardedRows::Flush flush_;
   DrawnBlocks k_, v_;
   std::vector<void*> q_rows_, output_rows_, mask_rows_;
+  std::vector<StripKeys> strips_;
 };
 
 // Scores, and so the logarithms of weights, are below 200 with slopes and below 10 without: their
-// rounding errors are what counts. Both sides are rounded to the output.
-double tolerance(const AttentionKernel& spec, double wanted) {
+// rounding errors are what counts. Both sides are rounded to the output. Products of bf16 have
+// their weights rounded, to 2^-9, and values are below 5.
+double tolerance(const PrefillKernel& kernel, double wanted) {
+  const AttentionKernel& spec = kernel.attention;
+  const double weights = kernel.is_paired() ? 5 * 0x1p-9 : 0;
   const double unit = spec.input == DataType::bf16  ? 0x1p-7
                       : spec.input == DataType::f16 ? 0x1p-10
                                                     : 0;
-  return (spec.slopes ? 1e-4 : 4e-6) + unit * std::abs(wanted);
+  return (spec.slopes ? 1e-4 : 4e-6) + weights + unit * std::abs(wanted);
 }
 
 void expect_as_reference(Problem& problem, std::string_view by) {
-  for (std::int64_t row = 0; row < ops::prefill_rows(problem.spec.lanes); ++row) {
+  for (std::int64_t row = 0; row < problem.rows; ++row) {
     const std::vector<double> wanted = problem.expected(row), got = problem.row(row);
     for (std::size_t d = 0; d < got.size(); ++d) {
-      ASSERT_LE(std::abs(got[d] - wanted[d]), tolerance(problem.spec, wanted[d]))
-          << by << ": " << print_prefill(problem.spec) << " first=" << problem.keys.first
+      ASSERT_LE(std::abs(got[d] - wanted[d]), tolerance(problem.kernel, wanted[d]))
+          << by << ": " << print(problem.kernel) << " first=" << problem.keys.first
           << " count=" << problem.keys.count << " block_tokens=" << problem.keys.block_tokens
           << " row " << row << " element " << d << ": " << got[d] << " for " << wanted[d];
     }
@@ -214,10 +269,10 @@ void expect_as_reference(Problem& problem, std::string_view by) {
   ASSERT_TRUE(problem.output->intact()) << by << ": wrote between rows";
 }
 
-void check(const AttentionKernel& spec, const Keys& keys, unsigned seed) {
+void check(const PrefillKernel& kernel, const Keys& keys, unsigned seed) {
   for (GuardedRows::Flush flush : {GuardedRows::Flush::end, GuardedRows::Flush::start}) {
-    Problem problem(spec, keys, seed, flush);
-    for (Engine engine : engines(spec.lanes)) {
+    Problem problem(kernel, keys, seed, flush);
+    for (Engine engine : engines(kernel)) {
       problem.run(engine);
       expect_as_reference(problem, name(engine));
       if (::testing::Test::HasFatalFailure()) return;
@@ -225,29 +280,37 @@ void check(const AttentionKernel& spec, const Keys& keys, unsigned seed) {
   }
 }
 
-class PrefillAttention : public ::testing::TestWithParam<int> {
+struct Case {
+  const char* name;
+  int lanes;
+  Arithmetic arithmetic;
+};
+
+class PrefillAttention : public ::testing::TestWithParam<Case> {
  protected:
-  AttentionKernel kernel(int head_dim) const {
-    AttentionKernel spec;
-    spec.lanes = GetParam();
-    spec.head_dim = head_dim;
+  PrefillKernel kernel(int head_dim) const {
+    PrefillKernel spec;
+    spec.arithmetic = GetParam().arithmetic;
+    spec.attention.lanes = GetParam().lanes;
+    spec.attention.head_dim = head_dim;
+    if (spec.is_paired()) spec.attention.input = spec.attention.cache = DataType::bf16;
     return spec;
   }
 };
 
 TEST_P(PrefillAttention, MatchesTheReferenceForEveryShape) {
   unsigned turn = 0;
-  for (int head_dim : {1, 7, 8, 16, 20, 64, 80, 128}) {
-    for (std::int64_t count : {0, 1, 3, 8, 13, 70}) {
-      AttentionKernel spec = kernel(head_dim);
-      spec.mask = kMasks[turn % 3];
-      if (head_dim % 16 == 0) {
-        spec.input = kFloats[turn / 3 % 3];
-        spec.cache = kCaches[turn / 2 % 4];
+  for (int head_dim : {1, 7, 8, 16, 20, 64, 80, 96, 128}) {
+    for (std::int64_t count : {0, 1, 3, 8, 13, 70, 150}) {
+      PrefillKernel spec = kernel(head_dim);
+      spec.attention.mask = kMasks[turn % 3];
+      if (!spec.is_paired() && head_dim % 16 == 0) {
+        spec.attention.input = kFloats[turn / 3 % 3];
+        spec.attention.cache = kCaches[turn / 2 % 4];
       }
       constexpr std::array<std::int64_t, 5> blocks{1, 5, 16, 64, 1000};
       constexpr std::array<std::int64_t, 4> firsts{0, 3, 16, 40};
-      check(spec, {firsts[turn / 5 % 4], count, blocks[turn % 5]}, turn);
+      if (supported(spec).ok()) check(spec, {firsts[turn / 5 % 4], count, blocks[turn % 5]}, turn);
       if (HasFatalFailure()) return;
       turn += 1 + (turn % 11 == 0 ? 1 : 0);  // out of step with the loops
     }
@@ -257,13 +320,14 @@ TEST_P(PrefillAttention, MatchesTheReferenceForEveryShape) {
 TEST_P(PrefillAttention, MatchesTheReferenceWithSoftcapSlopesAndSinks) {
   for (int which = 1; which < 8; ++which) {
     for (MaskKind mask : kMasks) {
-      AttentionKernel spec = kernel(32);
-      spec.softcap = (which & 1) != 0;
-      spec.slopes = (which & 2) != 0;
-      spec.sinks = (which & 4) != 0;
-      spec.mask = mask;
-      for (DataType cache : {DataType::f32, DataType::i8}) {
-        spec.cache = cache;
+      PrefillKernel spec = kernel(32);
+      spec.attention.softcap = (which & 1) != 0;
+      spec.attention.slopes = (which & 2) != 0;
+      spec.attention.sinks = (which & 4) != 0;
+      spec.attention.mask = mask;
+      for (DataType cache : {spec.attention.cache, DataType::i8}) {
+        spec.attention.cache = cache;
+        if (!supported(spec).ok()) continue;
         for (std::int64_t count : {0, 1, 50}) check(spec, {9, count, 16}, 3);
         if (HasFatalFailure()) return;
       }
@@ -272,26 +336,45 @@ TEST_P(PrefillAttention, MatchesTheReferenceWithSoftcapSlopesAndSinks) {
 }
 
 TEST_P(PrefillAttention, BitsDependNeitherOnBlocksNorOnTheOtherRows) {
-  AttentionKernel spec = kernel(64);
-  spec.mask = MaskKind::additive;
-  const std::int64_t rows = ops::prefill_rows(spec.lanes);
-  for (DataType cache : {DataType::f32, DataType::i8}) {
-    spec.cache = cache;
+  PrefillKernel spec = kernel(64);
+  spec.attention.mask = MaskKind::additive;
+  for (DataType cache : {spec.attention.cache, DataType::i8}) {
+    spec.attention.cache = cache;
+    if (!supported(spec).ok()) continue;
     std::vector<std::vector<double>> wanted;
-    for (std::int64_t block_tokens : {100, 1, 3, 8, 17}) {
-      Problem problem(spec, {4, 61, block_tokens}, 6, GuardedRows::Flush::end);
-      for (Engine engine : engines(spec.lanes)) {
+    for (std::int64_t block_tokens : {200, 1, 3, 8, 17}) {
+      Problem problem(spec, {4, 131, block_tokens}, 6, GuardedRows::Flush::end);
+      for (Engine engine : engines(spec)) {
         problem.run(engine);
-        for (std::int64_t row = 0; row < rows; ++row) {
+        for (std::int64_t row = 0; row < problem.rows; ++row) {
           if (static_cast<std::int64_t>(wanted.size()) == row) wanted.push_back(problem.row(row));
           EXPECT_EQ(problem.row(row), wanted[static_cast<std::size_t>(row)]) << block_tokens;
         }
       }
       for (std::size_t row = 0; row + 1 < wanted.size(); row += 2) problem.swap_rows(row, row + 1);
       problem.run(Engine::interpreter);
-      for (std::int64_t row = 0; row < rows; ++row) {
+      for (std::int64_t row = 0; row < problem.rows; ++row) {
         EXPECT_EQ(problem.row(row), wanted[static_cast<std::size_t>(row)]) << "swapped";
       }
+    }
+  }
+}
+
+// A row that sees keys of one chunk only, in a tile that begins there or chunks before.
+TEST_P(PrefillAttention, BitsDoNotDependOnWhereATileBegins) {
+  const PrefillKernel spec = kernel(64);
+  std::vector<std::vector<double>> wanted;
+  for (std::int64_t first : {70, 64, 63, 5}) {
+    Problem problem(spec, {0, 140, 16}, 6, GuardedRows::Flush::end);
+    for (std::size_t row = 0; row < problem.first_keys.size(); ++row) {
+      problem.first_keys[row] = row == 0 ? static_cast<std::int32_t>(first) : 70 + row % 3;
+      problem.end_keys[row] = 100 + static_cast<std::int32_t>(row % 40);
+    }
+    problem.set_strips();
+    problem.run(Engine::interpreter, first, 140 - first);
+    for (std::int64_t row = 1; row < problem.rows; ++row) {
+      if (static_cast<std::int64_t>(wanted.size()) < row) wanted.push_back(problem.row(row));
+      EXPECT_EQ(problem.row(row), wanted[static_cast<std::size_t>(row - 1)]) << first;
     }
   }
 }
@@ -300,21 +383,43 @@ TEST_P(PrefillAttention, InnerLoopsDoNotSpill) {
   for (int head_dim : {20, 64, 80, 128, 256}) {
     for (DataType type : kCaches) {
       for (MaskKind mask : kMasks) {
-        AttentionKernel spec = kernel(head_dim);
-        spec.input = type == DataType::i8 ? DataType::bf16 : type;
-        spec.cache = type;
-        spec.mask = mask;
+        PrefillKernel spec = kernel(head_dim);
+        spec.attention.input = type == DataType::i8 ? DataType::bf16 : type;
+        spec.attention.cache = type;
+        spec.attention.mask = mask;
         if (!supported(spec).ok()) continue;
-        const auto code = jit::emit(build_prefill(spec), target_with_lanes(spec.lanes));
-        ASSERT_TRUE(code.ok()) << print_prefill(spec) << ": " << code.error().message;
-        EXPECT_EQ(code->inner_loop_spills, 0) << print_prefill(spec) << " " << code->spills;
+        const auto code = jit::emit(build(spec), target_with_lanes(spec.attention.lanes));
+        ASSERT_TRUE(code.ok()) << print(spec) << ": " << code.error().message;
+        EXPECT_EQ(code->inner_loop_spills, 0) << print(spec) << " " << code->spills;
       }
     }
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Lanes, PrefillAttention, ::testing::Values(8, 16),
-                         [](const auto& test) { return std::to_string(test.param); });
+INSTANTIATE_TEST_SUITE_P(Ways, PrefillAttention,
+                         ::testing::Values(Case{"Fma8", 8, Arithmetic::fma},
+                                           Case{"Fma16", 16, Arithmetic::fma},
+                                           Case{"Dot", 16, Arithmetic::dot},
+                                           Case{"Tiles", 16, Arithmetic::tiles}),
+                         [](const auto& test) { return test.param.name; });
+
+TEST(PrefillArithmetic, IsAFixedRuleOfTheTarget) {
+  const auto choice = [](std::string_view rung, DataType type, int head_dim) {
+    const Target target = Target::for_rung(rung).value();
+    AttentionKernel spec;
+    spec.lanes = target.lanes();
+    spec.head_dim = head_dim;
+    spec.input = spec.cache = type;
+    return choose_arithmetic(target, spec);
+  };
+  EXPECT_EQ(choice("avx2", DataType::bf16, 64), Arithmetic::fma);
+  EXPECT_EQ(choice("avx512", DataType::bf16, 64), Arithmetic::fma);
+  EXPECT_EQ(choice("avx512_bf16", DataType::bf16, 64), Arithmetic::dot);
+  EXPECT_EQ(choice("avx512_bf16", DataType::f32, 64), Arithmetic::fma);
+  EXPECT_EQ(choice("amx_bf16", DataType::bf16, 64), Arithmetic::tiles);
+  EXPECT_EQ(choice("amx_bf16", DataType::bf16, 80), Arithmetic::fma);
+  EXPECT_EQ(choice("amx_bf16", DataType::f32, 64), Arithmetic::fma);
+}
 
 }  // namespace
 }  // namespace tilewright

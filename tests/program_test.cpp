@@ -123,7 +123,7 @@ std::vector<std::string> kernels_for(const char* rung, graph::DataType dtype, bo
                                      const CompileOptions& options = {}, double scale = 1,
                                      std::optional<AssumedValues> assumed = {}) {
   LlamaShape shape;
-  shape.head_dim = 16;
+  shape.head_dim = 32;
   Model model(llama_graph(shape, true, std::string(graph::name(dtype))), dtype);
   for (auto& [name, tensor] : model.constants) {
     for (std::int64_t i = 0; i < tensor.count(); ++i) {
@@ -157,11 +157,14 @@ TEST(Rungs, HaveTheirMatrixKernels) {
   const auto bf16 = graph::DataType::bf16, f32 = graph::DataType::f32;
   const auto dots = kernels_for("avx512_bf16", bf16);
   EXPECT_TRUE(has(dots, "tilewright_linear_avx512_bf16"));
+  EXPECT_TRUE(has(dots, "tilewright_prefill_avx512_bf16_attention"));
   EXPECT_FALSE(has(dots, "tilewright_linear")) << "all linear layers";
   EXPECT_TRUE(has(kernels_for("avx512_bf16", f32), "tilewright_linear"));
+  EXPECT_TRUE(has(kernels_for("amx_bf16", f32), "tilewright_prefill_attention"));
   const auto tiles = kernels_for("amx_bf16", bf16);
   EXPECT_TRUE(has(tiles, "tilewright_linear_amx_bf16"));
   EXPECT_TRUE(has(tiles, "tilewright_tile_pack"));
+  EXPECT_TRUE(has(tiles, "tilewright_prefill_amx_bf16_attention"));
   EXPECT_TRUE(has(tiles, "tilewright_linear")) << "for few rows";
   EXPECT_FALSE(has(kernels_for("avx512_fp16", bf16), "tilewright_linear_amx_bf16"));
   const auto splits = [&](std::int64_t products, double scale, bool exact) {

@@ -27,12 +27,21 @@ namespace tilewright::ops {
 namespace {
 
 // How often the stand-ins were called.
-int tokens, merged, tiles, copies, in_pieces, many_blocks, few_blocks;
+int tokens, merged, tiles, strips, copies, in_pieces, many_blocks, few_blocks;
 
 template <int& count>
 Kernel counting() {
   Kernel kernel;
   kernel.function = [](const std::int64_t*) { ++count; };
+  return kernel;
+}
+
+Kernel counting_strips() {
+  Kernel kernel;
+  kernel.function = [](const std::int64_t* arguments) {
+    ++tiles;
+    strips += static_cast<int>(arguments[PrefillArgs::strip_count]);
+  };
   return kernel;
 }
 
@@ -60,32 +69,51 @@ Operand operand() {
   return result;
 }
 
-void expect_tiles_beyond(std::int64_t few_queries) {
-  const Kernel token = counting<tokens>(), merge = counting<merged>(), tile = counting<tiles>();
-  for (const std::int64_t queries : {1, 16, 17, 100}) {
-    const Setting setting({0, 1, 2, queries});  // 0, and sizes by index
-    AttentionTask task{};
-    task.spec.group = 3;
-    task.kernel = &token;
-    task.merge = &merge;
-    task.prefill = &tile;
-    task.causal = true;
-    task.few_queries = few_queries;
-    task.batch = DimIndex{1};
-    task.kv_heads = DimIndex{2};
-    task.queries = task.keys = task.values_keys = DimIndex{3};
-    task.q = task.k = task.v = task.output = operand();
-    tokens = tiles = 0;
-    for (int thread : {0, 1}) ops::run(task, setting.frame, thread, 2);
-    const std::int64_t rows = prefill_rows(task.spec.lanes);
-    EXPECT_EQ(tokens, queries > few_queries ? 0 : 2 * queries);
-    EXPECT_EQ(tiles, queries > few_queries ? 2 * ((3 * queries + rows - 1) / rows) : 0);
-  }
+AttentionTask causal_attention(const Kernel& token, const Kernel& merge, const Kernel& tile) {
+  AttentionTask task{};
+  task.spec.group = 3;
+  task.kernel = &token;
+  task.merge = &merge;
+  task.prefill = &tile;
+  task.causal = true;
+  task.few_queries = 16;
+  task.batch = DimIndex{1};
+  task.kv_heads = DimIndex{2};
+  task.queries = task.keys = task.values_keys = DimIndex{3};
+  task.q = task.k = task.v = task.output = operand();
+  return task;
 }
 
 TEST(AttentionTask, MoreThanAFewQueriesFillTiles) {
-  expect_tiles_beyond(16);
-  expect_tiles_beyond(99);
+  const Kernel token = counting<tokens>(), merge = counting<merged>(), tile = counting_strips();
+  AttentionTask task = causal_attention(token, merge, tile);
+  const std::int64_t rows = strip_rows(task.spec.lanes);
+  for (const std::int64_t few_queries : {16, 99}) {
+    task.few_queries = few_queries;
+    for (const std::int64_t queries : {1, 16, 17, 100}) {
+      const Setting setting({0, 1, 2, queries});  // 0, and sizes by index
+      tokens = strips = 0;
+      for (int thread : {0, 1}) ops::run(task, setting.frame, thread, 2);
+      EXPECT_EQ(tokens, queries > few_queries ? 0 : 2 * queries);
+      EXPECT_EQ(strips, queries > few_queries ? 2 * ((3 * queries + rows - 1) / rows) : 0);
+    }
+  }
+}
+
+// 300 rows of each of two heads are 13 strips: four tiles, as long as that is enough for threads.
+TEST(AttentionTask, ThreadsGetAFewTilesEach) {
+  const Kernel token = counting<tokens>(), merge = counting<merged>(), tile = counting_strips();
+  const AttentionTask task = causal_attention(token, merge, tile);
+  ASSERT_EQ(strip_rows(task.spec.lanes), 24);
+  for (const auto& [threads, expected] : {std::pair(1, 8), {2, 8}, {3, 14}, {4, 26}, {16, 26}}) {
+    const Setting setting({0, 1, 2, 100});
+    tiles = strips = 0;
+    for (int thread = 0; thread < threads; ++thread) {
+      ops::run(task, setting.frame, thread, threads);
+    }
+    EXPECT_EQ(tiles, expected) << threads;
+    EXPECT_EQ(strips, 26);
+  }
 }
 
 // 3 heads of 600 keys are 9 parts, whoever computes them; a token is merged once.

@@ -54,6 +54,9 @@ struct AttentionKernel {
 // that merging parts is little work beside computing them.
 constexpr std::int64_t kPartKeys = 256;
 
+// Keys that both attention kernels work on at a time.
+constexpr std::int64_t kChunkKeys = 64;
+
 // What a part holds of one query head: unnormalised output as f32, padded to full vectors of
 // `lanes`, then the largest score (f32; minus infinity if no key may be attended to) that its
 // weights exp(score - largest) are relative to, then their sum (f32). A group's heads follow each

@@ -77,27 +77,4 @@ void KeyBlocks::walk(const Place& place, Reg keys, std::span<const Table> tables
   });
 }
 
-void KeyBlocks::walk(const Table& table, const Body& body) {
-  walk(first(), key_count(), std::span(&table, 1), body);
-}
-
-void KeyBlocks::walk_chunks(const Table& table, const Body& body,
-                            const std::function<void()>& end_chunk) {
-  const Place place = first();
-  Reg remaining = key_count();
-  b_.loop(remaining, [&] {
-    walk(place, take(remaining, b_.constant(kChunkKeys)), std::span(&table, 1), body);
-    end_chunk();
-  });
-}
-
-void KeyBlocks::loop_chunks(Reg count, const std::function<void()>& body,
-                            const std::function<void()>& end_chunk) {
-  Reg remaining = b_.copy(count);
-  b_.loop(remaining, [&] {
-    b_.loop(take(remaining, b_.constant(kChunkKeys)), body);
-    end_chunk();
-  });
-}
-
 }  // namespace tilewright::ops

@@ -16,7 +16,6 @@
 
 namespace tilewright::ops {
 
-constexpr int kChunkKeys = 64;
 constexpr int kScaleBytes = 4;
 
 class KeyBlocks {
@@ -56,17 +55,6 @@ class KeyBlocks {
   using Body = std::function<void(std::span<const jit::vir::Reg>, jit::vir::Reg)>;
   void walk(const Place& place, jit::vir::Reg keys, std::span<const Table> tables,
             const Body& body);
-  // All keys, in one table.
-  void walk(const Table& table, const Body& body);
-
-  // The same in chunks of kChunkKeys keys counted from first_key, wherever the blocks end;
-  // end_chunk() follows each. What sums over keys adds up chunks: one chain of additions over 4096
-  // keys had five times the rounding error of PyTorch's blocked product.
-  void walk_chunks(const Table& table, const Body& body, const std::function<void()>& end_chunk);
-
-  // loop(count) in chunks of kChunkKeys rounds.
-  void loop_chunks(jit::vir::Reg count, const std::function<void()>& body,
-                   const std::function<void()>& end_chunk);
 
   // Takes at most `most` from `remaining`, for the body of a loop over `remaining`, which is one
   // more than what is left until that loop takes one away itself.

@@ -1,29 +1,37 @@
-// The attention kernel for many queries, in phases over scratch that only this thread sees:
+// The attention kernel for many queries. For each chunk of keys:
 //
-//   transpose  q becomes [head_dim][rows], so that lanes are rows
-//   scores     [keys][rows]: a few keys at a time, each q of the tile loaded once for them; of i8
-//              they are widened into scratch first, where one element after another is read
-//   finish     softcap, slopes, mask, the rows' ranges of keys; each row's largest score
-//   softmax    down the keys, all rows of a vector at once: nothing is summed across lanes; of i8
-//              the weights then take in the scales of the values
-//   output     a few rows x two vectors of head_dim in registers, keys outside
+//   gather   keys and values from their blocks into scratch; of i8 or 16 bits they are widened,
+//            unless the products are of bf16; values as the products want them
+//   and for each strip of rows
+//   scores   [keys][rows], so that lanes are rows
+//   bend     softcap and slopes; masks
+//   limit    the rows' ranges of keys, where they end; each row's largest score
+//   softmax  down the keys, all rows of a vector at once: nothing is summed across lanes
+//   sums     of values, added to the strip's totals
 //
-// Phases are separate loops because an activation beside the accumulators would spill; a score is
-// read and written three times for 4 * head_dim operations.
+// Phases are separate loops because an activation beside the accumulators would spill; what passes
+// between them stays in L1.
 //
 // Tested by prefill_attention_test.
 #include "ops/attention/prefill_kernel.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "jit/math.h"
 #include "jit/vir/builder.h"
-#include "ops/attention/chunk_sums.h"
 #include "ops/attention/head_vectors.h"
 #include "ops/attention/key_blocks.h"
+#include "ops/attention/prefill_products.h"
+#include "ops/attention/transpose.h"
+#include "ops/columns.h"
 
 namespace tilewright::ops {
 namespace {
@@ -35,243 +43,207 @@ using jit::vir::Element;
 using jit::vir::Reg;
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr int kTileColumns = 32;  // of bf16
+constexpr std::int64_t kBlocksBytes = 16, kTileStateBytes = 64;
 
-// With the vectors of a tile's rows, as many accumulators as leave room for q and a key.
-constexpr int kRowVectors = 3;
-int keys_at_once(int lanes) { return lanes == 16 ? 8 : 4; }
-constexpr int kOutputVectors = 2;  // columns of the output phase
-int output_rows_at_once(int lanes) { return prefill_rows(lanes) / 4; }
+std::int64_t in_lines(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// A score is one chain of additions up to so many columns of a head, chunks of these beyond: at 256
-// one chain had 1.8 times the rounding error of PyTorch's product.
-constexpr int kMostColumns = 128;
-constexpr int kChunkColumns = 64;
-
-constexpr std::int64_t kHeaderBytes = 64;  // KeyBlocks
-
-// Of a key that was widened.
-std::int64_t wide_bytes(const AttentionKernel& spec) {
-  return static_cast<std::int64_t>(HeadVectors(spec.head_dim, spec.lanes).count()) * 4 * spec.lanes;
+int units_of(const PrefillKernel& spec) {
+  return spec.is_paired() ? spec.attention.head_dim / 2 : spec.attention.head_dim;
 }
-
-// Scratch: the header, a row's numbers, the totals of the output phase, q, widened keys, the
-// weights.
-struct ScratchLayout {
-  explicit ScratchLayout(const AttentionKernel& spec)
-      : row_bytes(4 * prefill_rows(spec.lanes)),
-        most(kHeaderBytes),
-        divisor(most + row_bytes),
-        totals(divisor + row_bytes),
-        query(totals + output_rows_at_once(spec.lanes) * kOutputVectors * 4 * spec.lanes),
-        wide(query + spec.head_dim * row_bytes),
-        weights(wide + (spec.has_scales() ? keys_at_once(spec.lanes) * wide_bytes(spec) : 0)) {}
-  std::int64_t row_bytes;  // of a number per row
-  std::int64_t most, divisor, totals, query, wide, weights;
-};
 
 class PrefillBuilder {
  public:
-  explicit PrefillBuilder(const AttentionKernel& spec)
-      : spec_(spec),
-        at_(spec),
-        b_(name(spec), spec.lanes, PrefillArgs::count),
+  explicit PrefillBuilder(const PrefillKernel& kernel)
+      : kernel_(kernel),
+        spec_(kernel.attention),
+        at_(kernel),
+        b_(name(kernel), spec_.lanes, PrefillArgs::count),
         blocks_(b_, {PrefillArgs::first_key, PrefillArgs::key_count, PrefillArgs::block_tokens,
-                     PrefillArgs::scratch, 0}),
-        head_(spec.head_dim, spec.lanes) {}
+                     PrefillArgs::scratch, at_.blocks}),
+        products_(kernel.arithmetic == Arithmetic::tiles ? tile_products(b_, kernel)
+                                                         : vector_products(b_, kernel)) {}
 
   jit::vir::Function run() && {
     blocks_.find_first();
-    transpose_queries();
-    score();
-    if (spec_.softcap || spec_.slopes) bend_scores();
-    if (spec_.mask != MaskKind::none) add_masks();
-    limit_keys();
-    softmax();
-    if (spec_.has_scales()) scale_weights();
-    output();
+    products_->begin();
+    each_strip([&] { begin_strip(); });
+    const KeyBlocks::Place place = blocks_.first();
+    key_ = b_.arg(PrefillArgs::first_key);
+    Reg remaining = blocks_.key_count(), size = b_.arg(PrefillArgs::first_chunk);
+    b_.loop(remaining, [&] {
+      count_ = blocks_.take(remaining, size);
+      b_.assign(size, b_.constant(kChunkKeys));
+      gather(place);
+      products_->prepare_values();
+      each_strip([&] {
+        Reg left = b_.sub(strip_keys(0), key_);
+        keys_ = b_.max(b_.min(left, count_), b_.constant(0));
+        b_.if_nonzero(keys_, [&] { add_chunk(); });
+      });
+      b_.add_to(key_, count_);
+    });
+    each_strip([&] { finish_strip(); });
+    products_->end();
     return std::move(b_).finish();
   }
 
  private:
-  static std::string name(const AttentionKernel& spec) {
-    std::string text = print_prefill(spec);
+  static std::string name(const PrefillKernel& kernel) {
+    std::string text = print(kernel);
     std::replace(text.begin(), text.end(), ' ', '.');
     return text;
   }
 
-  int rows() const { return prefill_rows(spec_.lanes); }
   Reg scratch(std::int64_t offset) { return b_.add(b_.arg(PrefillArgs::scratch), offset); }
   Address vector(Reg base, int index) const { return b_.at(base, index * b_.vector_bytes()); }
+
+  // With strip_ at the strip's scratch, rows_ the offset of its rows in arrays of four bytes, and
+  // ranges_ at its StripKeys.
+  template <class Body>
+  void each_strip(const Body& body) {
+    strip_ = scratch(at_.strips);
+    rows_ = b_.constant(0);
+    ranges_ = b_.arg(PrefillArgs::strips);
+    b_.loop(b_.arg(PrefillArgs::strip_count), [&] {
+      body();
+      b_.add_to(strip_, at_.strip_bytes);
+      b_.add_to(rows_, at_.row_bytes);
+      b_.add_to(ranges_, sizeof(StripKeys));
+    });
+  }
+  Reg strip_keys(int field) { return b_.load_gpr(Element::i64, b_.at(ranges_, 8 * field)); }
+  // The strip's part of an array of addresses.
+  Reg row_addresses(PrefillArgs::Slot slot) { return b_.lea(b_.at(b_.arg(slot), rows_, 2)); }
   // Of first_keys, end_keys, slopes, sinks.
   Reg row_numbers(PrefillArgs::Slot slot, int index) {
-    return b_.load(Element::f32, vector(b_.arg(slot), index));
+    return b_.load(Element::f32, b_.at(b_.arg(slot), rows_, 1, index * b_.vector_bytes()));
+  }
+  Reg strip_vector(std::int64_t offset, int index) {
+    return b_.load(Element::f32, b_.at(strip_, offset + index * b_.vector_bytes()));
+  }
+  void set_strip_vector(std::int64_t offset, int index, Reg value) {
+    b_.store(Element::f32, b_.at(strip_, offset + index * b_.vector_bytes()), value);
   }
 
-  // The body for each key, with `weights` at its row and `key` its number.
-  template <class Body>
-  void each_key(
-      const Body& body, const std::function<void()>& end_chunk = [] {}) {
-    Reg weights = scratch(at_.weights);
-    Reg key = b_.arg(PrefillArgs::first_key);
-    blocks_.loop_chunks(
-        blocks_.key_count(),
-        [&] {
-          body(weights, key);
-          b_.add_to(weights, at_.row_bytes);
-          b_.add_to(key, 1);
-        },
-        end_chunk);
+  // A sink takes part in the softmax as a key without a value would.
+  void begin_strip() {
+    for (int v = 0; v < kRowVectors; ++v) {
+      Reg most = spec_.sinks ? row_numbers(PrefillArgs::sinks, v) : b_.splat(kMinusInfinity);
+      set_strip_vector(at_.most, v, most);
+      set_strip_vector(at_.sum, v, spec_.sinks ? b_.splat(1.0f) : b_.zero());
+    }
+    Reg total = b_.add(strip_, at_.totals), zero = b_.zero();
+    b_.loop(b_.constant((at_.strip_bytes - at_.totals) / b_.vector_bytes()), [&] {
+      b_.store(Element::f32, b_.at(total), zero);
+      b_.add_to(total, b_.vector_bytes());
+    });
+    transpose_queries();
   }
 
   void transpose_queries() {
-    constexpr int unroll = 4;
-    const int bytes = size_in_bytes(spec_.input);
-    Reg row = b_.arg(PrefillArgs::q_rows), column = scratch(at_.query);
-    b_.loop(b_.constant(rows()), [&] {
-      Reg from = b_.load_gpr(Element::i64, b_.at(row));
-      Reg to = b_.copy(column);
-      const auto copy = [&](int count) {
-        for (int d = 0; d < count; ++d) {
-          b_.store_one(Element::f32, b_.at(to, d * at_.row_bytes),
-                       b_.load_one(load_element(spec_.input), b_.at(from, d * bytes)));
+    const DataType unit = kernel_.is_paired() ? DataType::i32 : spec_.input;
+    Reg to_rows = b_.add(strip_, at_.query);
+    Reg rows = row_addresses(PrefillArgs::q_rows);
+    b_.loop(b_.constant(kRowVectors), [&] {
+      Reg to = b_.copy(to_rows);
+      for_columns(b_, {at_.units, {}}, 1, Block::Part::masked, [&](const Block& block) {
+        std::vector<Reg> square;
+        for (int row = 0; row < b_.lanes(); ++row) {
+          Reg from = b_.load_gpr(Element::i64, b_.at(rows, 8 * row));
+          square.push_back(load(b_, unit, from, block));
         }
-      };
-      b_.loop(b_.constant(spec_.head_dim / unroll), [&] {
-        copy(unroll);
-        b_.add_to(from, unroll * bytes);
-        b_.add_to(to, unroll * at_.row_bytes);
+        square = transpose(b_, square);
+        for (int column = 0; column < b_.lanes(); ++column) {
+          b_.store(Element::f32, b_.at(to, column * at_.row_bytes),
+                   square[static_cast<std::size_t>(column)]);
+        }
+        b_.add_to(to, b_.lanes() * at_.row_bytes);
       });
-      copy(spec_.head_dim % unroll);
-      b_.add_to(row, 8);
-      b_.add_to(column, 4);
+      b_.add_to(rows, 8 * b_.lanes());
+      b_.add_to(to_rows, b_.vector_bytes());
     });
   }
 
-  // --- scores
+  // --- a chunk of keys and values
 
-  void score() {
-    if (spec_.has_scales()) head_.make_mask(b_);
-    Reg weights = scratch(at_.weights);
-    std::vector<KeyBlocks::Table> tables{{PrefillArgs::k_blocks, PrefillArgs::k_token_stride}};
-    if (spec_.has_scales()) tables.push_back({tables[0].blocks, tables[0].stride, true});
-    blocks_.walk(blocks_.first(), blocks_.key_count(), tables,
-                 [&](std::span<const Reg> at, Reg tokens) {
-                   Reg token = at[0];
-                   const int most = keys_at_once(spec_.lanes);
-                   for (int keys : {most, 1}) {
-                     Reg steps = keys == 1 ? b_.bit_and(tokens, most - 1)
-                                           : b_.shift_right(tokens, most == 8 ? 3 : 2);
-                     b_.loop(steps, [&] {
-                       if (spec_.has_scales()) {
-                         widen(keys, token, at[1]);
-                         score_keys(keys, DataType::f32, scratch(at_.wide), weights);
-                       } else {
-                         score_keys(keys, spec_.cache, token, weights);
-                       }
-                       b_.add_to(token, b_.mul(b_.arg(PrefillArgs::k_token_stride), keys));
-                       b_.add_to(weights, keys * at_.row_bytes);
-                     });
-                   }
-                 });
-  }
-
-  // The keys of i8 from `token` on times their scales, as f32; `scales` moves behind theirs.
-  void widen(int keys, Reg token, Reg scales) {
-    Reg from = b_.copy(token), to = scratch(at_.wide);
-    for (int key = 0; key < keys; ++key) {
-      Reg scale = b_.broadcast(Element::f32, b_.at(scales, key * kScaleBytes));
-      for (int v = 0; v < head_.count(); ++v) {
-        Reg numbers = load(b_, spec_.cache, from, head_.columns(v));
-        b_.store(Element::f32, vector(to, v), b_.vmul(numbers, scale));
-      }
-      b_.add_to(from, b_.arg(PrefillArgs::k_token_stride));
-      b_.add_to(to, wide_bytes(spec_));
+  void gather(const KeyBlocks::Place& place) {
+    const KeyBlocks::Table keys{PrefillArgs::k_blocks, PrefillArgs::k_token_stride};
+    const KeyBlocks::Table values{PrefillArgs::v_blocks, PrefillArgs::v_token_stride};
+    std::vector<KeyBlocks::Table> tables{keys, values};
+    if (spec_.has_scales()) {
+      tables.push_back({keys.blocks, keys.stride, true});
+      tables.push_back({values.blocks, values.stride, true});
     }
-    b_.add_to(scales, keys * kScaleBytes);
-  }
-
-  // `type`: the cache's, or f32 if they were widened.
-  void score_keys(int keys, DataType type, Reg token, Reg weights) {
-    constexpr int unroll = 4;
-    const int bytes = size_in_bytes(type);
-    std::vector<Reg> tokens{b_.copy(token)};  // every fourth
-    Reg stride, stride3;
-    if (keys > 1) {
-      stride =
-          spec_.has_scales() ? b_.constant(wide_bytes(spec_)) : b_.arg(PrefillArgs::k_token_stride);
-      stride3 = b_.mul(stride, 3);
-    }
-    while (static_cast<int>(tokens.size()) * 4 < keys) {
-      tokens.push_back(b_.lea(b_.at(tokens.back(), stride, 4)));
-    }
-    const auto key_element = [&](int key, int d) {
-      Reg base = tokens[static_cast<std::size_t>(key / 4)];
-      if (key % 4 == 0) return b_.at(base, d * bytes);
-      if (key % 4 == 3) return b_.at(base, stride3, 1, d * bytes);
-      return b_.at(base, stride, key % 4, d * bytes);
-    };
-    std::vector<std::vector<Reg>> sums(static_cast<std::size_t>(keys));
-    for (auto& of_key : sums) {
-      for (int v = 0; v < kRowVectors; ++v) of_key.push_back(b_.zero());
-    }
-    const auto each_sum = [&](const auto& body) {
-      for (int key = 0; key < keys; ++key) {
-        for (int v = 0; v < kRowVectors; ++v) {
-          body(sums[static_cast<std::size_t>(key)][static_cast<std::size_t>(v)],
-               b_.at(weights, key * at_.row_bytes + v * b_.vector_bytes()));
+    const std::array<Reg, 2> to{scratch(at_.keys), scratch(at_.tokens)};
+    blocks_.walk(place, b_.copy(count_), tables, [&](std::span<const Reg> at, Reg tokens) {
+      b_.loop(tokens, [&] {
+        for (std::size_t i = 0; i < tables.size() && i < to.size(); ++i) {
+          Reg scale = spec_.has_scales() ? b_.broadcast(Element::f32, b_.at(at[i + 2])) : Reg{};
+          copy_token(at[i], to[i], scale);
+          b_.add_to(at[i], b_.arg(tables[i].stride));
+          b_.add_to(to[i], at_.token_bytes);
+          if (spec_.has_scales()) b_.add_to(at[i + 2], kScaleBytes);
         }
-      }
-    };
-    Reg query = scratch(at_.query);
-    const auto multiply = [&](int count) {
-      for (int d = 0; d < count; ++d) {
-        std::vector<Reg> q;
-        for (int v = 0; v < kRowVectors; ++v) {
-          q.push_back(
-              b_.load(Element::f32, b_.at(query, d * at_.row_bytes + v * b_.vector_bytes())));
-        }
-        for (int key = 0; key < keys; ++key) {
-          Reg k = b_.broadcast(load_element(type), key_element(key, d));
-          for (std::size_t v = 0; v < q.size(); ++v) {
-            b_.fma(sums[static_cast<std::size_t>(key)][v], k, q[v]);
-          }
-        }
-      }
-    };
-    const auto multiply_columns = [&](int count) {
-      b_.loop(b_.constant(count / unroll), [&] {
-        multiply(unroll);
-        b_.add_to(query, unroll * at_.row_bytes);
-        for (Reg base : tokens) b_.add_to(base, unroll * bytes);
       });
-      multiply(count % unroll);
-    };
-    // Long sums are added up in chunks, as those over keys are.
-    const int chunks = spec_.head_dim > kMostColumns ? (spec_.head_dim - 1) / kChunkColumns : 0;
-    if (chunks > 0) {
-      each_sum([&](Reg sum, const Address& to) { b_.store(Element::f32, to, sum); });
-      b_.loop(b_.constant(chunks), [&] {
-        multiply_columns(kChunkColumns);
-        each_sum([&](Reg sum, const Address& to) {
-          b_.store(Element::f32, to, b_.vadd(b_.load(Element::f32, to), sum));
-          b_.assign(sum, b_.zero());
-        });
-      });
-    }
-    multiply_columns(spec_.head_dim - chunks * kChunkColumns);
-    Reg scale = b_.splat(b_.arg(PrefillArgs::scale));
-    each_sum([&](Reg sum, const Address& to) {
-      if (chunks > 0) sum = b_.vadd(b_.load(Element::f32, to), sum);
-      b_.store(Element::f32, to, b_.vmul(sum, scale));
+    });
+    // What is behind the last token has weights of zero, which must not meet NaN.
+    Reg zero = b_.zero();
+    Reg missing = b_.bit_and(b_.sub(b_.constant(0), count_), key_granule(kernel_) - 1);
+    b_.loop(missing, [&] {
+      for (Reg row : to) {
+        for_vectors(
+            [&](const Block& block) { b_.store(Element::f32, address(b_, row, 4, block), zero); });
+        b_.add_to(row, at_.token_bytes);
+      }
     });
   }
 
-  // --- from scores to weights
+  void copy_token(Reg from, Reg to, Reg scale) {
+    for_vectors([&](const Block& block) {
+      Reg value = load(b_, kernel_.is_paired() ? DataType::i32 : spec_.cache, from, block);
+      if (scale.valid()) value = b_.vmul(value, scale);
+      b_.store(Element::f32, address(b_, to, 4, block), value);
+    });
+  }
 
-  void bend_scores() {
-    each_key([&](Reg weights, Reg key) {
+  // Of a token's units; the last one is stored whole, with zeros behind the last unit.
+  void for_vectors(const BlockBody& body) {
+    for_columns(b_, {at_.units, {}}, 4, Block::Part::masked, body);
+  }
+
+  // --- a strip and a chunk
+
+  void add_chunk() {
+    const int granule = key_granule(kernel_);
+    Reg keys = b_.bit_and(b_.add(keys_, granule - 1), -granule);
+    products_->score(strip_, keys);
+    if (spec_.softcap || spec_.slopes) bend_scores(keys);
+    if (spec_.mask != MaskKind::none) add_masks();
+    limit_keys(keys);
+    softmax(keys);
+    products_->add_values(strip_, keys);
+  }
+
+  // The body for each of `keys` keys, `step` at a time, with `scores` at the first one's row.
+  template <class Body>
+  void each_key(Reg keys, int step, const Body& body) {
+    Reg scores = scratch(at_.scores);
+    const int shift = step == 4 ? 2 : step - 1;  // of 1, 2, 4
+    b_.loop(shift == 0 ? b_.copy(keys) : b_.shift_right(keys, shift), [&] {
+      body(scores);
+      b_.add_to(scores, step * at_.row_bytes);
+    });
+  }
+  Reg score(Reg scores, int key, int index) {
+    return b_.load(Element::f32, b_.at(scores, key * at_.row_bytes + index * b_.vector_bytes()));
+  }
+
+  void bend_scores(Reg keys) {
+    Reg key = b_.copy(key_);
+    each_key(keys, 1, [&](Reg scores) {
       for (int v = 0; v < kRowVectors; ++v) {
-        Reg value = b_.load(Element::f32, vector(weights, v));
+        Reg value = score(scores, 0, v);
         if (spec_.softcap) {
           Reg cap = b_.splat(b_.arg(PrefillArgs::softcap));
           value = b_.vmul(jit::math::tanh(b_, b_.vdiv(value, cap)), cap);
@@ -280,8 +252,9 @@ class PrefillBuilder {
           Reg place = b_.isub(b_.splat(key), row_numbers(PrefillArgs::first_keys, v));
           value = b_.vadd(value, b_.vmul(row_numbers(PrefillArgs::slopes, v), b_.to_f32(place)));
         }
-        b_.store(Element::f32, vector(weights, v), value);
+        b_.store(Element::f32, vector(scores, v), value);
       }
+      b_.add_to(key, 1);
     });
   }
 
@@ -289,21 +262,21 @@ class PrefillBuilder {
   void add_masks() {
     const bool additive = spec_.mask == MaskKind::additive;
     const int bytes = additive ? 4 : 1;
-    Reg row = b_.arg(PrefillArgs::mask_rows), column = scratch(at_.weights);
-    b_.loop(b_.constant(rows()), [&] {
+    Reg row = row_addresses(PrefillArgs::mask_rows), column = scratch(at_.scores);
+    b_.loop(b_.constant(at_.rows), [&] {
       Reg mask = b_.load_gpr(Element::i64, b_.at(row));
-      b_.add_to(mask, b_.mul(b_.arg(PrefillArgs::first_key), bytes));
-      Reg weight = b_.copy(column);
-      b_.loop(blocks_.key_count(), [&] {
-        Reg value = b_.load_one(Element::f32, b_.at(weight));
+      b_.add_to(mask, b_.mul(key_, bytes));
+      Reg score = b_.copy(column);
+      b_.loop(b_.copy(keys_), [&] {
+        Reg value = b_.load_one(Element::f32, b_.at(score));
         if (additive) {
           value = b_.vadd(value, b_.load_one(Element::f32, b_.at(mask)));
         } else {
           Reg allowed = b_.igreater(b_.load_one(Element::u8, b_.at(mask)), b_.zero());
           value = b_.select(allowed, value, b_.splat(kMinusInfinity));
         }
-        b_.store_one(Element::f32, b_.at(weight), value);
-        b_.add_to(weight, at_.row_bytes);
+        b_.store_one(Element::f32, b_.at(score), value);
+        b_.add_to(score, at_.row_bytes);
         b_.add_to(mask, bytes);
       });
       b_.add_to(row, 8);
@@ -311,151 +284,184 @@ class PrefillBuilder {
     });
   }
 
-  // Keys outside a row's range get minus infinity; finds each row's largest score.
-  void limit_keys() {
+  // Each row's largest score so far, in most_. What is no key, or where rows end outside of their
+  // ranges, gets minus infinity.
+  void limit_keys(Reg keys) {
     Reg nothing = b_.splat(kMinusInfinity);
-    for (int v = 0; v < kRowVectors; ++v) {
-      Reg most = spec_.sinks ? row_numbers(PrefillArgs::sinks, v) : b_.copy(nothing);
-      Reg first = row_numbers(PrefillArgs::first_keys, v);
-      Reg end = row_numbers(PrefillArgs::end_keys, v);
-      each_key([&](Reg weights, Reg key) {
-        Reg number = b_.splat(key);
-        Reg value = b_.load(Element::f32, vector(weights, v));
-        value = b_.select(b_.igreater(end, number), value, nothing);
-        value = b_.select(b_.igreater(first, number), nothing, value);
-        b_.store(Element::f32, vector(weights, v), value);
-        b_.assign(most, b_.vmax(most, value));
-      });
-      b_.store(Element::f32, vector(scratch(at_.most), v), most);
-    }
-  }
-
-  void softmax() {
-    for (int v = 0; v < kRowVectors; ++v) {
-      Reg most = b_.load(Element::f32, vector(scratch(at_.most), v));
-      // All masked: subtract 0, and every exp is 0.
-      most = b_.select(b_.equal(most, b_.splat(kMinusInfinity)), b_.zero(), most);
-      Reg sum = b_.zero(), chunk = b_.zero();
-      each_key(
-          [&](Reg weights, Reg) {
-            Reg score = b_.load(Element::f32, vector(weights, v));
-            Reg weight = jit::math::exp(b_, b_.vsub(score, most));
-            b_.store(Element::f32, vector(weights, v), weight);
-            b_.assign(chunk, b_.vadd(chunk, weight));
-          },
-          [&] {
-            b_.assign(sum, b_.vadd(sum, chunk));
-            b_.assign(chunk, b_.zero());
-          });
-      if (spec_.sinks) {
-        Reg sink = row_numbers(PrefillArgs::sinks, v);
-        sum = b_.vadd(sum, jit::math::exp(b_, b_.vsub(sink, most)));
-      }
-      // A sum of zero (no key, or all masked) must give zeros: 0 / infinity.
-      Reg infinity = b_.splat(-kMinusInfinity);
-      Reg divisor = b_.select(b_.equal(sum, b_.zero()), infinity, sum);
-      b_.store(Element::f32, vector(scratch(at_.divisor), v), divisor);
-    }
-  }
-
-  // Weights take in what their values are multiplied by.
-  void scale_weights() {
-    Reg weights = scratch(at_.weights);
-    const KeyBlocks::Table scales{PrefillArgs::v_blocks, PrefillArgs::v_token_stride, true};
-    blocks_.walk(scales, [&](std::span<const Reg> at, Reg tokens) {
-      Reg from = at[0];
-      b_.loop(tokens, [&] {
-        Reg scale = b_.broadcast(Element::f32, b_.at(from));
-        for (int v = 0; v < kRowVectors; ++v) {
-          Reg weight = b_.load(Element::f32, vector(weights, v));
-          b_.store(Element::f32, vector(weights, v), b_.vmul(weight, scale));
-        }
-        b_.add_to(weights, at_.row_bytes);
-        b_.add_to(from, kScaleBytes);
-      });
+    Reg padding = b_.add(scratch(at_.scores), b_.mul(keys_, at_.row_bytes));
+    b_.loop(b_.sub(keys, keys_), [&] {
+      for (int v = 0; v < kRowVectors; ++v) b_.store(Element::f32, vector(padding, v), nothing);
+      b_.add_to(padding, at_.row_bytes);
     });
-  }
-
-  // --- output
-
-  void output() {
-    head_.make_mask(b_);
-    const int count = output_rows_at_once(spec_.lanes);
-    row_weights_ = scratch(at_.weights);
-    row_divisors_ = scratch(at_.divisor);
-    row_addresses_ = b_.arg(PrefillArgs::output_rows);
-    b_.loop(b_.constant(rows() / count), [&] {
-      for (int first = 0; first < head_.count(); first += kOutputVectors) {
-        output_columns(count, first, std::min(kOutputVectors, head_.count() - first));
-      }
-      b_.add_to(row_weights_, 4 * count);
-      b_.add_to(row_divisors_, 4 * count);
-      b_.add_to(row_addresses_, 8 * count);
-    });
-  }
-
-  void output_columns(int count, int first, int width) {
-    ChunkSums sums(b_, PrefillArgs::scratch, at_.totals, count * width);
-    Reg weights = b_.copy(row_weights_);
-    const auto add_keys = [&](std::span<const Reg> at, Reg tokens) {
-      Reg token = at[0];
-      for (int keys : {4, 1}) {
-        Reg steps = keys == 1 ? b_.bit_and(tokens, 3) : b_.shift_right(tokens, 2);
-        b_.loop(steps, [&] {
-          for (int key = 0; key < keys; ++key) {
-            std::vector<Reg> values;
-            for (int v = 0; v < width; ++v) {
-              values.push_back(load(b_, spec_.cache, token, head_.columns(first + v)));
-            }
-            for (int row = 0; row < count; ++row) {
-              Reg weight =
-                  b_.broadcast(Element::f32, b_.at(weights, key * at_.row_bytes + 4 * row));
-              for (int v = 0; v < width; ++v) {
-                b_.fma(sums[row * width + v], weight, values[static_cast<std::size_t>(v)]);
+    for (std::size_t v = 0; v < kRowVectors; ++v) {
+      most_[v] = strip_vector(at_.most, static_cast<int>(v));
+    }
+    Reg before = b_.sub(key_, strip_keys(1));
+    Reg behind = b_.sub(strip_keys(2), b_.add(key_, keys_));
+    Reg sure = b_.max(b_.add(b_.min(before, behind), 1), b_.constant(0));
+    constexpr int unroll = 4;
+    b_.if_nonzero(
+        sure,
+        [&] {
+          each_key(keys, unroll, [&](Reg scores) {
+            for (int key = 0; key < unroll; ++key) {
+              for (std::size_t v = 0; v < kRowVectors; ++v) {
+                b_.assign(most_[v], b_.vmax(most_[v], score(scores, key, static_cast<int>(v))));
               }
             }
-            b_.add_to(token, b_.arg(PrefillArgs::v_token_stride));
-          }
-          b_.add_to(weights, keys * at_.row_bytes);
+          });
+        },
+        [&] {
+          Reg key = b_.copy(key_);
+          each_key(keys, 1, [&](Reg scores) {
+            Reg number = b_.splat(key);
+            for (std::size_t i = 0; i < kRowVectors; ++i) {
+              const int v = static_cast<int>(i);
+              Reg first = row_numbers(PrefillArgs::first_keys, v);
+              Reg end = row_numbers(PrefillArgs::end_keys, v);
+              Reg value = b_.select(b_.igreater(end, number), score(scores, 0, v), nothing);
+              value = b_.select(b_.igreater(first, number), nothing, value);
+              b_.store(Element::f32, vector(scores, v), value);
+              b_.assign(most_[i], b_.vmax(most_[i], value));
+            }
+            b_.add_to(key, 1);
+          });
         });
-      }
+  }
+
+  // Weights, relative to the largest score so far; all sums until now are rescaled to it.
+  void softmax(Reg keys) {
+    std::array<Reg, kRowVectors> sums;
+    for (std::size_t i = 0; i < kRowVectors; ++i) {
+      const int v = static_cast<int>(i);
+      Reg before = strip_vector(at_.most, v);
+      set_strip_vector(at_.most, v, most_[i]);
+      // All masked: subtract 0, and every exp is 0.
+      Reg all_masked = b_.equal(most_[i], b_.splat(kMinusInfinity));
+      most_[i] = b_.select(all_masked, b_.zero(), most_[i]);
+      Reg rescale = jit::math::exp_to_one(b_, b_.vsub(before, most_[i]));
+      b_.store(Element::f32, vector(scratch(at_.rescale), v), rescale);
+      sums[i] = b_.zero();
+    }
+    const auto weight = [&](Reg scores, int key, std::size_t v) {
+      Reg value = b_.vsub(score(scores, key, static_cast<int>(v)), most_[v]);
+      value = jit::math::exp_to_one(b_, value);
+      b_.assign(sums[v], b_.vadd(sums[v], value));
+      return value;
     };
-    blocks_.walk_chunks({PrefillArgs::v_blocks, PrefillArgs::v_token_stride}, add_keys,
-                        [&] { sums.end_chunk(); });
-    for (int row = 0; row < count; ++row) {
-      Reg to = b_.load_gpr(Element::i64, b_.at(row_addresses_, 8 * row));
-      Reg divisor = b_.broadcast(Element::f32, b_.at(row_divisors_, 4 * row));
-      for (int v = 0; v < width; ++v) {
-        store(b_, spec_.input, to, head_.columns(first + v),
-              b_.vdiv(sums.total(row * width + v), divisor));
-      }
+    if (kernel_.is_paired()) {
+      Reg upper = b_.splat_bits(0xffff0000u), half = b_.splat_bits(0x8000u);
+      Reg to = scratch(at_.weights);
+      each_key(keys, 2, [&](Reg scores) {
+        for (std::size_t v = 0; v < kRowVectors; ++v) {
+          Reg low = b_.vshift_right(b_.iadd(weight(scores, 0, v), half), 16);
+          Reg high = b_.vand(b_.iadd(weight(scores, 1, v), half), upper);
+          b_.store(Element::i32, vector(to, static_cast<int>(v)), b_.vor(low, high));
+        }
+        b_.add_to(to, at_.row_bytes);
+      });
+    } else {
+      each_key(keys, 1, [&](Reg scores) {
+        for (std::size_t v = 0; v < kRowVectors; ++v) {
+          b_.store(Element::f32, vector(scores, static_cast<int>(v)), weight(scores, 0, v));
+        }
+      });
+    }
+    for (std::size_t i = 0; i < kRowVectors; ++i) {
+      const int v = static_cast<int>(i);
+      Reg sum = sums[i];
+      b_.fma_load(sum, b_.load(Element::f32, vector(scratch(at_.rescale), v)),
+                  b_.at(strip_, at_.sum + v * b_.vector_bytes()));
+      set_strip_vector(at_.sum, v, sum);
     }
   }
 
+  // A sum of zero (no key, or all masked) must give zeros: 0 / infinity.
+  void finish_strip() {
+    Reg infinity = b_.splat(-kMinusInfinity);
+    for (int v = 0; v < kRowVectors; ++v) {
+      Reg sum = strip_vector(at_.sum, v);
+      set_strip_vector(at_.sum, v, b_.select(b_.equal(sum, b_.zero()), infinity, sum));
+    }
+    products_->finish(strip_, row_addresses(PrefillArgs::output_rows));
+  }
+
+  const PrefillKernel& kernel_;
   const AttentionKernel& spec_;
-  ScratchLayout at_;
+  PrefillLayout at_;
   Builder b_;
   KeyBlocks blocks_;
-  HeadVectors head_;
-  Reg row_weights_, row_divisors_, row_addresses_;  // of the rows whose output is computed
+  std::unique_ptr<PrefillProducts> products_;
+  Reg key_, count_;            // the chunk's first key, and how many it has
+  Reg strip_, rows_, ranges_;  // each_strip
+  Reg keys_;                   // of the chunk, for this strip
+  std::array<Reg, kRowVectors> most_;
 };
 
 }  // namespace
 
-int prefill_rows(int lanes) { return kRowVectors * lanes; }
-static_assert(kRowVectors * 16 == kMostPrefillRows);
+int strip_rows(int lanes) { return kRowVectors * lanes; }
+static_assert(kMostStrips * kRowVectors * 16 == kMostTileRows);
 
-std::int64_t prefill_scratch_bytes(const AttentionKernel& spec, std::int64_t keys) {
-  const ScratchLayout layout(spec);
-  return layout.weights + std::max<std::int64_t>(keys, 0) * layout.row_bytes;
+int key_granule(const PrefillKernel& spec) {
+  if (spec.arithmetic == Arithmetic::tiles) return kTileColumns;
+  return spec.attention.lanes == 16 ? 8 : 4;
 }
 
-std::string print_prefill(const AttentionKernel& spec) {
-  AttentionKernel any_group = spec;
+PrefillLayout::PrefillLayout(const PrefillKernel& spec)
+    : rows(strip_rows(spec.attention.lanes)), units(units_of(spec)), row_bytes(4 * rows) {
+  const int lanes = spec.attention.lanes, head_dim = spec.attention.head_dim;
+  const std::int64_t vector_bytes = 4 * lanes;
+  const auto padded = [&](std::int64_t count) { return (count + lanes - 1) / lanes * lanes; };
+  token_bytes = 4 * padded(units);
+  std::int64_t end = 0;
+  const auto take = [&](std::int64_t bytes) { return std::exchange(end, end + in_lines(bytes)); };
+  blocks = take(kBlocksBytes);
+  tile_state = take(kTileStateBytes);
+  rescale = take(row_bytes);
+  keys = take(kChunkKeys * token_bytes);
+  tokens = take(kChunkKeys * token_bytes);
+  const std::int64_t value_bytes = spec.arithmetic == Arithmetic::tiles
+                                       ? 2 * kChunkKeys * head_dim
+                                       : kChunkKeys / 2 * 4 * padded(head_dim);
+  values = spec.is_paired() ? take(value_bytes) : tokens;
+  scores = take(kChunkKeys * row_bytes);
+  weights = spec.is_paired() ? take(kChunkKeys / 2 * row_bytes) : scores;
+  sums = take(spec.arithmetic == Arithmetic::tiles ? kTileColumns * row_bytes : 0);
+  strips = std::exchange(end, 0);
+  most = take(row_bytes);
+  sum = take(row_bytes);
+  query = take(padded(units) * row_bytes);
+  totals = take(vector_bytes / lanes * rows * padded(head_dim));
+  strip_bytes = end;
+}
+
+std::int64_t prefill_scratch_bytes(const PrefillKernel& spec, int strips) {
+  const PrefillLayout layout(spec);
+  return layout.strips + strips * layout.strip_bytes;
+}
+
+std::string print(const PrefillKernel& spec) {
+  AttentionKernel any_group = spec.attention;
   any_group.group = 1;
-  return "prefill_" + print(any_group);
+  const char* arithmetic = spec.arithmetic == Arithmetic::dot     ? "avx512_bf16_"
+                           : spec.arithmetic == Arithmetic::tiles ? "amx_bf16_"
+                                                                  : "";
+  return fmt::format("prefill_{}{}", arithmetic, print(any_group));
 }
 
-jit::vir::Function build_prefill(const AttentionKernel& spec) { return PrefillBuilder(spec).run(); }
+Status supported(const PrefillKernel& spec) {
+  const AttentionKernel& attention = spec.attention;
+  if (Status possible = supported(attention); !possible || !spec.is_paired()) return possible;
+  const int unit = spec.arithmetic == Arithmetic::tiles ? kTileColumns : 2;
+  const bool is_bf16 = attention.input == DataType::bf16 && attention.cache == DataType::bf16;
+  if (spec.arithmetic == Arithmetic::split_tiles || !is_bf16 || attention.lanes != 16 ||
+      attention.head_dim % unit != 0) {
+    return Error{"attention that cannot be computed by products of bf16"};
+  }
+  return {};
+}
+
+jit::vir::Function build(const PrefillKernel& spec) { return PrefillBuilder(spec).run(); }
 
 }  // namespace tilewright::ops

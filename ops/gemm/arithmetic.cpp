@@ -1,7 +1,9 @@
 // See arithmetic.h.
 //
-// Tested by linear_test.
+// Tested by linear_test and prefill_attention_test.
 #include "ops/gemm/arithmetic.h"
+
+#include "ops/attention/prefill_kernel.h"
 
 namespace tilewright::ops {
 namespace {
@@ -30,6 +32,15 @@ ArithmeticChoice choose_arithmetic(const Target& target, std::int64_t fp32_produ
   if (has_fast_dots(target)) choice.few_rows = Arithmetic::dot;
   if (has_tiles) choice.many_rows = Arithmetic::tiles;
   return choice;
+}
+
+Arithmetic choose_arithmetic(const Target& target, const AttentionKernel& attention) {
+  const auto can = [&](Arithmetic arithmetic) {
+    return supported(PrefillKernel{attention, arithmetic}).ok();
+  };
+  if (target.has(Isa::amx_bf16) && can(Arithmetic::tiles)) return Arithmetic::tiles;
+  if (has_fast_dots(target) && can(Arithmetic::dot)) return Arithmetic::dot;
+  return Arithmetic::fma;
 }
 
 }  // namespace tilewright::ops

@@ -1,7 +1,8 @@
-// Which instructions multiply a linear layer: a fixed rule of the target, the types and what is
-// recorded for the CPU, so that two starts give the same kernels, keys and bits.
+// Which instructions multiply a linear layer or a tile of attention: a fixed rule of the target,
+// the types and what is recorded for the CPU, so that two starts give the same kernels, keys and
+// bits.
 //
-// Tested by linear_test.
+// Tested by linear_test and prefill_attention_test.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,7 @@
 
 #include "graph/type.h"
 #include "jit/base/target.h"
+#include "ops/attention/attention_kernel.h"
 #include "ops/gemm/linear_kernel.h"
 #include "ops/gemm/pack.h"
 
@@ -27,5 +29,8 @@ inline constexpr int most_fp32_products = 6;
 // 0. What is out of their range is not asked (tile_kernel.h).
 ArithmeticChoice choose_arithmetic(const Target& target, std::int64_t fp32_products,
                                    graph::DataType x, PackedForm weight);
+
+// Of attention that fills tiles of rows.
+Arithmetic choose_arithmetic(const Target& target, const AttentionKernel& attention);
 
 }  // namespace tilewright::ops

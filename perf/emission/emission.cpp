@@ -124,7 +124,7 @@ std::vector<Kind> kinds(std::string_view rung) {
          return build(ops::MatmulKernel{lanes, true});
        }},
       {"attention, a token", [](int lanes) { return build(attention(lanes)); }},
-      {"attention, a tile", [](int lanes) { return build_prefill(attention(lanes)); }},
+      {"attention, a tile", [](int lanes) { return build(ops::PrefillKernel{attention(lanes)}); }},
       {"row kernel, sum and norm", [](int lanes) { return build(norm(lanes)); }},
       {"rope", [](int lanes) { return build(ops::RopeKernel{lanes}); }},
   };
