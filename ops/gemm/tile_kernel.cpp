@@ -4,9 +4,9 @@
 // piece of 512 k of a panel (32 KB) stays in L1 while the blocks of x, from L2, pass by; the sums
 // wait in memory meanwhile.
 //
-// Each piece of fp32 is summed in tiles from zero, product by product, the smallest over all of its
-// k first, and vectors add it to the sums: one addition for 192 or 384 products of tiles. Its
-// weights in three parts are 96 KB, which stay in L2.
+// Each half of a piece of fp32 is summed in tiles from zero, product by product, the smallest over
+// all of its k first; vectors add both halves to the sums: one addition for 96 or 192 products of
+// tiles. A piece's weights in three parts are 96 KB, which stay in L2.
 //
 // Tested by tile_kernel_test, tests/python/test_avx512_machine.py (the emitted bytes).
 #include "ops/gemm/tile_kernel.h"
@@ -39,9 +39,8 @@ constexpr int kWeightRowBytes = 128;  // a pair of k of both tiles of columns
 constexpr int kStepPairs = 16;        // of k
 constexpr int kWeightStepBytes = kStepPairs * kWeightRowBytes;
 constexpr int kColumnTiles = 2;
-constexpr std::int64_t kPieceSteps = 16;
-constexpr std::int64_t kPieceBytes = kPieceSteps * kWeightStepBytes;  // in 16 bits
-constexpr std::int64_t kStretchSteps = 4;                             // of 12 bits: 128 k
+constexpr std::int64_t kMostPieceSteps = 16;
+constexpr std::int64_t kStretchSteps = 4;  // of 12 bits: 128 k
 constexpr int kLineBytes = 64;
 
 // Of the weights, asked for in each step of each block: the next piece, once 8 blocks have passed.
@@ -56,9 +55,19 @@ int x_parts(Arithmetic arithmetic) { return splits(arithmetic) ? kParts : 1; }
 bool splits_weights(const LinearKernel& spec) {
   return splits(spec.arithmetic) && spec.weight != graph::DataType::bf16;
 }
-// Of scratch, in front of unpacked weights: a piece's sums, on their way from tiles to vectors.
+// In fp32 a short k has short pieces.
+std::int64_t piece_steps(const LinearKernel& spec) {
+  return splits(spec.arithmetic) && spec.k < 1024 ? kMostPieceSteps / 2 : kMostPieceSteps;
+}
+// In 16 bits.
+std::int64_t piece_bytes(const LinearKernel& spec) { return piece_steps(spec) * kWeightStepBytes; }
+// Of scratch, in front of unpacked weights: the sums of a piece's halves, on their way from tiles
+// to vectors.
+std::int64_t block_sums_bytes(const LinearKernel& spec) {
+  return spec.rows * kPartialSumsBytesPerRow;
+}
 std::int64_t piece_sums_bytes(const LinearKernel& spec) {
-  return splits(spec.arithmetic) ? spec.rows * kPartialSumsBytesPerRow : 0;
+  return splits(spec.arithmetic) ? 2 * block_sums_bytes(spec) : 0;
 }
 
 // A part of x times a part of the weights. Those of a pass have about the same size; passes go from
@@ -104,6 +113,8 @@ class TileBuilder {
   explicit TileBuilder(const LinearKernel& spec)
       : spec_(spec),
         row_tiles_(spec.rows / kTileRows),
+        piece_steps_(piece_steps(spec)),
+        piece_bytes_(piece_bytes(spec)),
         b_(function_name(spec), spec.lanes, LinearArgs::count),
         reader_(b_),
         splitter_(b_) {}
@@ -143,7 +154,7 @@ class TileBuilder {
       (splits_weights(spec_) ? source_ : weight_) = b_.add(packed, b_.mul(panel(), bytes));
     }
     x_ = b_.arg(LinearArgs::x);
-    const std::int64_t length = kPieceSteps * kStepLength;
+    const std::int64_t length = piece_steps_ * kStepLength;
     const std::int64_t whole = (spec_.k - 1) / length;
     if (whole > 0) emit_piece({length, true});
     if (whole > 1) b_.loop(b_.constant(whole - 1), [&] { emit_piece({length, false}); });
@@ -165,43 +176,77 @@ class TileBuilder {
     } else if (splits_weights(spec_)) {
       emit_split(piece);
     } else {
-      ahead_ = b_.add(weight_, kPieceBytes);
+      ahead_ = b_.add(weight_, piece_bytes_);
     }
     const Reg x = b_.copy(x_), sums = b_.arg(LinearArgs::partial_sums);
     b_.loop(b_.arg(LinearArgs::block_count), [&] {
-      begin_sums(sums, piece.first);
-      const std::vector<Pass> all = passes(spec_);
-      for (const Pass& pass : all) {
-        const Reg weight = b_.copy(weight_), block = b_.copy(x);
-        b_.loop(b_.constant(piece.steps()), [&] {
-          for (const Product& product : pass) emit_product(product, weight, block);
-          if (&pass == &all.back() && !unpacks()) prefetch_lines();
-          b_.add_to(weight, kWeightStepBytes);
-          b_.add_to(block, x_step_bytes());
-        });
+      if (splits()) {
+        add_halves(piece, x, sums);
+      } else {
+        begin_sums(sums, piece.first);
+        multiply({0, piece.steps()}, x);
+        store_sums(sums);
       }
-      const Reg to = splits() && !piece.first ? b_.arg(LinearArgs::unpacked) : sums;
-      each_sum(to, [&](Reg tile, Address at) { b_.tile_store(at, weight_row_bytes_, tile); });
-      if (splits() && !piece.first) add_piece(to, sums);
       b_.add_to(x, x_block_bytes());
-      b_.add_to(sums, spec_.rows * kPartialSumsBytesPerRow);
+      b_.add_to(sums, block_sums_bytes(spec_));
     });
     b_.add_to(x_, piece.steps() * x_step_bytes());
     if (!unpacks()) b_.add_to(weight_, piece.steps() * kWeightStepBytes);
   }
 
-  // Of a block.
-  void add_piece(Reg piece, Reg sums) {
-    const Reg from = b_.copy(piece), to = b_.copy(sums);
+  struct Steps {
+    std::int64_t first, count;
+  };
+
+  // Adds products of a piece to a block's tiles of sums.
+  void multiply(Steps steps, Reg x) {
+    const std::vector<Pass> all = passes(spec_);
+    for (const Pass& pass : all) {
+      const Reg weight = b_.add(weight_, steps.first * kWeightStepBytes);
+      const Reg block = b_.add(x, steps.first * x_step_bytes());
+      b_.loop(b_.constant(steps.count), [&] {
+        for (const Product& product : pass) emit_product(product, weight, block);
+        if (&pass == &all.back() && !unpacks()) prefetch_lines();
+        b_.add_to(weight, kWeightStepBytes);
+        b_.add_to(block, x_step_bytes());
+      });
+    }
+  }
+
+  // Of a block. Each half of a piece is summed from zero; both are added before they meet the sums
+  // of the pieces before, which are the larger ones.
+  void add_halves(const Piece& piece, Reg x, Reg sums) {
+    const std::int64_t half = (piece.steps() + 1) / 2;
+    std::vector<std::int64_t> parts;  // where in scratch halves are that are not in sums
+    for (const Steps& steps : {Steps{0, half}, Steps{half, piece.steps() - half}}) {
+      if (steps.count == 0) continue;
+      begin_sums(sums, true);
+      multiply(steps, x);
+      if (piece.first && steps.first == 0) {
+        store_sums(sums);
+      } else {
+        parts.push_back(static_cast<std::int64_t>(parts.size()) * block_sums_bytes(spec_));
+        store_sums(b_.add(b_.arg(LinearArgs::unpacked), parts.back()));
+      }
+    }
+    if (parts.empty()) return;
+    const Reg from = b_.copy(b_.arg(LinearArgs::unpacked)), to = b_.copy(sums);
     b_.loop(b_.constant(spec_.rows), [&] {
       for (int offset = 0; offset < kPartialSumsBytesPerRow; offset += b_.vector_bytes()) {
-        const Reg sum = b_.load(Element::f32, b_.at(to, offset));
+        Reg sum = b_.load(Element::f32, b_.at(from, offset));
+        for (std::size_t i = 1; i < parts.size(); ++i) {
+          sum = b_.vadd(sum, b_.load(Element::f32, b_.at(from, parts[i] + offset)));
+        }
         b_.store(Element::f32, b_.at(to, offset),
-                 b_.vadd(sum, b_.load(Element::f32, b_.at(from, offset))));
+                 b_.vadd(sum, b_.load(Element::f32, b_.at(to, offset))));
       }
       b_.add_to(from, kPartialSumsBytesPerRow);
       b_.add_to(to, kPartialSumsBytesPerRow);
     });
+  }
+
+  void store_sums(Reg to) {
+    each_sum(to, [&](Reg tile, Address at) { b_.tile_store(at, weight_row_bytes_, tile); });
   }
 
   // Sums lie as weights do: 16 columns of one tile beside those of the other.
@@ -216,7 +261,7 @@ class TileBuilder {
   }
 
   void begin_sums(Reg sums, bool first) {
-    if (first || splits()) {
+    if (first) {
       sums_.clear();
       for (int i = 0; i < row_tiles_ * kColumnTiles; ++i) sums_.push_back(b_.tile_zero());
       return;
@@ -250,7 +295,7 @@ class TileBuilder {
   }
 
   Reg load_weight(Reg weight, int part, int column) {
-    const std::int64_t offset = part * kPieceBytes + column * kRowBytes;
+    const std::int64_t offset = part * piece_bytes_ + column * kRowBytes;
     return b_.tile_load(b_.at(weight, offset), weight_row_bytes_);
   }
 
@@ -263,7 +308,7 @@ class TileBuilder {
     const Reg to = b_.copy(weight_);
     const std::int64_t stretches = (piece.steps() - 1) / kStretchSteps;
     const std::int64_t distance =
-        kPieceSteps * kStepLength / twelve_bits::kStepLength * twelve_bits::kStepBytes;
+        piece_steps_ * kStepLength / twelve_bits::kStepLength * twelve_bits::kStepBytes;
     const auto unpack = [&](std::int64_t count) {
       reader_.begin_stretch();
       reader_.unpack_stretch(count, to, distance);
@@ -291,7 +336,7 @@ class TileBuilder {
 
   void store_pair(Reg to, int part, const std::array<Reg, kColumnTiles>& columns) {
     for (int column = 0; column < kColumnTiles; ++column) {
-      b_.store(Element::i32, b_.at(to, part * kPieceBytes + column * kRowBytes),
+      b_.store(Element::i32, b_.at(to, part * piece_bytes_ + column * kRowBytes),
                columns[static_cast<std::size_t>(column)]);
     }
   }
@@ -315,7 +360,7 @@ class TileBuilder {
   void emit_split_pair(Reg to, int count) {
     const int bytes = has_pairs() ? kWeightRowBytes : 2 * kWeightRowBytes;
     for (int line = 0; line < bytes; line += kLineBytes) {
-      b_.prefetch(b_.at(source_, kPieceSteps * kStepPairs * bytes + line), 1);
+      b_.prefetch(b_.at(source_, piece_steps_ * kStepPairs * bytes + line), 1);
     }
     std::array<std::array<Reg, kColumnTiles>, kParts> parts;
     for (std::size_t column = 0; column < kColumnTiles; ++column) {
@@ -346,6 +391,7 @@ class TileBuilder {
 
   const LinearKernel& spec_;
   int row_tiles_;
+  std::int64_t piece_steps_, piece_bytes_;
   Builder b_;
   TwelveBitsReader reader_;
   Splitter splitter_;
@@ -457,7 +503,7 @@ jit::vir::Function build(const TilePack& spec) { return PackBuilder(spec).run();
 
 std::int64_t tile_scratch_bytes(const LinearKernel& spec) {
   const int parts = splits_weights(spec) ? kParts : spec.twelve_bits ? 1 : 0;
-  return piece_sums_bytes(spec) + parts * kPieceBytes;
+  return piece_sums_bytes(spec) + parts * piece_bytes(spec);
 }
 
 bool in_range(float largest_weight) {

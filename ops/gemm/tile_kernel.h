@@ -8,11 +8,11 @@
 // products are computed: those that are left out are at most 2^-24 + 2^-34 of x * w, to either
 // side. A weight that fits bf16 has the same bits of y in whatever form it is stored.
 //
-// tdpbf16ps adds 16 products at a time and those sums in fp32. A piece of k is summed from zero,
-// the products of the lowest parts first, so that they meet sums of their own size, and then added
-// to the pieces before it: the error is below that of PyTorch's fp32 (perf/results/linear-amx.md).
-// So torch.set_float32_matmul_precision("highest"), the default, allows it; "high" and "medium"
-// would allow less exact products, and change nothing here.
+// tdpbf16ps adds 16 products at a time and those sums in fp32. Half a piece of k is summed from
+// zero, the products of the lowest parts first, so that they meet sums of their own size; both
+// halves together are added to the pieces before them: the error is below that of PyTorch's fp32
+// (perf/results/linear-amx.md). So torch.set_float32_matmul_precision("highest"), the default,
+// allows it; "high" and "medium" would allow less exact products, and change nothing here.
 //
 // AMX takes subnormals for zero, so fp32 has this bound beyond its rounding: if both the largest
 // |x| of a row and the largest |w| are at least kSmallestFactor, and their product too, y is wrong

@@ -132,7 +132,7 @@ def errors(kind: str, k: int, products: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("products", [3, 6])
-@pytest.mark.parametrize("k", [64, 576, 1536])
+@pytest.mark.parametrize("k", [64, 512, 576, 768, 1024, 1536])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fp32_by_tiles_is_as_exact_as_pytorch(kind: str, k: int, products: int) -> None:
     ours, theirs = errors(kind, k, products)
