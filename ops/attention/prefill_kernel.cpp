@@ -20,7 +20,6 @@
 #include <algorithm>
 #include <array>
 #include <limits>
-#include <memory>
 #include <span>
 #include <utility>
 #include <vector>
@@ -52,6 +51,7 @@ int units_of(const PrefillKernel& spec) {
   return spec.is_paired() ? spec.attention.head_dim / 2 : spec.attention.head_dim;
 }
 
+template <class Products>
 class PrefillBuilder {
  public:
   explicit PrefillBuilder(const PrefillKernel& kernel)
@@ -61,12 +61,11 @@ class PrefillBuilder {
         b_(name(kernel), spec_.lanes, PrefillArgs::count),
         blocks_(b_, {PrefillArgs::first_key, PrefillArgs::key_count, PrefillArgs::block_tokens,
                      PrefillArgs::scratch, at_.blocks}),
-        products_(kernel.arithmetic == Arithmetic::tiles ? tile_products(b_, kernel)
-                                                         : vector_products(b_, kernel)) {}
+        products_(b_, kernel) {}
 
   jit::vir::Function run() && {
     blocks_.find_first();
-    products_->begin();
+    products_.begin();
     each_strip([&] { begin_strip(); });
     const KeyBlocks::Place place = blocks_.first();
     key_ = b_.arg(PrefillArgs::first_key);
@@ -75,7 +74,7 @@ class PrefillBuilder {
       count_ = blocks_.take(remaining, size);
       b_.assign(size, b_.constant(kChunkKeys));
       gather(place);
-      products_->prepare_values();
+      products_.prepare_values();
       each_strip([&] {
         Reg left = b_.sub(strip_keys(0), key_);
         keys_ = b_.max(b_.min(left, count_), b_.constant(0));
@@ -84,7 +83,7 @@ class PrefillBuilder {
       b_.add_to(key_, count_);
     });
     each_strip([&] { finish_strip(); });
-    products_->end();
+    products_.end();
     return std::move(b_).finish();
   }
 
@@ -217,12 +216,12 @@ class PrefillBuilder {
   void add_chunk() {
     const int granule = key_granule(kernel_);
     Reg keys = b_.bit_and(b_.add(keys_, granule - 1), -granule);
-    products_->score(strip_, keys);
+    products_.score(strip_, keys);
     if (spec_.softcap || spec_.slopes) bend_scores(keys);
     if (spec_.mask != MaskKind::none) add_masks();
     limit_keys(keys);
     softmax(keys);
-    products_->add_values(strip_, keys);
+    products_.add_values(strip_, keys);
   }
 
   // The body for each of `keys` keys, `step` at a time, with `scores` at the first one's row.
@@ -383,7 +382,7 @@ class PrefillBuilder {
       Reg sum = strip_vector(at_.sum, v);
       set_strip_vector(at_.sum, v, b_.select(b_.equal(sum, b_.zero()), infinity, sum));
     }
-    products_->finish(strip_, row_addresses(PrefillArgs::output_rows));
+    products_.finish(strip_, row_addresses(PrefillArgs::output_rows));
   }
 
   const PrefillKernel& kernel_;
@@ -391,7 +390,7 @@ class PrefillBuilder {
   PrefillLayout at_;
   Builder b_;
   KeyBlocks blocks_;
-  std::unique_ptr<PrefillProducts> products_;
+  Products products_;
   Reg key_, count_;            // the chunk's first key, and how many it has
   Reg strip_, rows_, ranges_;  // each_strip
   Reg keys_;                   // of the chunk, for this strip
@@ -462,6 +461,9 @@ Status supported(const PrefillKernel& spec) {
   return {};
 }
 
-jit::vir::Function build(const PrefillKernel& spec) { return PrefillBuilder(spec).run(); }
+jit::vir::Function build(const PrefillKernel& spec) {
+  if (spec.arithmetic == Arithmetic::tiles) return PrefillBuilder<TileProducts>(spec).run();
+  return PrefillBuilder<VectorProducts>(spec).run();
+}
 
 }  // namespace tilewright::ops

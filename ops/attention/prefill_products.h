@@ -1,14 +1,16 @@
 // How a strip of prefill attention multiplies: scores from queries and keys, sums of values from
 // weights. With fused multiply-adds or vdpbf16ps (vector_products.cpp), or by AMX
-// (tile_products.cpp); all read and write the scratch that PrefillLayout describes.
+// (tile_products.cpp); all read and write the scratch that PrefillLayout describes. Both classes
+// have the same members, of which PrefillBuilder is a template.
 //
 // Tested by prefill_attention_test.
 #pragma once
 
 #include <cstdint>
-#include <memory>
+#include <vector>
 
 #include "jit/vir/builder.h"
+#include "ops/attention/head_vectors.h"
 #include "ops/attention/prefill_kernel.h"
 
 namespace tilewright::ops {
@@ -43,27 +45,12 @@ struct PrefillLayout {
   std::int64_t most, sum, query, totals, strip_bytes;
 };
 
-class PrefillProducts {
- public:
-  PrefillProducts(jit::vir::Builder& builder, const PrefillKernel& spec)
-      : b_(builder), spec_(spec), at_(spec) {}
-  PrefillProducts(const PrefillProducts&) = delete;
-  PrefillProducts& operator=(const PrefillProducts&) = delete;
-  virtual ~PrefillProducts() = default;
-
-  // Around all others.
-  virtual void begin() {}
-  virtual void end() {}
-  // Values of a chunk from its tokens.
-  virtual void prepare_values() = 0;
-  // Scores, times the scale, of `keys` keys, whole granules, with the queries of `strip`.
-  virtual void score(jit::vir::Reg strip, jit::vir::Reg keys) = 0;
-  // The strip's totals = totals * rescale + weights @ values over `keys` keys.
-  virtual void add_values(jit::vir::Reg strip, jit::vir::Reg keys) = 0;
-  // totals / divisors (f32 [rows], in the place of the sums) to the addresses in `output_rows`.
-  virtual void finish(jit::vir::Reg strip, jit::vir::Reg output_rows) = 0;
-
+// What both have: the builder that they emit to, and its scratch.
+class PrefillScratch {
  protected:
+  PrefillScratch(jit::vir::Builder& builder, const PrefillKernel& spec)
+      : b_(builder), spec_(spec), at_(spec) {}
+
   jit::vir::Reg scratch(std::int64_t offset) {
     return b_.add(b_.arg(PrefillArgs::scratch), offset);
   }
@@ -76,9 +63,50 @@ class PrefillProducts {
   PrefillLayout at_;
 };
 
-std::unique_ptr<PrefillProducts> vector_products(jit::vir::Builder& builder,
-                                                 const PrefillKernel& spec);
-std::unique_ptr<PrefillProducts> tile_products(jit::vir::Builder& builder,
-                                               const PrefillKernel& spec);
+class VectorProducts : PrefillScratch {
+ public:
+  VectorProducts(jit::vir::Builder& builder, const PrefillKernel& spec);
+
+  // Around all others.
+  void begin() {}
+  void end() {}
+  // Values of a chunk from its tokens.
+  void prepare_values();
+  // Scores, times the scale, of `keys` keys, whole granules, with the queries of `strip`.
+  void score(jit::vir::Reg strip, jit::vir::Reg keys);
+  // The strip's totals = totals * rescale + weights @ values over `keys` keys.
+  void add_values(jit::vir::Reg strip, jit::vir::Reg keys);
+  // totals / divisors (f32 [rows], in the place of the sums) to the addresses in `output_rows`.
+  void finish(jit::vir::Reg strip, jit::vir::Reg output_rows);
+
+ private:
+  // Whole vectors of them.
+  std::int64_t head_columns() const;
+  jit::vir::Element unit() const;
+  void multiply(jit::vir::Reg sum, jit::vir::Reg a, jit::vir::Reg b);
+  void score_keys(int keys, jit::vir::Reg first, jit::vir::Reg queries, jit::vir::Reg to);
+  // `width` vectors of columns of all rows.
+  void add_columns(int width, jit::vir::Reg totals, jit::vir::Reg values, jit::vir::Reg steps);
+
+  HeadVectors head_;
+  std::int64_t total_bytes_;  // of a row of totals, and of a token's or a pair's values
+};
+
+class TileProducts : PrefillScratch {
+ public:
+  TileProducts(jit::vir::Builder& builder, const PrefillKernel& spec)
+      : PrefillScratch(builder, spec) {}
+
+  void begin();
+  void end();
+  void prepare_values();
+  void score(jit::vir::Reg strip, jit::vir::Reg keys);
+  void add_values(jit::vir::Reg strip, jit::vir::Reg keys);
+  void finish(jit::vir::Reg strip, jit::vir::Reg output_rows);
+
+ private:
+  std::vector<jit::vir::Reg> zeros(int count);
+  jit::vir::Reg quotient(jit::vir::Reg totals, int column, jit::vir::Reg inverse);
+};
 
 }  // namespace tilewright::ops
