@@ -179,19 +179,23 @@ def experiments(lanes: int, tiles: bool) -> list[Experiment]:
         Experiment("most_chunk_rows", [192, 768], [layers(1024, 576, 1536, values=2 * MEGA)]),
         Experiment(
             "prefetch",
-            [0, 512, 2048, 4096],
+            [0, 512, 2048, 4096, 8192],
             [layers(4, 2048, 2048, bf16), layers(4, 2048, 2048)],
         ),
         Experiment(
-            "prefetch_f16", [0, 1024, 2048], [layers(rows, 2048, 2048, f16) for rows in (1, 4)]
+            "prefetch_f16",
+            [0, 1024, 2048, 8192],
+            [layers(rows, 2048, 2048, f16) for rows in (1, 4)],
         ),
         Experiment(
-            "prefetch_row", [512, 1024, 4096], [layers(1, 2048, 2048), layers(1, 2048, 2048, bf16)]
+            "prefetch_row",
+            [512, 1024, 2048, 4096, 8192],
+            [layers(1, 2048, 2048), layers(1, 2048, 2048, bf16)],
         ),
         Experiment("streams_row", [1], [layers(1, 2048, 2048), layers(1, 2048, 2048, bf16)]),
         Experiment(
             "prefetch_twelve_bits",
-            [0, 768, 3072],
+            [0, 768, 3072, 6144],
             [layers(rows, 2048, 2048, bf16, fixed=COMPACT) for rows in (1, 4)],
         ),
         Experiment(
