@@ -82,6 +82,14 @@ void finish_vector(Builder& b, const LinearKernel& spec, const OutputVector& vec
 
 namespace {
 
+constexpr std::int64_t kLineBytes = 64;
+
+int runs(const LinearKernel& spec) { return spec.epilogue.gated ? 2 : 1; }
+
+std::int64_t panel_output_bytes(const LinearKernel& spec) {
+  return panel_columns() / runs(spec) * graph::size_in_bytes(spec.output);
+}
+
 // Stores `width` outputs of each row, `offset` bytes from the rows' beginnings.
 void finish_rows(Builder& b, const LinearKernel& spec, Reg offset, int width, Reg rows, Reg sums) {
   OutputRow row;
@@ -89,7 +97,7 @@ void finish_rows(Builder& b, const LinearKernel& spec, Reg offset, int width, Re
   if (spec.epilogue.residual) row.residual = b.add(b.arg(LinearArgs::residual), offset);
   if (spec.epilogue.bias) row.bias = b.add(b.arg(LinearArgs::bias), offset);
   const int vectors = static_cast<int>(panel_columns()) / spec.lanes;
-  const int stored = vectors / (spec.epilogue.gated ? 2 : 1);
+  const int stored = vectors / runs(spec);
   const auto sum = [&](int i) {
     return b.load(jit::vir::Element::f32, b.at(sums, i * b.vector_bytes()));
   };
@@ -111,10 +119,27 @@ void finish_rows(Builder& b, const LinearKernel& spec, Reg offset, int width, Re
 
 }  // namespace
 
+RowsAhead::RowsAhead(Builder& builder, const LinearKernel& spec, Reg panel)
+    : b_(builder), spec_(spec) {
+  const Reg offset = b_.mul(panel, panel_output_bytes(spec));
+  y_ = b_.add(b_.arg(LinearArgs::y), offset);
+  if (spec.epilogue.residual) residual_ = b_.add(b_.arg(LinearArgs::residual), offset);
+}
+
+void RowsAhead::ask(Reg rows) {
+  b_.loop(rows, [&] {
+    for (std::int64_t line = 0; line < panel_output_bytes(spec_); line += kLineBytes) {
+      b_.prefetch(b_.at(y_, line), 1);
+      if (spec_.epilogue.residual) b_.prefetch(b_.at(residual_, line), 1);
+    }
+    b_.add_to(y_, b_.arg(LinearArgs::y_row_stride));
+    if (spec_.epilogue.residual) b_.add_to(residual_, b_.arg(LinearArgs::residual_row_stride));
+  });
+}
+
 void finish_panel(Builder& b, const LinearKernel& spec, Reg panel, Reg rows, Reg sums) {
-  const int runs = spec.epilogue.gated ? 2 : 1;
-  const std::int64_t outputs = spec.n / runs, panel_outputs = panel_columns() / runs;
-  const std::int64_t panel_bytes = panel_outputs * graph::size_in_bytes(spec.output);
+  const std::int64_t outputs = spec.n / runs(spec), panel_outputs = panel_columns() / runs(spec);
+  const std::int64_t panel_bytes = panel_output_bytes(spec);
   const Reg offset = b.mul(panel, panel_bytes);
   const auto width = static_cast<int>(panel_outputs), tail = static_cast<int>(outputs % width);
   if (tail == 0) return finish_rows(b, spec, offset, width, rows, sums);

@@ -30,6 +30,21 @@ struct OutputRow {
 void finish_vector(jit::vir::Builder& builder, const LinearKernel& spec, const OutputVector& vector,
                    const OutputRow& row);
 
+// Asks for what finish_panel will read and write of the rows that come next: a panel's columns of
+// one row lie a whole row's length from those of another, so the hardware does not, and each would
+// be waited for (with 3072 columns of fp32 8 % of a layer with k = 576).
+class RowsAhead {
+ public:
+  RowsAhead(jit::vir::Builder& builder, const LinearKernel& spec, jit::vir::Reg panel);
+  // Consumes `rows`.
+  void ask(jit::vir::Reg rows);
+
+ private:
+  jit::vir::Builder& b_;
+  const LinearKernel& spec_;
+  jit::vir::Reg y_, residual_;
+};
+
 // Finishes and stores the first `rows` rows of a panel, whose sums lie one row below the other.
 // Consumes `rows` and moves `sums` behind them.
 void finish_panel(jit::vir::Builder& builder, const LinearKernel& spec, jit::vir::Reg panel,

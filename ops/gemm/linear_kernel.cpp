@@ -12,7 +12,8 @@
 //
 // Weights in 12 bits: few rows unpack them in registers, at the speed of memory; for more rows each
 // stretch is unpacked once, to 8 KB that stay in L1, and then multiplied as if it had been stored
-// in 16 bits.
+// in 16 bits. For many blocks weights of 16 bits, too, are unpacked once, to 16 KB of fp32: with
+// AVX-512 what widens them in registers competes with the multiplications for two ports.
 //
 // Tested by linear_test.
 #include "ops/gemm/linear_kernel.h"
@@ -21,6 +22,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <vector>
 
 #include "jit/vir/builder.h"
@@ -93,10 +95,13 @@ class LinearBuilder {
   }
 
  private:
+  // Whether a stretch is written to scratch before blocks of rows meet it: as fp32, or in 16 bits.
+  bool widens() const { return spec_.many_blocks && spec_.weight != DataType::f32 && !dots(); }
   bool unpacks() const {
-    return spec_.twelve_bits && (rows_ > kMostRowsInRegisters || spec_.many_blocks);
+    return widens() || (spec_.twelve_bits && (rows_ > kMostRowsInRegisters || spec_.many_blocks));
   }
-  bool is_f32() const { return spec_.weight == DataType::f32; }
+  // As the products read them.
+  bool is_f32() const { return spec_.weight == DataType::f32 || widens(); }
   bool dots() const { return spec_.arithmetic == Arithmetic::dot; }
   int input_bytes() const { return size_in_bytes(input_type(spec_)); }
   int panel_vectors() const { return kPanelColumns / spec_.lanes; }
@@ -134,6 +139,7 @@ class LinearBuilder {
       reader_.begin_panel(b_.arg(LinearArgs::weight), panel(), spec_.k);
     } else {
       const Reg weight = b_.add(b_.arg(LinearArgs::weight), b_.mul(panel(), panel_bytes()));
+      if (widens()) stored_ = weight;
       for (std::size_t i = 0; i < weights_.size(); ++i) {
         weights_[i] = i == 0 ? weight : b_.add(weights_[i - 1], panel_bytes());
       }
@@ -142,11 +148,11 @@ class LinearBuilder {
       clear_sums();
       const Reg left = b_.constant(stretches);
       b_.loop(left, [&] {
-        emit_stretch(kPartialSumLength, b_.sub(b_.constant(stretches), left), true);
-        if (!spec_.twelve_bits) advance_weights(stretch_bytes());
+        emit_stretch({kPartialSumLength, true}, b_.sub(b_.constant(stretches), left));
+        if (!spec_.twelve_bits && !unpacks()) advance_weights(stretch_bytes());
       });
     }
-    emit_stretch(rest, b_.constant(stretches), stretches > 0);
+    emit_stretch({rest, stretches > 0, true}, b_.constant(stretches));
     const Reg index = panel(), sums = b_.arg(LinearArgs::partial_sums);
     const auto finish = [&] {
       finish_panel(b_, spec_, index, b_.mul(b_.arg(LinearArgs::block_count), rows_), sums);
@@ -164,21 +170,30 @@ class LinearBuilder {
     return b_.sub(end, panels_left_);
   }
 
-  // The next `count` of k, the panel's stretch `index`, for all blocks of rows: sums = products, or
-  // sums += products. x is found anew: AVX-512's twelve rows leave no register for where it is.
-  void emit_stretch(std::int64_t count, Reg index, bool add) {
+  struct Stretch {
+    std::int64_t count;  // of k
+    bool add;            // to the sums
+    bool last = false;
+  };
+
+  // The panel's stretch `index`, for all blocks of rows: sums = products, or sums += products. x is
+  // found anew: AVX-512's twelve rows leave no register for where it is.
+  void emit_stretch(const Stretch& stretch, Reg index) {
     x_ = {b_.add(b_.arg(LinearArgs::x), b_.mul(index, b_.arg(LinearArgs::x_stretch_stride)))};
     if (spec_.twelve_bits) reader_.begin_stretch();
-    if (unpacks()) emit_unpack(count);
+    if (unpacks()) emit_unpack(stretch.count);
     sums_ = b_.arg(LinearArgs::partial_sums);
     if (asks_by_block()) ahead_ = b_.add(weights_[0], stretch_bytes());
+    const bool asks_for_rows = spec_.many_blocks && stretch.last;
+    if (asks_for_rows) rows_ahead_.emplace(b_, spec_, panel());
     b_.loop(b_.arg(LinearArgs::block_count), [&] {
       if (asks_by_block()) prefetch_lines();
+      if (asks_for_rows) rows_ahead_->ask(b_.constant(rows_));
       for (int part = 0; part < part_count(); ++part) {
-        emit_products(part, count);
-        const Reg one = add ? b_.splat(1.0f) : Reg{};
+        emit_products(part, stretch.count);
+        const Reg one = stretch.add ? b_.splat(1.0f) : Reg{};
         each_sum(part, [&](std::size_t row, std::size_t j, Address sum) {
-          if (add) b_.fma_load(accumulators_[row][j], one, sum);
+          if (stretch.add) b_.fma_load(accumulators_[row][j], one, sum);
           b_.store(Element::f32, sum, accumulators_[row][j]);
         });
       }
@@ -188,10 +203,40 @@ class LinearBuilder {
     if (spec_.twelve_bits && !unpacks()) reader_.end_stretch();
   }
 
-  // The next `count` of k in 16 bits, with the weight's address at them.
+  // The next `count` of k, with the weight's address at them.
   void emit_unpack(std::int64_t count) {
-    reader_.unpack_stretch(count, b_.arg(LinearArgs::unpacked), prefetch_distance());
+    const Reg to = b_.copy(b_.arg(LinearArgs::unpacked));
     weights_[0] = b_.arg(LinearArgs::unpacked);
+    if (widens() && spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
+    if (spec_.twelve_bits) {
+      const std::int64_t step_bytes = twelve_bits::kPlainStepBytes * (widens() ? 2 : 1);
+      return reader_.unpack_stretch(
+          count, to, step_bytes, prefetch_distance(),
+          [&](int pair, int vector, Reg loaded) { store_unpacked(to, pair, vector, loaded); });
+    }
+    b_.loop(b_.constant((count + 1) / 2), [&] {
+      for (int line = 0; line < kStepBytes; line += kLineBytes) {
+        b_.prefetch(b_.at(stored_, prefetch_distance() + line), 1);
+      }
+      for (int vector = 0; vector < panel_vectors(); ++vector) {
+        store_unpacked(to, 0, vector,
+                       b_.load(Element::i32, b_.at(stored_, vector * b_.vector_bytes())));
+      }
+      b_.add_to(stored_, kStepBytes);
+      b_.add_to(to, 2 * kStepBytes);
+    });
+  }
+
+  // A vector of pairs of k, the pair `pair` behind `to`.
+  void store_unpacked(Reg to, int pair, int vector, Reg loaded) {
+    if (!widens()) {
+      return b_.store(Element::i32, b_.at(to, pair * kStepBytes + vector * b_.vector_bytes()),
+                      loaded);
+    }
+    for (int odd = 0; odd < 2; ++odd) {
+      b_.store(Element::f32, b_.at(to, (2 * pair + odd) * kStepBytes + vector * b_.vector_bytes()),
+               widened(loaded, odd != 0));
+    }
   }
 
   // --- the sums so far: a row's vectors of the panel in order, rows one below the other (several
@@ -237,7 +282,10 @@ class LinearBuilder {
     for (Reg pointer : x_) b_.add_to(pointer, count * input_bytes() * rows);
   }
 
-  std::int64_t stretch_bytes() const { return kPartialSumLength / step_length() * kStepBytes; }
+  // As stored, if not in 12 bits.
+  std::int64_t stretch_bytes() const {
+    return kPartialSumLength / (spec_.weight == DataType::f32 ? 1 : 2) * kStepBytes;
+  }
 
   // A step is one line run of the panel: one k, or a pair.
   int step_length() const { return is_f32() ? 1 : 2; }
@@ -256,7 +304,9 @@ class LinearBuilder {
     while (static_cast<int>(x_.size()) < pointer_count()) {
       x_.push_back(b_.add(x_.back(), b_.mul(x_stride_, kRowsPerPointer)));
     }
-    if (spec_.weight == DataType::bf16 && !dots()) odd_mask_ = b_.splat_bits(0xffff0000u);
+    if (spec_.weight == DataType::bf16 && !is_f32() && !dots()) {
+      odd_mask_ = b_.splat_bits(0xffff0000u);
+    }
     accumulators_.assign(static_cast<std::size_t>(sum_rows()), {});
     for (auto& row : accumulators_) {
       for (int j = 0; j < vectors_; ++j) row.push_back(b_.zero());
@@ -404,7 +454,7 @@ class LinearBuilder {
     }
     Reg loaded = load_weight(vector, step);
     for (std::size_t k = 0; k < x.size(); ++k) {
-      Reg w = widened(loaded, k != 0);
+      Reg w = is_f32() ? loaded : widened(loaded, k != 0);
       for (std::size_t row = 0; row < x[k].size(); ++row) {
         b_.fma(accumulator(static_cast<int>(row), j), x[k][row], w);
       }
@@ -414,7 +464,10 @@ class LinearBuilder {
   // One x at a time, the part's weights in registers.
   void emit_many_rows(const std::vector<int>& columns, int step, int k, bool odd) {
     std::vector<Reg> w;
-    for (int vector : columns) w.push_back(widened(load_weight(vector, step), odd));
+    for (int vector : columns) {
+      const Reg loaded = load_weight(vector, step);
+      w.push_back(is_f32() ? loaded : widened(loaded, odd));
+    }
     for (int row = 0; row < rows_; ++row) {
       Reg x = broadcast(row, k);
       for (std::size_t j = 0; j < w.size(); ++j) {
@@ -434,7 +487,6 @@ class LinearBuilder {
   // What load_weight gave as f32. A lane of a 16-bit type is a pair of one column: the even k in
   // its low half, the odd one in its high half.
   Reg widened(Reg loaded, bool odd) {
-    if (is_f32()) return loaded;
     if (spec_.weight == DataType::f16) {
       return b_.low_f16_to_f32(odd ? b_.vshift_right(loaded, 16) : loaded);
     }
@@ -462,8 +514,10 @@ class LinearBuilder {
   std::vector<Reg> weights_;  // the stretch of each panel at hand, mostly one, then moved along k
   std::size_t stream_ = 0;    // which of them
   Reg sums_;                  // of the block or the row
+  Reg stored_;                // the next stretch, if it is widened
   Reg ahead_;                 // weights of the next stretch that are not asked for yet
-  std::vector<Reg> x_;        // rows 0, 3, 6, 9 of the block, moved along k
+  std::optional<RowsAhead> rows_ahead_;
+  std::vector<Reg> x_;  // rows 0, 3, 6, 9 of the block, moved along k
   Reg x_stride_, odd_mask_;
   std::vector<std::vector<Reg>> accumulators_;  // [row, or panel][vector of the part]
 };
@@ -500,7 +554,7 @@ std::int64_t partial_sums_bytes(std::int64_t rows) {
   return std::max<std::int64_t>(rows, kMostStreams) * kPartialSumsBytesPerRow;
 }
 
-std::int64_t unpacked_bytes() { return kPartialSumLength / 2 * kStepBytes; }
+std::int64_t unpacked_bytes() { return kPartialSumLength * kStepBytes; }
 
 std::int64_t panel_count(std::int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
 

@@ -91,7 +91,7 @@ struct LinearArgs {
     block_count,
     partial_sums,  // partial_sums_bytes(), aligned to 64, of this thread alone
     unpacked,      // aligned to 64, of this thread alone: unpacked_bytes(), only for weights in 12
-                   // bits; of tiles tile_scratch_bytes()
+                   // or 16 bits; of tiles tile_scratch_bytes()
     row_count,     // only for tiles: the rows of y; the last block may have more
     tile_state,    // only for tiles: 64 bytes of this thread alone
     count
@@ -102,7 +102,7 @@ inline constexpr int kPartialSumsBytesPerRow = 32 * 4;  // a panel's columns
 inline constexpr int kMostStreams = 2;
 std::int64_t partial_sum_length();
 std::int64_t partial_sums_bytes(std::int64_t rows);  // of all blocks of a call
-std::int64_t unpacked_bytes();                       // a panel's stretch of k in 16 bits
+std::int64_t unpacked_bytes();                       // a panel's stretch of k in fp32
 
 graph::DataType input_type(const LinearKernel& spec);  // of x
 int piece_bytes(int lanes);                            // of a row of x, with many blocks: a vector

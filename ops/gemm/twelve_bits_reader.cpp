@@ -69,6 +69,15 @@ void TwelveBitsReader::prefetch(std::int64_t distance, int level) {
 }
 
 void TwelveBitsReader::unpack_stretch(std::int64_t count, Reg to, std::int64_t distance) {
+  const auto store = [&](int pair, int vector, Reg pairs) {
+    b_.store(Element::i32, b_.at(to, pair * kPairBytes + vector * b_.vector_bytes()), pairs);
+  };
+  unpack_stretch(count, to, twelve_bits::kPlainStepBytes, distance, store);
+}
+
+void TwelveBitsReader::unpack_stretch(
+    std::int64_t count, Reg to, std::int64_t step_bytes, std::int64_t distance,
+    const std::function<void(int pair, int vector, Reg pairs)>& store) {
   const int vectors = kPairBytes / b_.vector_bytes();
   each_step(count, [&](bool plain, int) {
     prefetch(distance, 1);
@@ -76,13 +85,11 @@ void TwelveBitsReader::unpack_stretch(std::int64_t count, Reg to, std::int64_t d
       for (int vector = 0; vector < vectors; ++vector) {
         const std::array<Reg, 2> loaded = pairs(plain, half, vector);
         for (int pair = 0; pair < 2; ++pair) {
-          b_.store(Element::i32,
-                   b_.at(to, (2 * half + pair) * kPairBytes + vector * b_.vector_bytes()),
-                   loaded[static_cast<std::size_t>(pair)]);
+          store(2 * half + pair, vector, loaded[static_cast<std::size_t>(pair)]);
         }
       }
     }
-    b_.add_to(to, twelve_bits::kPlainStepBytes);
+    b_.add_to(to, step_bytes);
   });
   end_stretch();
 }

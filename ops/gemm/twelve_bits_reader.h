@@ -37,6 +37,10 @@ class TwelveBitsReader {
   // The next stretch's first `count` of k, in steps of 8, as the 16-bit layout has them: written to
   // `to`, which is moved behind them. Asks for what follows `distance` bytes behind each step.
   void unpack_stretch(std::int64_t count, Reg to, std::int64_t distance);
+  // The same in another layout, whose steps are step_bytes: store(pair of the step, vector of
+  // columns, the pairs).
+  void unpack_stretch(std::int64_t count, Reg to, std::int64_t step_bytes, std::int64_t distance,
+                      const std::function<void(int pair, int vector, Reg pairs)>& store);
 
  private:
   void step(bool plain, int length, const std::function<void(bool, int)>& body);
