@@ -10,6 +10,9 @@
 namespace tilewright::jit::vir {
 namespace {
 
+// Most kernels have fewer.
+constexpr std::size_t kUsualInstructions = 1024;
+
 bool fits_32_bits(std::int64_t value) {
   return value >= std::numeric_limits<std::int32_t>::min() &&
          value <= std::numeric_limits<std::int32_t>::max();
@@ -22,6 +25,7 @@ Builder::Builder(std::string name, int lanes, int arg_count) {
   function_.name = std::move(name);
   function_.lanes = lanes;
   function_.arg_count = arg_count;
+  function_.code.reserve(kUsualInstructions);
 }
 
 Function Builder::finish() && { return std::move(function_); }
@@ -41,10 +45,9 @@ Reg Builder::fresh(Kind kind) {
 }
 
 Instruction& Builder::append(Op op) {
-  Instruction instruction;
+  Instruction& instruction = function_.code.emplace_back();
   instruction.op = op;
-  function_.code.push_back(instruction);
-  return function_.code.back();
+  return instruction;
 }
 
 Reg Builder::unary(Op op, Kind kind, Reg a) {
@@ -95,7 +98,7 @@ Address Builder::at(Reg base, std::int64_t disp) const {
 
 Address Builder::at(Reg base, Reg index, int scale, std::int64_t disp) const {
   assert(fits_32_bits(disp));
-  return {base, index, scale, static_cast<std::int32_t>(disp)};
+  return {base, index, static_cast<std::uint8_t>(scale), static_cast<std::int32_t>(disp)};
 }
 
 // --- general registers

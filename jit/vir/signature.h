@@ -1,10 +1,12 @@
 // Signature: a row of op_list.def, decoded once, so that the printer, the parser, the verifier and
-// the allocator agree on which operands an op has and in which order.
+// the allocator agree on which operands an op has and in which order. Inline, because all of them
+// ask for every instruction.
 //
 // Tested by vir_test.
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <string_view>
 
 #include "jit/vir/vir.h"
@@ -56,6 +58,12 @@ constexpr Signature decode(std::string_view text) {
   return result;
 }
 
-const Signature& signature(Op op);
+inline constexpr std::array kSignatures = {
+#define VIR_OP(name, signature) decode(signature),
+#include "jit/vir/op_list.def"
+#undef VIR_OP
+};
+
+inline const Signature& signature(Op op) { return kSignatures[static_cast<std::size_t>(op)]; }
 
 }  // namespace tilewright::jit::vir
