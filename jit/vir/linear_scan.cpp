@@ -23,8 +23,9 @@ struct Item {
   bool is_temporary() const { return temporary >= 0; }
 };
 
-// Room for the number of any register of any pool.
-constexpr std::size_t kMostRegisters = 64;
+// The numbers of registers of all pools are below; a set of them is a word.
+constexpr int kMostRegisters = 64;
+std::uint64_t bit(int reg) { return std::uint64_t{1} << reg; }
 
 // One pass over the items, which are in order of their beginnings. `by_number` has room for every
 // register of the function.
@@ -38,8 +39,7 @@ class Scan {
   int run() {
     int spills = 0;
     for (Item& item : items_) {
-      const bool is_register = !item.is_temporary();
-      if (is_register) by_number_[numbering_.index(item.interval.reg)] = &item;
+      if (!item.is_temporary()) by_number_[numbering_.index(item.interval.reg)] = &item;
       expire(item.interval.begin);
       item.reg = free_register(item);
       if (item.reg < 0) {
@@ -48,6 +48,7 @@ class Scan {
       }
       if (item.reg < 0) continue;
       active_[static_cast<std::size_t>(item.reg)] = &item;
+      ends_[static_cast<std::size_t>(item.reg)] = item.interval.end;
       taken_ |= bit(item.reg);
       next_end_ = std::min(next_end_, item.interval.end);
     }
@@ -55,25 +56,23 @@ class Scan {
   }
 
  private:
-  static std::uint64_t bit(int reg) { return std::uint64_t{1} << reg; }
-
   template <class Visit>
-  void each_active(Visit&& visit) {
-    for (std::uint64_t rest = taken_; rest != 0; rest &= rest - 1) {
-      visit(active_[static_cast<std::size_t>(std::countr_zero(rest))]);
-    }
+  void each_taken(Visit&& visit) {
+    for (std::uint64_t rest = taken_; rest != 0; rest &= rest - 1) visit(std::countr_zero(rest));
   }
 
   void expire(int position) {
     if (next_end_ >= position) return;
-    next_end_ = std::numeric_limits<int>::max();
-    each_active([&](const Item* item) {
-      if (item->interval.end < position) {
-        taken_ &= ~bit(item->reg);
+    int next_end = std::numeric_limits<int>::max();
+    each_taken([&](int reg) {
+      const int end = ends_[static_cast<std::size_t>(reg)];
+      if (end < position) {
+        taken_ &= ~bit(reg);
       } else {
-        next_end_ = std::min(next_end_, item->interval.end);
+        next_end = std::min(next_end, end);
       }
     });
+    next_end_ = next_end;
   }
 
   // Of an item that began before: a hint is a source.
@@ -102,7 +101,8 @@ class Scan {
       if (a->interval.end != b->interval.end) return a->interval.end > b->interval.end;
       return b != &item && a < b;
     };
-    each_active([&](Item* other) {
+    each_taken([&](int reg) {
+      Item* other = active_[static_cast<std::size_t>(reg)];
       if (other->is_temporary()) return;
       if (victim == nullptr || better(other, victim)) victim = other;
     });
@@ -116,6 +116,7 @@ class Scan {
   const Numbering& numbering_;
   std::vector<const Item*>& by_number_;
   std::array<Item*, kMostRegisters> active_;        // by register, of those that are taken
+  std::array<int, kMostRegisters> ends_;            // where they end
   std::uint64_t taken_ = 0;                         // a bit for each register
   int next_end_ = std::numeric_limits<int>::max();  // no active item ends before
 };
@@ -169,11 +170,14 @@ class Allocator {
     result_.temporaries.assign(temps.size() * kTemporaries, -1);
 
     result_.gpr_scratch = settle(allocate_class(std::move(gprs), file_.gpr, kGprScratch), 8);
-    for (int reg : result_.gpr_scratch) use_gpr(reg);
+    for (int reg : result_.gpr_scratch) used_gprs_ |= bit(reg);
     result_.vec_scratch =
         settle(allocate_class(std::move(vectors), file_.vec, kVecScratch), vector_bytes_);
     result_.mask_scratch = settle(allocate_class(std::move(masks), file_.mask, kMaskScratch), 8);
     settle(allocate_class(std::move(tiles), file_.tile, 0), 0);
+    for (int reg = 0; reg < kMostRegisters; ++reg) {
+      if ((used_gprs_ & bit(reg)) != 0) result_.used_gprs.push_back(reg);
+    }
     result_.frame_bytes =
         (result_.frame_bytes + kFrameAlignment - 1) / kFrameAlignment * kFrameAlignment;
     return std::move(result_);
@@ -198,12 +202,6 @@ class Allocator {
     return result;
   }
 
-  void use_gpr(int reg) {
-    auto& used = result_.used_gprs;
-    const auto place = std::lower_bound(used.begin(), used.end(), reg);
-    if (place == used.end() || *place != reg) used.insert(place, reg);
-  }
-
   // Records what a class got; returns its scratch registers.
   std::vector<int> settle(ClassResult result, int slot_bytes) {
     for (const Item& item : result.items) {
@@ -215,7 +213,7 @@ class Allocator {
       Home& home = result_.home(interval.reg);
       if (item.reg >= 0) {
         home.reg = item.reg;
-        if (interval.reg.kind == Kind::gpr) use_gpr(item.reg);
+        if (interval.reg.kind == Kind::gpr) used_gprs_ |= bit(item.reg);
         continue;
       }
       home.slot = result_.frame_bytes;
@@ -231,6 +229,7 @@ class Allocator {
   Numbering numbering_;
   std::vector<const Item*> by_number_;
   int vector_bytes_;
+  std::uint64_t used_gprs_ = 0;  // a bit for each register
   Allocation result_;
 };
 

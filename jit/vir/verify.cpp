@@ -119,7 +119,10 @@ bool is_tile_op(Op op) {
 class Verifier {
  public:
   explicit Verifier(const Function& function)
-      : function_(function), numbering_(function), definitions_(numbering_.count()) {}
+      : function_(function),
+        counts_{function.gpr_count, function.vec_count, function.mask_count, function.tile_count},
+        numbering_(function),
+        definitions_(numbering_.count()) {}
 
   Status run() {
     if (!check_all()) return error_;
@@ -189,19 +192,24 @@ class Verifier {
     return check_structure(op);
   }
 
-  bool check_kind(Op op, Kind kind, Reg reg) {
+  bool has(Kind kind, Reg reg) const {
+    return reg.valid() && reg.kind == kind && reg.id < counts_[static_cast<std::size_t>(kind)];
+  }
+
+  bool check_kind(Op op, Kind kind, Reg reg) { return has(kind, reg) || refuse(op, kind, reg); }
+
+  bool check_use(Op op, Kind kind, Reg reg) {
+    return (has(kind, reg) && definitions_.defined(numbering_.index(reg))) || refuse(op, kind, reg);
+  }
+
+  // Apart from the checks that nearly every instruction passes: making messages takes much stack.
+  [[gnu::noinline]] bool refuse(Op op, Kind kind, Reg reg) {
     if (reg.valid() && reg.kind != kind) {
       return fail("{} takes {} here, not {}", op_name(op), kind_name(kind), reg_name(reg));
     }
-    if (!reg.valid() || reg.id >= count(kind)) {
+    if (!has(kind, reg)) {
       return fail("{}: register {} is out of range", op_name(op), reg_name(reg));
     }
-    return true;
-  }
-
-  bool check_use(Op op, Kind kind, Reg reg) {
-    if (!check_kind(op, kind, reg)) return false;
-    if (definitions_.defined(numbering_.index(reg))) return true;
     return fail("{} is not defined on every path to here", reg_name(reg));
   }
 
@@ -310,13 +318,8 @@ class Verifier {
     }
   }
 
-  int count(Kind kind) const {
-    const std::array counts = {function_.gpr_count, function_.vec_count, function_.mask_count,
-                               function_.tile_count};
-    return counts[static_cast<std::size_t>(kind)];
-  }
-
   const Function& function_;
+  std::array<int, 4> counts_;  // of registers, by kind
   Numbering numbering_;
   Definitions definitions_;
   int line_ = 1;  // of print(): the header is line 1
