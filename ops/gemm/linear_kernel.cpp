@@ -127,7 +127,8 @@ class LinearBuilder {
   // the epilogue, which then has all registers to itself: an activation beside 12 accumulators
   // would spill, and a spill anywhere costs the inner loop three of its registers.
   void emit_panels(int streams) {
-    const std::int64_t stretches = (spec_.k - 1) / kPartialSumLength;
+    // A single stretch's sums need no memory before the epilogue.
+    const std::int64_t stretches = spec_.k > kPartialSumLength ? spec_.k / kPartialSumLength : 0;
     const std::int64_t rest = spec_.k - stretches * kPartialSumLength;
     weights_.assign(static_cast<std::size_t>(streams), {});
     if (spec_.twelve_bits) {
@@ -146,7 +147,7 @@ class LinearBuilder {
         if (!spec_.twelve_bits) advance_weights(stretch_bytes());
       });
     }
-    emit_stretch(rest, b_.constant(stretches), stretches > 0);
+    if (rest > 0) emit_stretch(rest, b_.constant(stretches), stretches > 0);
     const Reg index = panel(), sums = b_.arg(LinearArgs::partial_sums);
     const auto finish = [&] {
       finish_panel(b_, spec_, index, b_.mul(b_.arg(LinearArgs::block_count), rows_), sums);
