@@ -98,11 +98,7 @@ class IntervalScan {
   void visit_operands(const Instruction& in, int i) {
     const Signature& signature = vir::signature(in.op);
     const auto source_count = static_cast<std::size_t>(signature.source_count);
-    for (std::size_t k = 0; k < source_count; ++k) use(in.src[k], 2 * i);
-    if (signature.has_address) {
-      use(in.address.base, 2 * i);
-      if (in.address.index.valid()) use(in.address.index, 2 * i);
-    }
+    each_source(in, [&](Reg reg) { use(reg, 2 * i); });
     if (in.op == Op::garg) use(kArgsPointer, 2 * i);
     for (std::size_t k = 0; k < source_count; ++k) {
       if (is_read_write(signature.source[k])) define(in.src[k], 2 * i + 1);

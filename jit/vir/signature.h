@@ -66,4 +66,14 @@ inline constexpr std::array kSignatures = {
 
 inline const Signature& signature(Op op) { return kSignatures[static_cast<std::size_t>(op)]; }
 
+// visit(reg) for every register that the instruction names as a source or in its address.
+template <class Visit>
+void each_source(const Instruction& in, Visit&& visit) {
+  const Signature& form = signature(in.op);
+  for (int k = 0; k < form.source_count; ++k) visit(in.src[static_cast<std::size_t>(k)]);
+  if (!form.has_address) return;
+  visit(in.address.base);
+  if (in.address.index.valid()) visit(in.address.index);
+}
+
 }  // namespace tilewright::jit::vir
