@@ -3,11 +3,10 @@
 // Tested by emit_test, filetests/code, tests/python/test_isa_escape.py.
 #include "jit/assembler.h"
 
-#include <sys/mman.h>
 #include <xbyak/xbyak.h>
 
 #include <algorithm>
-#include <cstring>
+#include <array>
 #include <deque>
 
 #include "fmt/format.h"
@@ -20,37 +19,27 @@ constexpr std::size_t kLargestBufferSize = 16 << 20;
 constexpr std::size_t kCacheLine = 64;
 constexpr std::uint8_t kInt3 = 0xCC;
 
-// A page-aligned read-write mapping, never executable: Xbyak's own allocator would ask for RWX.
-class PlainBuffer {
- public:
-  explicit PlainBuffer(std::size_t size)
-      : data_(mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)),
-        size_(size) {}
-  ~PlainBuffer() {
-    if (ok()) munmap(data_, size_);
-  }
-  PlainBuffer(const PlainBuffer&) = delete;
-  PlainBuffer& operator=(const PlainBuffer&) = delete;
+// The operands that Xbyak is given, made once. Its instruction methods take `const Xmm&` or
+// `const Ymm&` and look at the kind inside, so the static type Ymm stands for every width.
+template <class Register, std::size_t count, class... Rest>
+constexpr std::array<Register, count> all_of(Rest... rest) {
+  std::array<Register, count> result;
+  for (std::size_t i = 0; i < count; ++i) result[i] = Register(static_cast<int>(i), rest...);
+  return result;
+}
+using Xbyak::Operand;
+constexpr auto kReg64 = all_of<Xbyak::Reg64, 16>();
+constexpr auto kReg32 = all_of<Xbyak::Reg32, 16>();
+constexpr auto kXmm = all_of<Xbyak::Ymm, 32>(Operand::XMM, 128);
+constexpr auto kYmm = all_of<Xbyak::Ymm, 32>(Operand::YMM, 256);
+constexpr auto kZmm = all_of<Xbyak::Ymm, 32>(Operand::ZMM, 512);
 
-  bool ok() const { return data_ != MAP_FAILED; }
-  std::span<std::byte> span() const { return {static_cast<std::byte*>(data_), size_}; }
-
- private:
-  void* data_;
-  std::size_t size_;
-};
-
-Xbyak::Reg64 reg64(Gpr a) { return Xbyak::Reg64(a.id); }
-Xbyak::Reg32 reg32(Gpr a) { return Xbyak::Reg32(a.id); }
+const Xbyak::Reg64& reg64(Gpr a) { return kReg64[static_cast<std::size_t>(a.id)]; }
+const Xbyak::Reg32& reg32(Gpr a) { return kReg32[static_cast<std::size_t>(a.id)]; }
 Xbyak::Opmask opmask(Opmask k) { return Xbyak::Opmask(k.id); }
 Xbyak::Tmm tmm(Tile a) { return Xbyak::Tmm(a.id); }
-
-// Xbyak's instruction methods take `const Xmm&` or `const Ymm&` and look at the kind inside, so the
-// static type Ymm stands for every width.
-Xbyak::Ymm vector(Vec a) {
-  using Xbyak::Operand;
-  const auto kind = a.bits == 512 ? Operand::ZMM : a.bits == 256 ? Operand::YMM : Operand::XMM;
-  return Xbyak::Ymm(a.id, kind, a.bits);
+const Xbyak::Ymm& vector(Vec a) {
+  return (a.bits == 512 ? kZmm : a.bits == 256 ? kYmm : kXmm)[static_cast<std::size_t>(a.id)];
 }
 
 // Table bytes of one kernel's constants; `label` is bound when the pool is written.
@@ -111,9 +100,9 @@ Result<Assembler::Code> Assembler::assemble_in(std::span<std::byte> buffer, cons
 Result<Assembler::Code> Assembler::assemble(const Body& body) {
   Code code;
   for (std::size_t size = kFirstBufferSize; size <= kLargestBufferSize; size *= 4) {
-    PlainBuffer buffer(size);
-    if (!buffer.ok()) return Error{"assembler: no memory for the code buffer"};
-    const int error = attempt(buffer.span(), body, code);
+    // Memory of our own: Xbyak's allocator would ask for pages that are writable and executable.
+    const auto buffer = std::make_unique_for_overwrite<std::byte[]>(size);
+    const int error = attempt({buffer.get(), size}, body, code);
     if (error == Xbyak::ERR_NONE) return code;
     if (error != Xbyak::ERR_CODE_IS_TOO_BIG) {
       return Error{fmt::format("assembler: {}", Xbyak::ConvertErrorToString(error))};

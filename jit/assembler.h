@@ -69,7 +69,7 @@ class Assembler {
   // Runs `body`, which must be repeatable: it is run again with a larger buffer when the code does
   // not fit (64 KiB at first, 16 MiB at most).
   static Result<Code> assemble(const Body& body);
-  // The same in the caller's page-aligned buffer, whose address must not show in the bytes.
+  // The same in the caller's buffer, whose address must not show in the bytes.
   static Result<Code> assemble_in(std::span<std::byte> buffer, const Body& body);
 
   Assembler(const Assembler&) = delete;

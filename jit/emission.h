@@ -61,7 +61,7 @@ struct Site {
 // Vector registers that an instruction overwrites besides its destination.
 int temporary_count(const vir::Instruction& instruction, int lanes);
 
-// emit() into the caller's page-aligned buffer: for the test that the address does not show.
+// emit() into the caller's buffer: for the test that the address does not show.
 Result<CodeObject> emit_in(const vir::Function& function, const Target& target,
                            std::span<std::byte> buffer);
 

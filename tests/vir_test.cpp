@@ -377,6 +377,26 @@ TEST(VirBuilder, ImmediatesBeyond32BitsBecomeConstants) {
 }
 
 // Every method once; the verifier checks operand kinds, and the table that no op was forgotten.
+// What only an assignment reads goes where it is assigned; what is read again has its own register.
+TEST(VirBuilder, DefinesInPlace) {
+  Builder b("assignments", 8, 1);
+  const Reg p = b.arg(0), x = b.load(Element::f32, b.at(p));
+  b.assign(x, b.vadd(x, x));
+  const Reg product = b.vmul(x, x);
+  b.assign(x, product);
+  b.store(Element::f32, b.at(p), b.vsub(x, product));
+  EXPECT_EQ(print(std::move(b).finish()),
+            "vir assignments lanes=8 args=1 {\n"
+            "  %g0 = garg 0\n"
+            "  %v0 = vload.f32 [%g0]\n"
+            "  %v0 = vadd %v0, %v0\n"
+            "  %v2 = vmul %v0, %v0\n"
+            "  %v0 = vmov %v2\n"
+            "  %v3 = vsub %v0, %v2\n"
+            "  vstore.f32 [%g0], %v3\n"
+            "}\n");
+}
+
 TEST(VirBuilder, ReachesEveryOp) {
   Builder b("everything", 16, 2);
   Reg p = b.arg(0), n = b.constant(5);
@@ -406,7 +426,7 @@ TEST(VirBuilder, ReachesEveryOp) {
   v = b.vandn(b.vxor(b.vor(b.vand(v, w), w), w), w);
   v = b.imul(b.isub(b.iadd(v, w), w), w);
   v = b.vshift_right_signed(b.vshift_right(b.vshift_left(v, 1), 2), 3);
-  v = b.swap(b.copy(v), 8);
+  v = b.swap(b.copy(w), 8);
   v = b.odd_lanes(b.even_lanes(v, w), w);
   v = b.odd_runs(b.even_runs(v, w), w);
   v = b.lookup_bytes(b.broadcast_16_bytes(b.at(p)), v);

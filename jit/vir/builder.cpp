@@ -4,15 +4,50 @@
 // Tested by vir_test.
 #include "jit/vir/builder.h"
 
+#include <algorithm>
 #include <cassert>
 #include <limits>
+
+#include "jit/vir/numbering.h"
+#include "jit/vir/signature.h"
 
 namespace tilewright::jit::vir {
 namespace {
 
+// Most kernels have fewer.
+constexpr std::size_t kUsualInstructions = 1024;
+
 bool fits_32_bits(std::int64_t value) {
   return value >= std::numeric_limits<std::int32_t>::min() &&
          value <= std::numeric_limits<std::int32_t>::max();
+}
+
+// Whether `move` copies to another register what `before` has just defined.
+bool moves_result(const Instruction& before, const Instruction& move) {
+  return (move.op == Op::gmov || move.op == Op::vmov) && before.dst == move.src[0] &&
+         move.dst != move.src[0];
+}
+
+// `assign(x, add(x, y))` appends a sum in a register of its own and a move to x. Where nothing else
+// reads that register, the sum goes to x and there is no move.
+void define_in_place(Function& f) {
+  std::vector<Instruction>& code = f.code;
+  if (std::adjacent_find(code.begin(), code.end(), moves_result) == code.end()) return;
+  const Numbering numbering(f);
+  std::vector<int> uses(numbering.count());
+  for (const Instruction& in : code) {
+    each_source(in, [&](Reg reg) { ++uses[numbering.index(reg)]; });
+  }
+  std::size_t kept = 1;
+  for (std::size_t i = 1; i < code.size(); ++i) {
+    Instruction& before = code[kept - 1];
+    if (moves_result(before, code[i]) && uses[numbering.index(before.dst)] == 1) {
+      before.dst = code[i].dst;
+    } else {
+      code[kept++] = code[i];
+    }
+  }
+  code.resize(kept);
 }
 
 }  // namespace
@@ -22,9 +57,13 @@ Builder::Builder(std::string name, int lanes, int arg_count) {
   function_.name = std::move(name);
   function_.lanes = lanes;
   function_.arg_count = arg_count;
+  function_.code.reserve(kUsualInstructions);
 }
 
-Function Builder::finish() && { return std::move(function_); }
+Function Builder::finish() && {
+  define_in_place(function_);
+  return std::move(function_);
+}
 
 Reg Builder::fresh(Kind kind) {
   switch (kind) {
@@ -41,10 +80,9 @@ Reg Builder::fresh(Kind kind) {
 }
 
 Instruction& Builder::append(Op op) {
-  Instruction instruction;
+  Instruction& instruction = function_.code.emplace_back();
   instruction.op = op;
-  function_.code.push_back(instruction);
-  return function_.code.back();
+  return instruction;
 }
 
 Reg Builder::unary(Op op, Kind kind, Reg a) {
@@ -95,7 +133,7 @@ Address Builder::at(Reg base, std::int64_t disp) const {
 
 Address Builder::at(Reg base, Reg index, int scale, std::int64_t disp) const {
   assert(fits_32_bits(disp));
-  return {base, index, scale, static_cast<std::int32_t>(disp)};
+  return {base, index, static_cast<std::uint8_t>(scale), static_cast<std::int32_t>(disp)};
 }
 
 // --- general registers

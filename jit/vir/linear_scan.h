@@ -8,8 +8,10 @@
 // Pure function. Tested by linear_scan_test.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "jit/vir/liveness.h"
@@ -37,7 +39,7 @@ inline constexpr int kVecScratch = 3;
 inline constexpr int kMaskScratch = 2;
 
 struct Allocation {
-  std::vector<Home> gpr, vec, mask, tile;  // by virtual number
+  std::array<std::vector<Home>, 4> homes;  // by kind and virtual number
   Home args;
   std::vector<int> temporaries;  // vector registers that instruction i may overwrite: 2 x i, + 1
   std::vector<int> gpr_scratch, vec_scratch, mask_scratch;  // empty unless the class spills
@@ -46,7 +48,11 @@ struct Allocation {
   int spills = 0, inner_loop_spills = 0;
   int tile_spills = 0;  // of the spills; no code can be made for these
 
-  const Home& home(Reg reg) const;
+  const Home& home(Reg reg) const {
+    if (reg == kArgsPointer) return args;
+    return homes[static_cast<std::size_t>(reg.kind)][static_cast<std::size_t>(reg.id)];
+  }
+  Home& home(Reg reg) { return const_cast<Home&>(std::as_const(*this).home(reg)); }
 };
 
 // `temporary_count[i]`: vector temporaries of instruction i, at most kTemporaries.

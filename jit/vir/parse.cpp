@@ -270,7 +270,7 @@ class Parser {
       if (cursor.take("*")) {
         const std::optional<std::int64_t> scale = cursor.take_integer();
         if (!scale || *scale < 1 || *scale > 8) return false;
-        address.scale = static_cast<int>(*scale);
+        address.scale = static_cast<std::uint8_t>(*scale);
       }
       if (cursor.take("]")) return true;
       negative = cursor.take("-");

@@ -17,7 +17,7 @@ namespace tilewright::jit::vir {
 
 std::string reg_name(Reg reg) {
   constexpr char kLetters[] = {'g', 'v', 'm', 't'};
-  return fmt::format("%{}{}", kLetters[static_cast<int>(reg.kind)], reg.id);
+  return fmt::format("%{}{}", kLetters[static_cast<int>(reg.kind)], static_cast<int>(reg.id));
 }
 
 namespace {

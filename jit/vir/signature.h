@@ -1,10 +1,12 @@
 // Signature: a row of op_list.def, decoded once, so that the printer, the parser, the verifier and
-// the allocator agree on which operands an op has and in which order.
+// the allocator agree on which operands an op has and in which order. Inline, because all of them
+// ask for every instruction.
 //
 // Tested by vir_test.
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <string_view>
 
 #include "jit/vir/vir.h"
@@ -56,6 +58,22 @@ constexpr Signature decode(std::string_view text) {
   return result;
 }
 
-const Signature& signature(Op op);
+inline constexpr std::array kSignatures = {
+#define VIR_OP(name, signature) decode(signature),
+#include "jit/vir/op_list.def"
+#undef VIR_OP
+};
+
+inline const Signature& signature(Op op) { return kSignatures[static_cast<std::size_t>(op)]; }
+
+// visit(reg) for every register that the instruction names as a source or in its address.
+template <class Visit>
+void each_source(const Instruction& in, Visit&& visit) {
+  const Signature& form = signature(in.op);
+  for (int k = 0; k < form.source_count; ++k) visit(in.src[static_cast<std::size_t>(k)]);
+  if (!form.has_address) return;
+  visit(in.address.base);
+  if (in.address.index.valid()) visit(in.address.index);
+}
 
 }  // namespace tilewright::jit::vir

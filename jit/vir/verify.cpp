@@ -8,10 +8,14 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "jit/vir/definitions.h"
+#include "jit/vir/numbering.h"
 #include "jit/vir/signature.h"
 #include "jit/vir/vir.h"
 
@@ -32,15 +36,15 @@ constexpr std::string_view kind_name(Kind kind) {
   return "?";
 }
 
-using Elements = std::vector<Element>;
+using Elements = std::span<const Element>;
 
 // The element types that an op may carry; empty: none.
-const Elements& legal_elements(Op op, int lanes) {
+Elements legal_elements(Op op, int lanes) {
   using enum Element;
-  static const Elements kNone = {}, kGpr = {i64, i32, u16, u8}, kLoad = {f32, i32, bf16, f16, u8},
-                        kFullLoad = {f32, i32, bf16, f16, u8, i8, i64_low, i64_high},
-                        kMaskedLoad = {f32, i32, bf16, f16, u8, i8},
-                        kStore = {f32, i32, f16, u16, u8}, kMasked8 = {f32, i32};
+  static constexpr Element kGpr[] = {i64, i32, u16, u8}, kLoad[] = {f32, i32, bf16, f16, u8},
+                           kFullLoad[] = {f32, i32, bf16, f16, u8, i8, i64_low, i64_high},
+                           kMaskedLoad[] = {f32, i32, bf16, f16, u8, i8},
+                           kStore[] = {f32, i32, f16, u16, u8}, kMasked8[] = {f32, i32};
   switch (op) {
     case Op::gload:
     case Op::gstore:
@@ -54,11 +58,11 @@ const Elements& legal_elements(Op op, int lanes) {
     case Op::vstore1:
       return kStore;
     case Op::vloadm:  // vmaskmovps knows 32-bit elements only
-      return lanes == 8 ? kMasked8 : kMaskedLoad;
+      return lanes == 8 ? Elements(kMasked8) : kMaskedLoad;
     case Op::vstorem:
-      return lanes == 8 ? kMasked8 : kStore;
+      return lanes == 8 ? Elements(kMasked8) : kStore;
     default:
-      return kNone;
+      return {};
   }
 }
 
@@ -112,48 +116,16 @@ bool is_tile_op(Op op) {
   }
 }
 
-// Which registers are defined at a point.
-struct Defined {
-  std::array<std::vector<bool>, 4> of_kind;
-
-  explicit Defined(const Function& f)
-      : of_kind{std::vector<bool>(static_cast<std::size_t>(f.gpr_count)),
-                std::vector<bool>(static_cast<std::size_t>(f.vec_count)),
-                std::vector<bool>(static_cast<std::size_t>(f.mask_count)),
-                std::vector<bool>(static_cast<std::size_t>(f.tile_count))} {}
-
-  std::vector<bool>& kind(Kind kind) { return of_kind[static_cast<std::size_t>(kind)]; }
-  bool in_range(Reg reg) {
-    return reg.valid() && static_cast<std::size_t>(reg.id) < kind(reg.kind).size();
-  }
-  std::vector<bool>::reference at(Reg reg) {
-    return kind(reg.kind)[static_cast<std::size_t>(reg.id)];
-  }
-
-  void intersect(const Defined& other) {
-    for (std::size_t k = 0; k < of_kind.size(); ++k) {
-      for (std::size_t i = 0; i < of_kind[k].size(); ++i) {
-        if (!other.of_kind[k][i]) of_kind[k][i] = false;
-      }
-    }
-  }
-};
-
 class Verifier {
  public:
-  explicit Verifier(const Function& function) : function_(function), defined_(function) {}
+  explicit Verifier(const Function& function)
+      : function_(function),
+        counts_{function.gpr_count, function.vec_count, function.mask_count, function.tile_count},
+        numbering_(function),
+        definitions_(numbering_.count()) {}
 
   Status run() {
-    if (Status status = check_header(); !status.ok()) return status;
-    for (const Instruction& instruction : function_.code) {
-      ++line_;
-      if (Status status = check(instruction); !status.ok()) return status;
-    }
-    if (!open_.empty()) {
-      return Error{fmt::format("{}: {} is never closed", open_.back().line,
-                               open_.back().op == Op::loop ? "loop" : "if")};
-    }
-    if (has_tiles_) return fail("the thread's tiles are never restored");
+    if (!check_all()) return error_;
     return {};
   }
 
@@ -162,16 +134,31 @@ class Verifier {
   struct Open {
     Op op;
     int line;
-    Defined before;      // the state at the loop or if
-    Defined after_then;  // if op is else_: the state at the end of the first arm
   };
 
+  // What is wrong is kept here, and every check says only whether nothing is: a Status for each
+  // would be what most of the time is spent on.
   template <class... Args>
-  Error fail(fmt::format_string<Args...> format, Args&&... args) const {
-    return {fmt::format("{}: {}", line_, fmt::format(format, std::forward<Args>(args)...))};
+  bool fail(fmt::format_string<Args...> format, Args&&... args) {
+    error_ = {fmt::format("{}: {}", line_, fmt::format(format, std::forward<Args>(args)...))};
+    return false;
   }
 
-  Status check_header() const {
+  bool check_all() {
+    if (!check_header()) return false;
+    for (const Instruction& instruction : function_.code) {
+      ++line_;
+      if (!check(instruction)) return false;
+    }
+    if (!open_.empty()) {
+      line_ = open_.back().line;
+      return fail("{} is never closed", open_.back().op == Op::loop ? "loop" : "if");
+    }
+    if (has_tiles_) return fail("the thread's tiles are never restored");
+    return true;
+  }
+
+  bool check_header() {
     const std::string& name = function_.name;
     const bool printable = std::all_of(name.begin(), name.end(), [](unsigned char c) {
       return c > ' ' && c < 0x7f && c != '{' && c != '}' && c != ';';
@@ -183,66 +170,64 @@ class Verifier {
       return fail("lanes={} is neither 8 nor 16", function_.lanes);
     }
     if (function_.arg_count < 0) return fail("args={} is negative", function_.arg_count);
-    return {};
+    return true;
   }
 
-  Status check(const Instruction& instruction) {
+  bool check(const Instruction& instruction) {
     const Op op = instruction.op;
     const Signature& form = signature(op);
     for (int i = 0; i < form.source_count; ++i) {
       const auto index = static_cast<std::size_t>(i);
-      Status status = check_use(op, kind_of(form.source[index]), instruction.src[index]);
-      if (!status.ok()) return status;
+      if (!check_use(op, kind_of(form.source[index]), instruction.src[index])) return false;
     }
-    if (form.has_address) {
-      if (Status status = check_address(op, instruction.address); !status.ok()) return status;
-    }
-    if (form.has_immediate) {
-      if (Status status = check_immediate(instruction); !status.ok()) return status;
-    }
-    if (Status status = check_element(instruction); !status.ok()) return status;
-    if (Status status = check_lanes(op); !status.ok()) return status;
-    if (Status status = check_tiles(instruction); !status.ok()) return status;
+    if (form.has_address && !check_address(op, instruction.address)) return false;
+    if (form.has_immediate && !check_immediate(instruction)) return false;
+    if (!check_element(instruction)) return false;
+    if (!check_lanes(op)) return false;
+    if (!check_tiles(instruction)) return false;
     if (form.definition != 0) {
-      if (Status status = check_kind(op, kind_of(form.definition), instruction.dst); !status.ok()) {
-        return status;
-      }
-      defined_.at(instruction.dst) = true;
+      if (!check_kind(op, kind_of(form.definition), instruction.dst)) return false;
+      definitions_.define(numbering_.index(instruction.dst));
     }
     return check_structure(op);
   }
 
-  Status check_kind(Op op, Kind kind, Reg reg) {
+  bool has(Kind kind, Reg reg) const {
+    return reg.valid() && reg.kind == kind && reg.id < counts_[static_cast<std::size_t>(kind)];
+  }
+
+  bool check_kind(Op op, Kind kind, Reg reg) { return has(kind, reg) || refuse(op, kind, reg); }
+
+  bool check_use(Op op, Kind kind, Reg reg) {
+    return (has(kind, reg) && definitions_.defined(numbering_.index(reg))) || refuse(op, kind, reg);
+  }
+
+  // Apart from the checks that nearly every instruction passes: making messages takes much stack.
+  [[gnu::noinline]] bool refuse(Op op, Kind kind, Reg reg) {
     if (reg.valid() && reg.kind != kind) {
       return fail("{} takes {} here, not {}", op_name(op), kind_name(kind), reg_name(reg));
     }
-    if (!defined_.in_range(reg)) {
+    if (!has(kind, reg)) {
       return fail("{}: register {} is out of range", op_name(op), reg_name(reg));
     }
-    return {};
+    return fail("{} is not defined on every path to here", reg_name(reg));
   }
 
-  Status check_use(Op op, Kind kind, Reg reg) {
-    if (Status status = check_kind(op, kind, reg); !status.ok()) return status;
-    if (!defined_.at(reg)) return fail("{} is not defined on every path to here", reg_name(reg));
-    return {};
-  }
-
-  Status check_address(Op op, const Address& address) {
-    if (Status status = check_use(op, Kind::gpr, address.base); !status.ok()) return status;
+  bool check_address(Op op, const Address& address) {
+    if (!check_use(op, Kind::gpr, address.base)) return false;
     if (!address.index.valid()) {
       if (address.scale != 1) return fail("{}: a scale without an index", op_name(op));
-      return {};
+      return true;
     }
-    if (Status status = check_use(op, Kind::gpr, address.index); !status.ok()) return status;
+    if (!check_use(op, Kind::gpr, address.index)) return false;
     const int scale = address.scale;
     if (scale != 1 && scale != 2 && scale != 4 && scale != 8) {
       return fail("{}: scale {} is not 1, 2, 4 or 8", op_name(op), scale);
     }
-    return {};
+    return true;
   }
 
-  Status check_immediate(const Instruction& instruction) const {
+  bool check_immediate(const Instruction& instruction) {
     const Op op = instruction.op;
     const std::int64_t value = instruction.immediate;
     const Range range = legal_immediates(op, function_);
@@ -253,18 +238,18 @@ class Verifier {
     if (op == Op::vswap && (value & (value - 1)) != 0) {
       return fail("vswap: distance {} is not a power of two", value);
     }
-    return {};
+    return true;
   }
 
-  Status check_element(const Instruction& instruction) const {
+  bool check_element(const Instruction& instruction) {
     const Op op = instruction.op;
     const Element element = instruction.element;
     if (!signature(op).has_element) {
-      if (element == Element::none) return {};
+      if (element == Element::none) return true;
       return fail("{} carries no element type", op_name(op));
     }
-    const Elements& legal = legal_elements(op, function_.lanes);
-    if (std::find(legal.begin(), legal.end(), element) != legal.end()) return {};
+    const Elements legal = legal_elements(op, function_.lanes);
+    if (std::find(legal.begin(), legal.end(), element) != legal.end()) return true;
     std::string names;
     for (Element e : legal)
       names += fmt::format("{}{}", names.empty() ? "" : ", ", element_name(e));
@@ -272,17 +257,17 @@ class Verifier {
                 names, element_name(element));
   }
 
-  Status check_lanes(Op op) const {
+  bool check_lanes(Op op) {
     if ((op == Op::vscalef || op == Op::vdpbf16 || is_tile_op(op)) && function_.lanes != 16) {
       return fail("{} exists with 16 lanes only", op_name(op));
     }
-    return {};
+    return true;
   }
 
   // The thread's tiles are saved, configured, used, restored: in this order on every path.
-  Status check_tiles(const Instruction& instruction) {
+  bool check_tiles(const Instruction& instruction) {
     const Op op = instruction.op;
-    if (!is_tile_op(op)) return {};
+    if (!is_tile_op(op)) return true;
     if (op == Op::tsave || op == Op::tconfig || op == Op::trestore) {
       if (!open_.empty()) return fail("{} inside a loop or if", op_name(op));
       if (op == Op::tconfig && !saved_tiles_) return fail("tconfig without tsave before it");
@@ -290,7 +275,7 @@ class Verifier {
       if (op == Op::tsave && has_tiles_) return fail("tsave after tconfig");
       if (op == Op::tsave) saved_tiles_ = true;
       has_tiles_ = op == Op::tconfig;
-      return {};
+      return true;
     }
     if (!has_tiles_) return fail("{} without tconfig before it", op_name(op));
     const auto& [y, a, b] = instruction.src;
@@ -300,42 +285,45 @@ class Verifier {
     if (instruction.address.index.valid()) {
       return fail("{}: the row stride takes the place of an index", op_name(op));
     }
-    return {};
+    return true;
   }
 
-  Status check_structure(Op op) {
+  bool check_structure(Op op) {
     switch (op) {
       case Op::loop:
+        open_.push_back({op, line_});
+        definitions_.begin_loop();
+        return true;
       case Op::if_:
-        open_.push_back({op, line_, defined_, defined_});
-        return {};
+        open_.push_back({op, line_});
+        definitions_.begin_if();
+        return true;
       case Op::else_:
         if (open_.empty() || open_.back().op != Op::if_) return fail("else without if");
         open_.back().op = Op::else_;
-        open_.back().after_then = std::exchange(defined_, open_.back().before);
-        return {};
+        definitions_.begin_else();
+        return true;
       case Op::endloop:
         if (open_.empty() || open_.back().op != Op::loop) return fail("endloop without loop");
-        break;
+        open_.pop_back();
+        definitions_.end_loop();
+        return true;
       case Op::endif:
         if (open_.empty() || open_.back().op == Op::loop) return fail("endif without if");
-        break;
+        open_.pop_back();
+        definitions_.end_if();
+        return true;
       default:
-        return {};
+        return true;
     }
-    Open closed = std::move(open_.back());
-    open_.pop_back();
-    if (closed.op == Op::else_) {
-      defined_.intersect(closed.after_then);
-    } else {
-      defined_ = std::move(closed.before);
-    }
-    return {};
   }
 
   const Function& function_;
+  std::array<int, 4> counts_;  // of registers, by kind
+  Numbering numbering_;
+  Definitions definitions_;
   int line_ = 1;  // of print(): the header is line 1
-  Defined defined_;
+  Error error_;
   bool saved_tiles_ = false, has_tiles_ = false;
   std::vector<Open> open_;
 };

@@ -4,10 +4,7 @@
 // Tested by vir_test.
 #include "jit/vir/vir.h"
 
-#include <array>
 #include <cstddef>
-
-#include "jit/vir/signature.h"
 
 namespace tilewright::jit::vir {
 namespace {
@@ -24,12 +21,6 @@ constexpr std::string_view kSignatureTexts[] = {
 #undef VIR_OP
 };
 
-constexpr auto kSignatures = [] {
-  std::array<Signature, std::size(kSignatureTexts)> result;
-  for (std::size_t i = 0; i < result.size(); ++i) result[i] = decode(kSignatureTexts[i]);
-  return result;
-}();
-
 }  // namespace
 
 std::string_view op_name(Op op) {
@@ -40,8 +31,6 @@ std::string_view op_name(Op op) {
 }
 
 std::string_view op_signature(Op op) { return kSignatureTexts[static_cast<std::size_t>(op)]; }
-
-const Signature& signature(Op op) { return kSignatures[static_cast<std::size_t>(op)]; }
 
 std::string_view element_name(Element element) {
   switch (element) {

@@ -42,10 +42,11 @@ enum class Element : std::uint8_t {
   i64_high,
 };
 
-// A virtual register: its number within its kind. Strong type, printed %g3, %v7, %m0, %t1.
+// A virtual register: its number within its kind. Strong type, printed %g3, %v7, %m0, %t1. Packed,
+// because an instruction has six of them and a large kernel thousands of instructions.
 struct Reg {
-  Kind kind = Kind::gpr;
-  std::int32_t id = -1;
+  Kind kind : 8 = Kind::gpr;
+  std::int32_t id : 24 = -1;
   bool valid() const { return id >= 0; }
   friend bool operator==(const Reg&, const Reg&) = default;
 };
@@ -54,7 +55,7 @@ struct Reg {
 struct Address {
   Reg base;
   Reg index;
-  int scale = 1;
+  std::uint8_t scale = 1;
   std::int32_t disp = 0;
 };
 
@@ -66,6 +67,7 @@ struct Instruction {
   Address address;             // if the signature has A
   std::int64_t immediate = 0;  // if the signature has I
 };
+static_assert(sizeof(Instruction) == 48);
 
 struct Function {
   std::string name;

@@ -132,7 +132,10 @@ class LinearBuilder {
   // the epilogue, which then has all registers to itself: an activation beside 12 accumulators
   // would spill, and a spill anywhere costs the inner loop three of its registers.
   void emit_panels(int streams) {
-    const std::int64_t stretches = (spec_.k - 1) / kPartialSumLength;
+    // A single stretch's sums need no memory before the epilogue. With many blocks the last one
+    // asks for rows, too, and is written beside the others.
+    const bool all_alike = !spec_.many_blocks && spec_.k > kPartialSumLength;
+    const std::int64_t stretches = (all_alike ? spec_.k : spec_.k - 1) / kPartialSumLength;
     const std::int64_t rest = spec_.k - stretches * kPartialSumLength;
     weights_.assign(static_cast<std::size_t>(streams), {});
     if (spec_.twelve_bits) {
@@ -152,7 +155,7 @@ class LinearBuilder {
         if (!spec_.twelve_bits && !unpacks()) advance_weights(stretch_bytes());
       });
     }
-    emit_stretch({rest, stretches > 0, true}, b_.constant(stretches));
+    if (rest > 0) emit_stretch({rest, stretches > 0, true}, b_.constant(stretches));
     const Reg index = panel(), sums = b_.arg(LinearArgs::partial_sums);
     const auto finish = [&] {
       finish_panel(b_, spec_, index, b_.mul(b_.arg(LinearArgs::block_count), rows_), sums);
