@@ -63,11 +63,20 @@ void add_blocks(std::vector<int>& blocks, const std::vector<int>& more) {
   blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
 }
 
-// A rung that was asked for by its name stands for all CPUs that have it.
+// A rung that was asked for by its name stands for all CPUs that have it. Rows whose kernels differ
+// in more than can be had side by side are others.
 Decision choices_for_a_rung(IsaMask isa) {
   std::vector<Choices> rows;
   for (const CpuRow& row : kCpus) rows.push_back(*changed({}, row.choices));
-  return {serving(rows), fmt::format("all rows, for {}", isa_mask_name(isa)), ""};
+  Decision decision{serving(rows), fmt::format("all rows, for {}", isa_mask_name(isa)), ""};
+  const Choices& all = decision.choices;
+  for (Choices& row : rows) {
+    row.row_blocks_avx2 = all.row_blocks_avx2;
+    row.row_blocks_avx512 = all.row_blocks_avx512;
+    row.fp32_products = all.fp32_products;
+    if (row != all) decision.others.push_back(std::move(row));
+  }
+  return decision;
 }
 
 }  // namespace
@@ -84,7 +93,8 @@ Choices serving(std::span<const Choices> rows) {
 
 Decision choices_for(const CpuModel& cpu, IsaMask isa) {
   if (cpu.vendor == "generic") return choices_for_a_rung(isa);
-  Decision decision{{}, fmt::format("rule for unknown CPUs with {}", isa_mask_name(isa)), ""};
+  Decision decision{Choices(), fmt::format("rule for unknown CPUs with {}", isa_mask_name(isa)),
+                    ""};
   const auto* row = std::ranges::find_if(kCpus, [&](const CpuRow& each) { return each.fits(cpu); });
   if (row == std::end(kCpus)) return decision;
   Result<Choices> choices = changed(std::move(decision.choices), row->choices);

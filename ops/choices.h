@@ -35,13 +35,15 @@ struct Decision {
   Choices choices;
   std::string source;   // "row zen3-server", "rule for unknown CPUs", "profile /path"
   std::string problem;  // why a profile that was there is not used; "" if all is well
+  // Of a rung: with `choices` all that CPUs with it may ask kernels for.
+  std::vector<Choices> others = {};
 };
 
 // The row that fits, or the rule.
 Decision choices_for(const CpuModel& cpu, IsaMask isa);
 
-// The rule's choices and what each of `rows` has kernels for beside it, which prewarm makes so:
-// all blocks of rows, and the most products.
+// The rule's choices with what each of `rows` has kernels for beside it: all blocks of rows, and
+// the most products.
 Choices serving(std::span<const Choices> rows);
 
 // `choices` but for those that a JSON object names, as {"prefetch": 512}. Error: no such choice, or

@@ -59,6 +59,23 @@ Result<Engine> Engine::open(const std::string& rung, const std::string& choices)
   return Engine(std::move(target.value()), std::move(decision), choices.empty());
 }
 
+namespace {
+
+Choices with_settings(Choices choices) {
+  const Environment& settings = environment();
+  if (settings.weights == WeightMode::compact) {
+    choices.twelve_bits_from = 0;
+  } else if (settings.weights != WeightMode::automatic) {
+    choices.twelve_bits_from = CompileOptions::kNever;
+  }
+  if (settings.fp32 != Fp32Mode::automatic) {
+    choices.fp32_products = settings.fp32 == Fp32Mode::amx ? most_fp32_products : 0;
+  }
+  return choices;
+}
+
+}  // namespace
+
 Engine::Engine(Target target, Decision decision, bool on_disk)
     : target_(target.for_code()), decision_(std::move(decision)) {
   if (!target_.has(Isa::avx2)) {
@@ -102,22 +119,20 @@ Result<Program> Engine::compile(const std::string& text,
   if (!graph) return graph.error();
   const Environment& settings = environment();
   CompileOptions options;
-  options.choices = decision_.choices;
   options.disabled.insert(settings.disable.names.begin(), settings.disable.names.end());
-  const WeightMode weights_mode = settings.weights;
-  options.exact_weights = weights_mode != WeightMode::plain;
-  if (weights_mode == WeightMode::compact) {
-    options.choices.twelve_bits_from = 0;
-  } else if (weights_mode != WeightMode::automatic) {
-    options.choices.twelve_bits_from = CompileOptions::kNever;
-  }
+  options.exact_weights = settings.weights != WeightMode::plain;
   options.kept_weights = kept_weights_;
   options.keep_weights = keep_weights;
   options.profile = settings.profile;
-  if (settings.fp32 != Fp32Mode::automatic) {
-    options.choices.fp32_products = settings.fp32 == Fp32Mode::amx ? most_fp32_products : 0;
-  }
   options.fallback_onednn = settings.fallback == Fallback::onednn;
+  // Prewarm for a rung, which has no weights: only the kernels of these programs are wanted.
+  for (const Choices& choices : decision_.others) {
+    options.choices = with_settings(choices);
+    Result<Program> program = ops::compile(*graph, constants, target_, options, kernels_, weights);
+    if (!program) return program;
+    if (const Status made = program->prepare(); !made) return made.error();
+  }
+  options.choices = with_settings(decision_.choices);
   return ops::compile(*graph, constants, target_, options, kernels_, std::move(weights), packed);
 }
 

@@ -17,6 +17,7 @@
 #include "graph/pipeline.h"
 #include "jit/emit.h"
 #include "ops/compile.h"
+#include "ops/engine.h"
 #include "ops/machine_profile.h"
 
 namespace tilewright::ops {
@@ -249,21 +250,40 @@ std::map<std::string, std::vector<std::byte>> kernels(const Choices& choices, co
   return result;
 }
 
-// What is prewarmed for a rung must be all that a CPU of any row asks for. A row with a choice that
-// cannot be merged (streams_row, prefetch: a kernel has one of them) fails here: it then needs
-// kernels for both values, or a prewarm by CPU.
+// What is prewarmed for a rung must be all that a CPU of any row asks for.
 TEST(Choices, ARungHasTheCodeOfEveryRow) {
   std::vector<std::string> rows = {"{}"};
 #define CPU(name, vendor, family, first, last, steppings, choices) rows.emplace_back(choices);
 #include "ops/choices.def"
   for (const char* rung : {"avx2", "avx512", "amx_bf16"}) {
     const Target target = *Target::for_rung(rung);
-    const auto all = kernels(choices_for(target.cpu, target.isa).choices, rung);
+    const Decision decision = choices_for(target.cpu, target.isa);
+    auto all = kernels(decision.choices, rung);
+    for (const Choices& choices : decision.others) all.merge(kernels(choices, rung));
     for (const std::string& row : rows) {
       for (const auto& [key, code] : kernels(*changed({}, row), rung)) {
         EXPECT_TRUE(all.contains(key)) << rung << " " << row << "\n" << key;
       }
     }
+  }
+}
+
+// For a rung an engine compiles once for each of them.
+TEST(Choices, AnEngineForARungAsksForTheKernelsOfAllRows) {
+  Result<Engine> engine = Engine::open("avx512", "");
+  ASSERT_TRUE(engine.ok()) << engine.error().message;
+  const char* text =
+      "graph g(%x: f32[s, 64]) -> (f32[s, 32]) {\n"
+      "  %w = const \"w\" : f32[32, 64]\n  %y = linear(%x, %w)\n  return %y\n}\n";
+  std::vector<float> w(32 * 64, 0.1f);
+  const std::map<std::string, TensorView> constants = {
+      {"w", {w.data(), graph::DataType::f32, {32, 64}}}};
+  const Result<Program> program = engine->compile(text, constants, std::make_shared<WeightStore>());
+  ASSERT_TRUE(program.ok()) << program.error().message;
+  std::string keys;
+  for (const Kernel& kernel : engine->kernels()->kernels()) keys += kernel.key;
+  for (const char* distance : {"prefetch=1024", "prefetch=8192"}) {
+    EXPECT_NE(keys.find(distance), std::string::npos) << distance;
   }
 }
 
