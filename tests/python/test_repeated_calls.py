@@ -284,6 +284,70 @@ def test_copies_have_next_steps_of_their_own(repeated: list[Executable]) -> None
         ours.cache.crop(-1)
 
 
+# --- through torch.compile
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_called_directly_and_its_hooks_run(repeated: list[Executable]) -> None:
+    _, ours = pair()
+    expected = ours.step()
+    ours.cache.crop(-1)
+    model, frames = ours.model, torch._dynamo.utils.counters["frames"]
+    ours.model = torch.compile(model, backend="tilewright", fullgraph=True)
+    ours.step()  # torch.compile left an attribute in the model, which changes no program
+    ours.cache.crop(-1)
+    assert decoder_of(model).programs() == [repeated[-1]]
+    before, counted = len(repeated), dict(frames)
+    assert torch.equal(ours.step(), expected) and len(repeated) == before + 1
+    ours.cache.crop(-1)
+    called: list[Any] = []
+    hooks = [
+        ours.model.register_forward_hook(lambda *_: called.append("compiled")),
+        model.register_forward_pre_hook(lambda *_: called.append("model")),
+    ]
+    assert torch.equal(ours.step(), expected) and called == ["model", "compiled"]
+    ours.cache.crop(-1)
+    for hook in hooks:
+        hook.remove()
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: called.append("any"))
+    try:
+        with pytest.warns(UserWarning, match="global hooks"):
+            assert torch.equal(ours.step(), expected)
+    finally:
+        everywhere.remove()
+    assert called.count("any") == 2  # of the compiled and of the optimised model
+    ours.cache.crop(-1)
+    assert dict(frames) == counted
+    tilewright.llm.restore(model)
+    assert decoder_of(model) is None
+    torch.testing.assert_close(
+        ours.model(input_ids=prompt(2, 9)).logits,
+        model(input_ids=prompt(2, 9)).logits,
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+@torch.no_grad()
+def test_dynamo_does_not_look_into_a_call(repeated: list[Executable]) -> None:
+    """Of a function of the caller's that it compiles: that has a graph before and one after."""
+    from torch._dynamo.testing import CompileCounter
+
+    eager, ours = pair()
+    expected = eager.step() * 3
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter)
+    def tripled(tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens + 0
+        return ours.step(tokens) * 3
+
+    before = len(repeated)
+    torch.testing.assert_close(tripled(TOKEN), expected, rtol=1e-3, atol=1e-3)
+    assert len(repeated) == before + 1 and counter.frame_count == 2
+    assert not decoder_of(ours.model).fallbacks
+
+
 # --- what the core compares
 
 

@@ -24,8 +24,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # What nn.Module keeps in every instance; registries and hooks are looked at by name.
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
 # What transformers' continuous batching sets while it runs: which attention function the model's
-# own forward calls, and itself. A program has no use for either.
-_IRRELEVANT = ("_attn_implementation_internal", "_cached_continuous_batching_manager")
+# own forward calls, and itself; and what torch.compile leaves in a module. A program has no use for
+# any of it.
+_IRRELEVANT = (
+    "_attn_implementation_internal",
+    "_cached_continuous_batching_manager",
+    "_is_torch_compile",
+)
 
 
 class ModuleState:
