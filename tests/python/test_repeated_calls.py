@@ -6,6 +6,7 @@ follows must be what eager gives.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -47,6 +48,7 @@ class Conversation:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.other = model(input_ids=prompt(2, 5), use_cache=True).past_key_values
         self.cache = model(input_ids=prompt(2, 9), use_cache=True).past_key_values
         self.step()
         self.step()
@@ -76,12 +78,11 @@ def doubled(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
 
 
 def another_cache(one: Conversation) -> None:
-    one.cache = one.model(input_ids=prompt(2, 5), use_cache=True).past_key_values
+    one.cache = one.other
 
 
 def layers_of_another(one: Conversation) -> None:
-    other = one.model(input_ids=prompt(2, 5), use_cache=True).past_key_values
-    one.cache.layers = other.layers
+    one.cache.layers = one.other.layers
 
 
 def keys_assigned(one: Conversation) -> None:
@@ -135,7 +136,9 @@ def test_what_changed_between_steps_counts(change: str, repeated: list[Executabl
         else:
             CHANGES[change](one)
         results.append([one.step() for _ in range(3)])
-        assert repeated or not decoder_of(one.model), "no step went straight to its program"
+    decoder = decoder_of(one.model)
+    assert repeated, "no step went straight to its program"
+    assert bool(decoder.fallbacks) == change.startswith("a hook inside"), decoder.fallbacks
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
@@ -143,11 +146,13 @@ def test_what_changed_between_steps_counts(change: str, repeated: list[Executabl
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "one sequence of two": {"tokens": TOKEN[:1]},
     "two tokens": {"tokens": torch.tensor([[7, 8], [11, 12]])},
-    "int32": {"tokens": TOKEN.int()},
+    "int32": {"tokens": torch.tensor([[7], [0], [11], [0]]).int()[:2]},  # as int64: 7 and 11
     "a column": {"tokens": torch.tensor([[7, 0], [11, 0]])[:, :1]},
     "every logit": {"logits_to_keep": 0},
     "the last logit": {"logits_to_keep": 1},
     "chosen logits": {"logits_to_keep": torch.tensor([0])},
+    "logits in a list": {"logits_to_keep": [0]},
+    "no number of logits": {"logits_to_keep": -1},
     "an unknown argument": {"output_hidden_states": True},
     "a mask": {"attention_mask": torch.tensor([[0] * 3 + [1] * 9, [1] * 12])},
     "positions": {"position_ids": torch.tensor([[40], [41]])},
@@ -250,6 +255,43 @@ def test_a_cache_goes_on_in_the_programs_of_new_weights(repeated: list[Executabl
     assert len(repeated) == 2
     gc.collect()
     assert _core.ReadyStep.make(handle, [], 2) is None
+
+
+@torch.no_grad()
+def test_each_step_is_of_the_program_that_its_logits_ask_for(repeated: list[Executable]) -> None:
+    _, ours = pair()
+    of_all = repeated[-1]
+    for keep in (0, 1, 1, 0, 0, 1, 1, 1):
+        ours.step(logits_to_keep=keep)
+    (of_last,) = set(decoder_of(ours.model).programs()) - {of_all}
+    runs = [each.program.report()["decode"]["runs"] for each in (of_all, of_last)]
+    assert runs == [2 + 3, 5]
+    assert repeated[2:] == [of_all, of_last, of_all, of_last, of_last]
+
+
+@torch.no_grad()
+def test_tokens_without_memory_are_the_models_own_affair(repeated: list[Executable]) -> None:
+    _, ours = pair()
+    before = len(repeated)
+    with contextlib.suppress(Exception):
+        ours.step(TOKEN.to("meta"))
+    assert [*decoder_of(ours.model).fallbacks] == ["input_ids is not a CPU tensor [batch, tokens]"]
+    assert len(repeated) == before
+
+
+@torch.no_grad()
+def test_a_rotary_table_that_grows() -> None:
+    """At which length that is, only a look at each step tells."""
+    from tiny_models import build, llama_config
+
+    config = llama_config(2)
+    config.max_position_embeddings = 14
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    eager = build(config)
+    pair = Conversation(eager), Conversation(tilewright.llm.optimize(copy.deepcopy(eager)))
+    for _ in range(8):
+        expected, got = (one.step() for one in pair)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

@@ -81,7 +81,6 @@ class Decoder(InstalledForward):
     def _forget(self) -> None:
         """What is of programs that are dropped, and of the model as it was."""
         self.parts.refresh()
-        self._ready.clear()
         self._growing = None
 
     # --- calls
@@ -170,7 +169,6 @@ class Decoder(InstalledForward):
             return None
         if (
             type(logits_to_keep) is not int
-            or logits_to_keep not in (0, 1)
             or any(value is not None for value in others.values())
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")

@@ -76,11 +76,7 @@ class Ready:
 
     def is_still(self, cache: Any) -> bool:
         """For the program and the batch that it was made for."""
-        return bool(
-            self.assignments == assignments.made
-            and self.layers[0].batch_size in (-1, self.batch)
-            and cache.layers == self.layers
-        )
+        return bool(self.assignments == assignments.made and cache.layers == self.layers)
 
 
 class ReadyCaches:
@@ -121,9 +117,6 @@ class ReadyCaches:
         ready = Ready([*cache.layers], captured, batch, first_keys, caches, assignments.made, step)
         self._made[cache] = ready
         return ready
-
-    def clear(self) -> None:
-        self._made.clear()
 
 
 def with_our_layers(given: Any, batch: int, count: int, stored: torch.dtype | None) -> Any:
