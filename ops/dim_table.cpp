@@ -24,6 +24,12 @@ DimIndex DimTable::intern(const graph::Dim& dim) {
   return found->second;
 }
 
+int DimTable::symbol_of(DimIndex dim) const {
+  const std::vector<Term>& terms = polynomials_[static_cast<std::size_t>(dim)];
+  const bool plain = terms.size() == 1 && terms[0].coefficient == 1 && terms[0].symbols.size() == 1;
+  return plain ? terms[0].symbols[0] : -1;
+}
+
 void DimTable::evaluate(std::span<const std::int64_t> symbol_values,
                         std::vector<std::int64_t>& values) const {
   values.resize(polynomials_.size());

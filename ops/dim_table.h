@@ -27,6 +27,9 @@ class DimTable {
   // Symbols in order of first appearance; bind() fills their values.
   const std::vector<std::string>& symbols() const { return symbols_; }
 
+  // Which symbol a dim is, or -1: a number, or computed from symbols.
+  int symbol_of(DimIndex dim) const;
+
   // values[i] of every interned dim. REQUIRES: symbol_values.size() == symbols().size().
   void evaluate(std::span<const std::int64_t> symbol_values,
                 std::vector<std::int64_t>& values) const;

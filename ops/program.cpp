@@ -48,13 +48,10 @@ Result<std::vector<std::int64_t>> bind_symbols(const State& state,
                                print_shape(inputs[i].shape), graph::print(parameter.shape))};
     }
     for (std::size_t axis = 0; axis < parameter.shape.size(); ++axis) {
-      const graph::Dim& dim = parameter.shape[axis];
-      const std::vector<std::string> symbols = dim.symbols();
-      if (symbols.size() == 1 && dim == graph::Dim::symbol(symbols[0])) {
-        const auto at = std::find(names.begin(), names.end(), symbols[0]) - names.begin();
-        if (static_cast<std::size_t>(at) < names.size() && values[static_cast<std::size_t>(at)] < 0)
-          values[static_cast<std::size_t>(at)] = inputs[i].shape[axis];
-      }
+      const int symbol = state.dims.symbol_of(state.input_dims[i][axis]);
+      if (symbol < 0) continue;
+      std::int64_t& value = values[static_cast<std::size_t>(symbol)];
+      if (value < 0) value = inputs[i].shape[axis];
     }
   }
   for (std::size_t i = 0; i < values.size(); ++i) {

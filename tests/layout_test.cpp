@@ -105,6 +105,12 @@ TEST(DimTable, EvaluatesInternedPolynomials) {
   EXPECT_EQ(values[static_cast<std::size_t>(a)], 8);
   EXPECT_EQ(values[static_cast<std::size_t>(c)], 512);
   EXPECT_EQ(values[static_cast<std::size_t>(seven)], 7);
+  const int past = table.symbol_of(table.intern(Dim::symbol("past")));
+  ASSERT_GE(past, 0);
+  EXPECT_EQ(table.symbols()[static_cast<std::size_t>(past)], "past");
+  const DimIndex twice = table.intern(Dim(2) * Dim::symbol("s")),
+                 square = table.intern(Dim::symbol("s") * Dim::symbol("s"));
+  for (const DimIndex none : {a, c, seven, twice, square}) EXPECT_EQ(table.symbol_of(none), -1);
 }
 
 }  // namespace

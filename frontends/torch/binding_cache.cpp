@@ -3,10 +3,6 @@
 #include "frontends/torch/binding_cache.h"
 
 #include <fmt/format.h>
-#include <nanobind/stl/map.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -16,6 +12,7 @@
 
 #include "cache/pack.h"
 #include "cache/store.h"
+#include "frontends/torch/bindings.h"
 #include "frontends/torch/core_error.h"
 
 namespace nb = nanobind;

@@ -11,6 +11,5 @@ namespace tilewright {
 
 // The directory, its problem, counters, and the packs that TILEWRIGHT_CACHE_PACK names.
 nanobind::dict cache_state(const ops::Engine& engine);
-void bind_cache_files(nanobind::module_& module);
 
 }  // namespace tilewright

@@ -1,8 +1,10 @@
-// Comparison by identity, and by version where dicts have one. See binding_snapshot.h. Tested by
+// Snapshot for Python: which of many dicts, lists and sets hold other objects than they did. A
+// model has some thousand of them, and every call asks: by identity, and by version where dicts
+// have one.
+//
+// Not thread-safe: the interpreter lock and the Python side's own are enough. Tested by
 // tests/python/test_module_state.py.
-#include "frontends/torch/binding_snapshot.h"
-
-#include <nanobind/stl/vector.h>
+#include "frontends/torch/bindings.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -25,6 +27,19 @@ std::uint64_t version_of(PyObject* object) {
 std::uint64_t version_of(PyObject*) { return 0; }
 #endif
 
+// Of names only, because comparing anything else may run code of anybody's.
+bool are_equal_sets_of_names(PyObject* now, PyObject* then) {
+  if (PySet_Size(now) != PySet_Size(then)) return false;
+  if (PySet_Size(now) == 0) return true;
+  for (const nb::handle item : nb::borrow<nb::iterable>(now)) {
+    if (!PyUnicode_CheckExact(item.ptr()) || PySet_Contains(then, item.ptr()) != 1) {
+      PyErr_Clear();
+      return false;
+    }
+  }
+  return true;
+}
+
 bool hold_the_same(PyObject* now, PyObject* then) {
   if (PyDict_Check(now)) {
     if (PyDict_Size(now) != PyDict_Size(then)) return false;
@@ -38,7 +53,8 @@ bool hold_the_same(PyObject* now, PyObject* then) {
     }
     return true;
   }
-  if (!PyList_Check(now)) return false;  // a set: equality has to tell
+  if (PyAnySet_Check(now)) return are_equal_sets_of_names(now, then);
+  if (!PyList_Check(now)) return false;
   const Py_ssize_t size = PyList_Size(now);
   if (size != PyList_Size(then)) return false;
   for (Py_ssize_t i = 0; i < size; ++i) {
@@ -54,7 +70,8 @@ class Snapshot {
     for (nb::handle object : now_) watched_.push_back({object.ptr(), 0});
   }
 
-  // Where an object may differ from its copy: it does not hold the very same objects in order.
+  // Where an object may differ from its copy: it does not hold the very same objects in order, or
+  // is a set of other names.
   std::vector<std::size_t> moved() {
     std::vector<std::size_t> found;
     for (std::size_t i = 0; i < watched_.size(); ++i) {

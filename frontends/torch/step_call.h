@@ -1,7 +1,7 @@
-// StepCall: one run of a program, in C terms, between the core (binding.cpp) and torch's operators
-// (operators.cpp). The two are separate libraries, because the core knows no torch and the
-// operators are built against torch's stable ABI; the core's address of the function reaches the
-// operators through Python (operators.py).
+// StepCall: one run of a program, in C terms, between the core (binding_program.cpp) and torch's
+// operators (operators.cpp). The two are separate libraries, because the core knows no torch and
+// the operators are built against torch's stable ABI; the core's address of the function reaches
+// the operators through Python (operators.py).
 //
 // Tested by tests/python/test_operators.py.
 #pragma once

@@ -339,9 +339,9 @@ def test_changes_are_noticed_at_a_single_token_and_nothing_else_captures_again()
     for _ in range(2):
         optimized.generate(prompt(), max_new_tokens=4, do_sample=False)
     cache = optimized(prompt(), use_cache=True).past_key_values
-    programs = dict(decoder._programs)
+    programs = dict(decoder.model_programs.made)
     optimized(token, past_key_values=cache)
-    assert decoder._programs == programs, "captured again although nothing changed"
+    assert decoder.model_programs.made == programs, "captured again although nothing changed"
     optimized.model.layers[0].self_attn.scaling *= 2
     cache = optimized(prompt(), use_cache=True).past_key_values
     fresh = decoder.original(prompt(), use_cache=True).past_key_values
@@ -407,7 +407,7 @@ def test_any_module() -> None:
 
 @torch.no_grad()
 def test_a_model_that_dynamo_cannot_take_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilewright import decoder
+    from tilewright import model_programs
 
     def refuse(*_: Any, **__: Any) -> None:
         raise UnsupportedError("planted")
@@ -415,7 +415,7 @@ def test_a_model_that_dynamo_cannot_take_either(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: Any, **__: Any) -> None:
         raise torch._dynamo.exc.Unsupported("planted, too")
 
-    monkeypatch.setattr(decoder, "planned_model", refuse)
+    monkeypatch.setattr(model_programs, "planned_model", refuse)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     reference = tiny_llama(2)
     optimized = tilewright.llm.optimize(reference)

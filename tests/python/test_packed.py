@@ -257,16 +257,16 @@ def test_optimized_weights_are_packed_and_generate() -> None:
 def test_a_program_that_fails_leaves_ordinary_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.utils import counters
 
-    from tilewright import core, decoder
+    from tilewright import core, model_programs
 
-    make = decoder.Executable
+    make = model_programs.Executable
     counters.clear()
 
     def fail(*arguments: Any) -> None:
         make(*arguments)
         raise core.CoreError("planted")
 
-    monkeypatch.setattr(decoder, "Executable", fail)
+    monkeypatch.setattr(model_programs, "Executable", fail)
     model, reference, _ = optimized()
     assert packed_count(model) == 0
     explanation = tilewright.explain(model)

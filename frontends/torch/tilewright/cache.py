@@ -28,16 +28,12 @@ from transformers.cache_utils import (
 )
 
 from tilewright import core
+from tilewright.assignments import Assignments, CountsAssignments
 from tilewright.graph_text import DTYPE_NAMES
 
-# Assignments to attributes of BlockLayers so far: as long as nobody made one, the layers of a cache
-# are as a step left them. What tokens they hold, their blocks say.
-_assignments = 0
-
-
-def assignments() -> int:
-    return _assignments
-
+# As long as nobody made one to a BlockLayer, the layers of a cache are as a step left them. What
+# tokens they hold, their blocks say.
+assignments = Assignments()
 
 layers_alive: weakref.WeakSet[BlockLayer] = weakref.WeakSet()
 
@@ -47,8 +43,10 @@ def bytes_in_use() -> int:
     return sum(int(layer.blocks.bytes) for layer in list(layers_alive) if layer.blocks is not None)
 
 
-class BlockLayer(CacheLayerMixin):
+class BlockLayer(CountsAssignments, CacheLayerMixin):
     """See the module's description."""
+
+    assignments = assignments
 
     is_compileable = False  # a compiled step would want static tensors; programs do not
     is_sliding = False
@@ -63,11 +61,6 @@ class BlockLayer(CacheLayerMixin):
         self.max_length = max_length
         layers_alive.add(self)
         super().__init__()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        global _assignments
-        super().__setattr__(name, value)
-        _assignments += 1
 
     # Copies and pickles hold the contents: a prefix may be reused, each time by a copy.
 

@@ -6,9 +6,8 @@ caller's own Cache. Any other call goes to the original forward, counted with th
 same Cache; the answer is right either way. A model of which no program can be made goes through
 torch.compile with our backend instead, so that the parts that are understood are ours.
 
-Three programs at most: logits of all tokens, of the last one, and of chosen ones in ragged steps
-(ragged.py). They are captured when first needed, and again when the model's modules or weights
-change.
+Which programs there are is model_programs.py's affair, what a call must be for one steps.py's, what
+its cache must be ready.py's, and the parts of a model that is no program parts.py's.
 
 Thread-safe: calls take turns. Tested by tests/python/test_optimize.py, test_generate.py.
 """
@@ -16,113 +15,35 @@ Thread-safe: calls take turns. Tested by tests/python/test_optimize.py, test_gen
 from __future__ import annotations
 
 import collections
-import dataclasses
-import inspect
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tilewright import _core, core, ragged, rotary
-from tilewright.cache import BlockLayer, adopt, assignments
 from tilewright.graph_text import UnsupportedError
 from tilewright.installed import InstalledForward, installed_in
 from tilewright.lowered import RAGGED, CapturedModel
 from tilewright.model_output import model_output
-from tilewright.module_state import ModuleState
-from tilewright.packed import stand_ins, unpack_all
-from tilewright.plans import RefusedPlanError, planned_model
+from tilewright.model_programs import ModelPrograms
+from tilewright.parts import Parts
 from tilewright.program import Executable
-
-# What a program computes with; any other argument must be None or false.
-_KNOWN = frozenset(
-    {
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        "past_key_values",
-        "use_cache",
-        "cache_position",
-        "logits_to_keep",
-        "return_dict",
-    }
+from tilewright.ready import Ready, ReadyCaches, with_our_layers
+from tilewright.routing import opaque
+from tilewright.steps import (
+    Ends,
+    NotCapturedError,
+    NotRunnableError,
+    Step,
+    checked,
+    counted_positions,
+    first_keys_of,
+    flattened,
+    is_run,
+    positions_of,
 )
-
-
-# Of a model that is no single program: compilations, and graph breaks in one call. With more of
-# them (modules that compute in objects of their own, at each layer) calling the parts costs more
-# than they save.
-_PARTS_LIMIT = 32
-_PARTS_BREAKS = 4
-
-
-class NotRunnableError(Exception):
-    """This call is not for a program; the message says why."""
-
-
-class NotCapturedError(NotRunnableError):
-    """No program can be made of this model."""
-
-
-@dataclass(eq=False, repr=False)
-class Step:
-    """A call in the form that programs take."""
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    cache: Any
-    logits_to_keep: int
-
-
-@dataclass(eq=False, repr=False)
-class Ends:
-    """When sequences are finished, and which are."""
-
-    tokens: list[int]
-    pad: int
-    finished: list[bool]  # per sequence, or empty: none
-
-
-@dataclass(eq=False, repr=False)
-class Settings:
-    """What calls ask the model's configuration. As long as the model is what it was, so is this."""
-
-    problem: str  # why no program may run, or ""
-    use_cache: bool
-    layers: int
-
-    @staticmethod
-    def of(model: Any) -> Settings:
-        problem = ""
-        for name in ("output_attentions", "output_hidden_states"):
-            if getattr(model.config, name, False):
-                problem = problem or f"config.{name} is set"
-        layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-        return Settings(problem, bool(getattr(model.config, "use_cache", True)), layers)
-
-
-@dataclass(eq=False, repr=False)
-class Ready:
-    """A cache whose layers are what a program wants, as long as `is_still` says so."""
-
-    layers: list[BlockLayer]
-    captured: CapturedModel
-    batch: int
-    first_keys: list[int]
-    caches: list[int]  # handles of the program's
-    assignments: int  # when the layers were made ready
-
-    def is_still(self, cache: Any, captured: CapturedModel, batch: int) -> bool:
-        return bool(
-            self.assignments == assignments()
-            and self.captured is captured
-            and self.batch == batch
-            and self.layers[0].batch_size in (-1, batch)
-            and cache.layers == self.layers
-        )
 
 
 @dataclass(eq=False, repr=False)
@@ -141,43 +62,36 @@ class Decoder(InstalledForward):
     def __init__(self, model: Any, stored: torch.dtype | None = None) -> None:
         """stored: the type of keys and values in the caches; None: the model's."""
         super().__init__(model)
-        self._asked_stored = stored
-        self.not_stored = ""  # why they are in the model's type although another was asked for
         self._lock = threading.RLock()
-        self._programs: dict[int, tuple[CapturedModel, Executable]] = {}
-        self._store = _core.WeightStore()
-        self.frees = False  # packed parameters may be: the model is the caller's to change
-        self._state: ModuleState | None = None  # of the model that the programs are of
-        self._settings: Settings | None = None  # of the same
-        self._ready: weakref.WeakKeyDictionary[Any, Ready] = weakref.WeakKeyDictionary()
+        self.fallbacks: collections.Counter[str] = collections.Counter()
+        self.model_programs = ModelPrograms(self, stored, self._forget)
+        self.parts = Parts(self, self.fallbacks)  # of a model of which no program can be made
+        self._ready = ReadyCaches()
         self._positional = [
             name
             for name, parameter in self.__signature__.parameters.items()
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
-        self.unsupported = ""  # why no program can be made of this model
-        self._not_ragged = ""  # why none can be made of its ragged steps
         self._paged = ragged.PagedCaches()
-        self.by_parts: Callable[..., Any] | None = None  # then, its compiled forward
-        self.no_parts = ""  # why there is no use in that either
         self._growing: list[Any] | None = None  # rotary tables; see rotary.py
         self.calls = self.tokens = 0  # of the program
         decoders.add(self)
         self._counted: str | None = None  # see _own_positions
-        self.fallbacks: collections.Counter[str] = collections.Counter()
 
-    @property
-    def stored(self) -> torch.dtype | None:
-        """The type of keys and values in the caches; None: the model's."""
-        return None if self.not_stored else self._asked_stored
+    def _forget(self) -> None:
+        """What is of programs that are dropped, and of the model as it was."""
+        self.parts.refresh()
+        self._growing = None
 
     # --- calls
 
     # To Dynamo an optimised model is one call that it must not look into.
-    @torch.compiler.disable(reason="runs as a program of tilewright")
+    @opaque
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
             try:
+                if not args and (output := self._repeated(**kwargs)) is not None:
+                    return output
                 arguments = self._named(args, kwargs) if args else kwargs
                 self._check_state()
                 if ragged.is_ragged(arguments):
@@ -194,43 +108,12 @@ class Decoder(InstalledForward):
         named = dict(zip(self._positional, args, strict=False))
         if len(named) == len(args) and named.keys().isdisjoint(kwargs):
             return named | kwargs
-        return _flat(self.__signature__.bind(*args, **kwargs).arguments)  # or says what is wrong
+        return flattened(
+            self.__signature__.bind(*args, **kwargs).arguments
+        )  # or says what is wrong
 
     def _run_parts(self, reason: str, args: Any, kwargs: Any) -> Any:
-        from tilewright import backend, capture_ops
-
-        if capture_ops.other_cache_layer(self.model.config):
-            # States over time are loops over tokens, which Dynamo would unroll for every length.
-            return self._fall_back(reason, args, kwargs)
-        if self.no_parts:
-            return self._fall_back(self.no_parts, args, kwargs)
-        if self.by_parts is None:
-            name = type(self.model).__name__
-            core.say_once(f"{name} is no single program, torch.compile takes its parts: {reason}")
-            # A generation has more kinds of calls than Dynamo's 8: one token or many, of one
-            # sequence or many, a cache or none ... Not dynamic=True, which makes symbols of floats.
-            limit: dict[str, Any] = {}
-            if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13
-                limit = {"recompile_limit": _PARTS_LIMIT}
-            self.by_parts = torch.compile(self.original, backend=backend.backend, **limit)
-        length = _length_of(kwargs.get("past_key_values"))
-        before, breaks = backend.calls(), _graph_breaks()
-        try:
-            result = self.by_parts(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if length != _length_of(kwargs.get("past_key_values")):
-                raise  # a part of the step has run
-            problem = f"{reason}; by parts: {str(error).splitlines()[0]}"
-            result = self._fall_back(problem, args, kwargs)
-            self.no_parts = problem  # the model's own forward took the call
-            return result
-        breaks = _graph_breaks() - breaks
-        if breaks > _PARTS_BREAKS:
-            self.no_parts = f"{reason}; by parts: {breaks} graph breaks"
-            self.by_parts = None
-        elif backend.calls() == before:
-            self.fallbacks[f"torch.compile made no graph of this call; {reason}"] += 1
-        return result
+        return self.parts.run(reason, args, kwargs, lambda why: self._fall_back(why, args, kwargs))
 
     def _fall_back(self, reason: str, args: Any, kwargs: Any) -> Any:
         if core.settings()["strict"]:
@@ -250,8 +133,8 @@ class Decoder(InstalledForward):
             raise NotRunnableError(
                 "gradients are enabled; call the model under torch.no_grad() or inference_mode()"
             )
-        if self.unsupported:
-            raise NotCapturedError(self.unsupported)
+        if self.model_programs.unsupported:
+            raise NotCapturedError(self.model_programs.unsupported)
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         prepared = self._prepared(arguments)
@@ -259,7 +142,7 @@ class Decoder(InstalledForward):
         logits = self.execute(prepared)
         use_cache = arguments.get("use_cache")
         if use_cache is None:
-            use_cache = self._look_at_model().use_cache
+            use_cache = self.model_programs.settings().use_cache
         keeps = use_cache or arguments.get("past_key_values") is not None
         cache = step.cache if keeps else None
         output = model_output(captured.output_type, logits=logits, past_key_values=cache)
@@ -267,13 +150,56 @@ class Decoder(InstalledForward):
             return output.to_tuple()
         return output
 
+    def _repeated(
+        self,
+        input_ids: Any = None,
+        past_key_values: Any = None,
+        logits_to_keep: Any = 0,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        **others: Any,
+    ) -> Any:
+        """What `_run` returns, of a step of one token for which nothing has to be made ready: the
+        model and the cache are what they were. None, and nothing has happened: of any other call.
+
+        Each condition here is one that `_check_state` and `_prepared` have, or a stricter one.
+        """
+        ready = self._ready.known(past_key_values)
+        if ready is None or (step := ready.step) is None or not step.takes(input_ids):
+            return None
+        if (
+            type(logits_to_keep) is not int
+            or any(value is not None for value in others.values())
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or self._growing != []
+            or _is_observed()
+        ):
+            return None
+        current = self.model_programs.untouched(logits_to_keep)
+        if current is None or current[0] is not ready.captured:
+            return None
+        if not ready.is_still(past_key_values):
+            return None
+        logits = step.empty_logits()
+        try:
+            past = past_key_values.layers[0].get_seq_length()
+            current[1].repeat(step.run, step.symbols, input_ids, past, logits)
+        except RuntimeError:  # tokens without memory, or of the core: `_run` says which
+            return None
+        self.calls += 1
+        self.tokens += len(input_ids)
+        return model_output(
+            ready.captured.output_type, logits=logits, past_key_values=past_key_values
+        )
+
     def _run_ragged(self, arguments: dict[str, Any]) -> Any:
         try:
             step = ragged.step_of(arguments)
-            if step.chosen is None and self.stored is not None:
+            if step.chosen is None and self.model_programs.stored is not None:
                 # The program of all logits is of caches that pages are not: all are chosen.
                 step.chosen = torch.arange(step.input_ids.shape[1])
-            captured, executable = self._program(
+            captured, executable = self.model_programs.get(
                 not step.is_decode, 0 if step.chosen is None else RAGGED
             )
             self._check_rotary(step.position_ids)
@@ -380,11 +306,11 @@ class Decoder(InstalledForward):
             return rows
 
     def _prepared(self, arguments: dict[str, Any]) -> Prepared:
-        input_ids, logits_to_keep = self._checked(arguments)
+        input_ids, logits_to_keep = checked(arguments)
         # Before the caller's cache gets our layers, which are of no use without a program.
         key = 1 if logits_to_keep == 1 else 0
-        captured, executable = self._program(input_ids.shape[1] > 1, key)
-        step, ready = self._prepare(arguments, input_ids, logits_to_keep, captured)
+        captured, executable = self.model_programs.get(input_ids.shape[1] > 1, key)
+        step, ready = self._prepare(arguments, input_ids, logits_to_keep, captured, executable)
         return Prepared(step, captured, executable, ready.caches)
 
     def _check_rotary(self, position_ids: torch.Tensor) -> None:
@@ -395,76 +321,40 @@ class Decoder(InstalledForward):
             if any(rotary.would_change(module, length) for module in self._growing):
                 raise NotRunnableError("its rotary table changes with the length")
 
-    # --- arguments
-
-    def _checked(self, arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        """The call's input_ids and logits_to_keep, if the other arguments are for a program."""
-        for name, value in arguments.items():
-            if name not in _KNOWN and value is not None and value is not False:
-                raise NotRunnableError(f"the argument {name} is given")
-        keep = arguments.get("logits_to_keep", 0)
-        if not isinstance(keep, int) or keep < 0:
-            raise NotRunnableError("logits_to_keep is a tensor")
-        input_ids = arguments.get("input_ids")
-        if (
-            not isinstance(input_ids, torch.Tensor)
-            or input_ids.dim() != 2
-            or not input_ids.is_cpu
-            or input_ids.numel() == 0
-        ):
-            raise NotRunnableError("input_ids is not a CPU tensor [batch, tokens]")
-        # Before the caller's cache gets our layers: a mask that was made for its own would not fit.
-        mask = arguments.get("attention_mask")
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
-            raise NotRunnableError("attention_mask is not [batch, keys]")
-        return input_ids, keep
-
     def _prepare(
         self,
         arguments: dict[str, Any],
         input_ids: torch.Tensor,
         logits_to_keep: int,
         captured: CapturedModel,
+        executable: Executable,
     ) -> tuple[Step, Ready]:
         batch, tokens = input_ids.shape
         mask = arguments.get("attention_mask")
         cache: Any = arguments.get("past_key_values")
-        # Of what is no cache there is no weak reference either.
-        ready = self._ready.get(cache) if hasattr(cache, "layers") else None
-        if ready is None or not ready.is_still(cache, captured, batch):
-            ready = None
-            cache = self._cache(cache, batch)
+        ready = self._ready.get(cache, captured, batch)
+        if ready is None:
+            layers, stored = self.model_programs.settings().layers, self.model_programs.stored
+            cache = with_our_layers(cache, batch, layers, stored)
         past = cache.layers[0].get_seq_length()
-        first_keys = _first_keys(mask, batch, past + tokens)
+        first_keys = first_keys_of(mask, batch, past + tokens)
         positions = arguments.get("position_ids")
         if positions is None and any(first_keys):
             assert mask is not None
             counted = self._own_positions()
             if not counted:
                 raise NotRunnableError("position_ids are not given for padded sequences")
-            positions = _counted_positions(counted, mask, tokens)
-        if past == 0 and mask is None and not _is_run(positions):
+            positions = counted_positions(counted, mask, tokens)
+        if past == 0 and mask is None and not is_run(positions):
             # Without a cache, transformers takes positions that start anew for packed sequences.
             raise NotRunnableError("position_ids are not consecutive")
-        position_ids = _positions(positions, batch, tokens, past)
+        position_ids = positions_of(positions, batch, tokens, past)
         self._check_rotary(position_ids)
         if ready is None or ready.first_keys != first_keys:
-            ready = self._made_ready(cache, captured, batch, first_keys)
+            ready = self._ready.make(cache, captured, executable, batch, first_keys)
         if input_ids.dtype is not torch.int64 or not input_ids.is_contiguous():
             input_ids = input_ids.to(torch.int64).contiguous()
         return Step(input_ids, position_ids, cache, logits_to_keep), ready
-
-    def _made_ready(
-        self, cache: Any, captured: CapturedModel, batch: int, first_keys: list[int]
-    ) -> Ready:
-        layers = [cache.layers[shape.layer] for shape in captured.caches]
-        for layer, shape in zip(layers, captured.caches, strict=True):
-            layer.prepare(batch, *shape[1:])
-            layer.set_first_keys(first_keys)
-        caches = [layer.blocks.handle for layer in layers]
-        ready = Ready([*cache.layers], captured, batch, first_keys, caches, assignments())
-        self._ready[cache] = ready
-        return ready
 
     def _own_positions(self) -> str:
         """What the model counts where it is given padding and no positions: "tokens" (most do),
@@ -481,7 +371,7 @@ class Decoder(InstalledForward):
             with torch.no_grad():
                 implicit = self.original(**given).logits[:, -1].float()
                 for self._counted in ("tokens", "kept"):
-                    positions = _counted_positions(self._counted, given["attention_mask"], 4)
+                    positions = counted_positions(self._counted, given["attention_mask"], 4)
                     if "position_ids" in self.__signature__.parameters:
                         stated = self.original(**given, position_ids=positions).logits[:, -1]
                     else:
@@ -492,223 +382,28 @@ class Decoder(InstalledForward):
             self._counted = ""
         return self._counted
 
-    def _cache(self, given: Any, batch: int) -> Any:
-        """The caller's cache with our layers in it, or a new one."""
-        from transformers.cache_utils import DynamicCache
-
-        count = self._look_at_model().layers
-        cache = DynamicCache() if given is None else given
-        layers = getattr(cache, "layers", None)
-        ready = layers is not None and len(layers) == count and isinstance(layers[0], BlockLayer)
-        if not ready and (reason := adopt(cache, count, self.stored)):
-            raise NotRunnableError(f"past_key_values is {reason}")
-        held = cache.layers[0].batch_size
-        if held not in (-1, batch):
-            raise NotRunnableError(f"past_key_values holds {held} sequences, not {batch}")
-        return cache
-
-    # --- programs
-
-    def _program(self, is_prefill: bool, key: int) -> tuple[CapturedModel, Executable]:
-        """key: what is captured of its logits; see capture_model."""
-        self._drop_stale(is_prefill)
-        if problem := self._look_at_model().problem:
-            raise NotRunnableError(problem)
-        assert self._state is not None
-        if hooked := self._state.hooked():
-            raise NotRunnableError(f"{hooked} has forward hooks, which a program would not call")
-        if key not in self._programs:
-            self._programs[key] = self._make(key)
-        return self._programs[key]
-
-    def _look_at_model(self) -> Settings:
-        """What it says of itself; what else it is, is noted for later calls to compare with."""
-        if self._state is None or self._settings is None:
-            self._state = ModuleState(self.model)
-            self._settings = Settings.of(self.model)
-        return self._settings
-
-    def _make(self, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
-        """Plans and compiles. A model that cannot be captured is not tried again."""
-        if logits_to_keep == RAGGED and self._not_ragged:
-            raise NotRunnableError(self._not_ragged)
-        try:
-            if not self._programs:
-                self._begin_packing()
-            try:
-                made = self._planned(logits_to_keep)
-            except RefusedPlanError:
-                self._store.settle()  # hashes begun ahead are of memory that goes now
-                self.refresh()  # what was packed until then serves nobody
-                made = self._planned(logits_to_keep, may_load=False)
-        except (UnsupportedError, core.CoreError) as error:
-            if logits_to_keep != RAGGED and self.stored is not None:
-                return self._made_without(str(error).splitlines()[0], logits_to_keep)
-            if logits_to_keep == RAGGED:
-                self._not_ragged = f"no program of a ragged step: {str(error).splitlines()[0]}"
-                raise NotRunnableError(self._not_ragged) from None
-            self.refresh()
-            self.unsupported = str(error).splitlines()[0]
-            raise NotCapturedError(self.unsupported) from None
-        finally:
-            self._store.settle()
-        if self._state is None or not self._state.is_current():  # capture replaced parameters
-            self._state = None
-            self._look_at_model()
-        return made
-
-    def _made_without(self, reason: str, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
-        """Of caches in the model's own type, because no program can be made of others."""
-        stored = str(self.stored).removeprefix("torch.")
-        if core.settings()["strict"]:
-            self.refresh()
-            raise NotRunnableError(f"no program with keys and values in {stored}: {reason}")
-        self.refresh()
-        self.not_stored = f"keys and values are not in {stored}: {reason}"
-        core.say_once(f"{type(self.model).__name__}: {self.not_stored}")
-        return self._make(logits_to_keep)
-
-    def _begin_packing(self) -> None:
-        """What needs no Python, while Python looks for a plan or captures the model."""
-        engine, weights = core.engine(), _matrices(self.model)
-        if engine.keeps_weights():
-            memory = [
-                (weight.data_ptr(), weight.numel() * weight.element_size())
-                for weight in weights
-                if type(weight) is torch.nn.Parameter and weight.is_contiguous()
-            ]
-            self._store.hash_ahead(engine, memory)
-        else:
-            self._store.reserve(sum(weight.numel() * weight.element_size() for weight in weights))
-
-    def _planned(
-        self, logits_to_keep: int, may_load: bool = True
-    ) -> tuple[CapturedModel, Executable]:
-        with stand_ins(self.model) as packed:
-            return planned_model(
-                self.model,
-                self.original,
-                logits_to_keep,
-                lambda captured: self._built(captured, packed),
-                may_load=may_load,
-                # Pages of transformers' are what they are.
-                stored=None if logits_to_keep == RAGGED else self.stored,
-            )
-
-    def _built(
-        self, captured: CapturedModel, packed: dict[int, torch.Tensor]
-    ) -> tuple[CapturedModel, Executable]:
-        """packed: the parameters that stand-ins stand for, by id."""
-        constants = captured.lowered.constants
-        tensors = {name: packed.get(id(t), t) for name, t in constants.items()}
-        executable = Executable(captured.lowered, tensors, self._store, self.frees)
-        # Without the constants, but for literals: stand-ins serve nobody any more.
-        return dataclasses.replace(captured, lowered=executable.lowered), executable
-
-    def _drop_stale(self, is_prefill: bool) -> None:
-        """Forgets programs whose weights or modules are no longer the model's.
-
-        The model's parts and their attributes, addresses and versions are checked at each call;
-        contents at each prefill.
-        """
-        if self._state is None:
-            return
-        weights = [executable.weights for _, executable in self._programs.values()]
-        stale = not (self._state.is_current() and all(weight.all_same() for weight in weights))
-        if not stale and is_prefill:
-            stale = any(weight.contents_changed() for weight in weights)
-        if stale:
-            self.refresh()
-
     def refresh(self) -> None:
         """Captures and packs again at the next call."""
-        for _, executable in self._programs.values():
-            executable.forget_weights()
-        unpack_all(self.model)
-        self._programs.clear()
-        self._state = None
-        self.unsupported = ""
-        self._not_ragged = ""
-        self.not_stored = ""
-        self.by_parts = None
-        self.no_parts = ""
-        self._growing = None
+        self.model_programs.refresh()
 
     def programs(self) -> list[Executable]:
-        return [executable for _, executable in self._programs.values()]
+        return [executable for _, executable in self.model_programs.made.values()]
 
 
 # Those of living models, for stats().
 decoders: weakref.WeakSet[Decoder] = weakref.WeakSet()
 
 
+def _is_observed() -> bool:
+    """Whether somebody looks at torch's operators: a profiler, a mode, a trace."""
+    return (
+        torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def decoder_of(model: Any) -> Decoder | None:
     """The decoder installed in a model, if there is one."""
     installed = installed_in(model)
     return installed if isinstance(installed, Decoder) else None
-
-
-def _matrices(model: Any) -> list[torch.nn.Parameter]:
-    """About what will be packed: matrices, but for tables that are only looked up."""
-    matrices = {
-        id(parameter): parameter
-        for module in model.modules()
-        if not isinstance(module, torch.nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-        if parameter.dim() == 2
-    }
-    return list(matrices.values())
-
-
-def _flat(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Bound arguments with `**kwargs` taken apart."""
-    flat: dict[str, Any] = {}
-    for name, value in arguments.items():
-        flat.update(value if name == "kwargs" else {name: value})
-    return flat
-
-
-def _positions(given: Any, batch: int, tokens: int, past: int) -> torch.Tensor:
-    if given is None and tokens == 1:
-        return torch.full((batch, 1), past)
-    if given is None:
-        return torch.arange(past, past + tokens).expand(batch, tokens).contiguous()
-    if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[1] != tokens:
-        raise NotRunnableError("position_ids is not [batch, tokens]")
-    return given.to(torch.int64).expand(batch, tokens).contiguous()
-
-
-def _graph_breaks() -> int:
-    """Of this process so far."""
-    return sum(torch._dynamo.utils.counters["graph_break"].values())
-
-
-def _length_of(cache: Any) -> int:
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-
-
-def _counted_positions(counted: str, mask: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Of the last `tokens` keys of the mask [b, keys]: all are counted, or those that it keeps."""
-    ones = torch.ones_like(mask) if counted == "tokens" else mask
-    return (ones.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-
-
-def _is_run(positions: Any) -> bool:
-    """Whether each row counts up by one."""
-    if not isinstance(positions, torch.Tensor) or positions.dim() != 2:
-        return True
-    return bool((positions[:, 1:] - positions[:, :-1] == 1).all())
-
-
-def _first_keys(mask: torch.Tensor | None, batch: int, keys: int) -> list[int]:
-    """Where each sequence begins: the number of leading zeros of its mask."""
-    if mask is None:
-        return [0] * batch
-    if tuple(mask.shape) != (batch, keys):
-        raise NotRunnableError(f"attention_mask is {tuple(mask.shape)}, not {(batch, keys)}")
-    if bool(mask.all()):
-        return [0] * batch
-    mask = mask.bool()
-    if not bool((mask[:, 1:] >= mask[:, :-1]).all() and mask[:, -1].all()):
-        raise NotRunnableError("attention_mask is not left padding")
-    return [int(n) for n in (keys - mask.sum(-1)).tolist()]

@@ -177,13 +177,13 @@ def executables_of(model: nn.Module, explanation: Explanation) -> list[Executabl
     if decoder is not None:
         found += decoder.programs()
         explanation.fallbacks.update(decoder.fallbacks)
-        explanation.not_stored = decoder.not_stored
-        if decoder.stored is not None:
-            explanation.kv_cache = str(decoder.stored).removeprefix("torch.")
-        if decoder.by_parts is not None:
-            explanation.by_parts = decoder.unsupported
-        if decoder.no_parts:
-            explanation.fallbacks.setdefault(decoder.no_parts, 0)
+        explanation.not_stored = decoder.model_programs.not_stored
+        if decoder.model_programs.stored is not None:
+            explanation.kv_cache = str(decoder.model_programs.stored).removeprefix("torch.")
+        if decoder.parts.compiled is not None:
+            explanation.by_parts = decoder.model_programs.unsupported
+        if decoder.parts.refused:
+            explanation.fallbacks.setdefault(decoder.parts.refused, 0)
     backends = sys.modules.get("tilewright.backend")
     if backends is not None:
         parameters = {id(parameter) for parameter in model.parameters()}

@@ -29,7 +29,8 @@ from transformers.generation import utils
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from tilewright import _core
-from tilewright.decoder import Decoder, Ends, NotRunnableError
+from tilewright.decoder import Decoder
+from tilewright.steps import Ends, NotRunnableError
 
 # Of greedy steps in the core, until Python can be interrupted.
 _SEARCH_SECONDS = 0.05

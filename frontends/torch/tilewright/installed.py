@@ -62,16 +62,18 @@ class InstalledForward:
         return (_empty, (type(self),), {"model": self.model})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        made = self._for(state["model"])
-        self.__dict__.update(made.__dict__)
+        self._begin_for(state["model"])
 
     def _for(self, model: nn.Module) -> InstalledForward:
-        """A new one for a model whose dictionary may not be filled yet."""
         made = type(self).__new__(type(self))
-        made.__init__(_Blank(model))  # type: ignore[misc]
-        made._model = weakref.ref(model)
-        made._had_instance_forward = False
+        made._begin_for(model)
         return made
+
+    def _begin_for(self, model: nn.Module) -> None:
+        """As __init__, for a model whose dictionary may not be filled yet."""
+        self.__init__(_Blank(model))  # type: ignore[misc]
+        self._model = weakref.ref(model)
+        self._had_instance_forward = False
 
 
 class _Blank:

@@ -34,7 +34,7 @@ def keep_weights(model: Any) -> dict[str, Any]:
         raise NotKeptError(state["problem"] or "TILEWRIGHT_CACHE is not rw")
     before = engine.weight_counters()
     try:
-        planned_model(model, decoder.original, 1, _compile, stored=decoder.stored)
+        planned_model(model, decoder.original, 1, _compile, stored=decoder.model_programs.stored)
     except UnsupportedError as error:
         raise NotKeptError(f"{type(model).__name__} has no program: {error}") from None
     after = engine.weight_counters()

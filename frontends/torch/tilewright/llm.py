@@ -86,7 +86,7 @@ def optimize(
         from tilewright.decoder import Decoder
 
         installed = Decoder(target, stored)
-        installed.frees = inplace
+        installed.model_programs.frees = inplace
         generation.install(installed)
     else:
         installed = CompiledForward(target)

@@ -24,8 +24,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # What nn.Module keeps in every instance; registries and hooks are looked at by name.
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
 # What transformers' continuous batching sets while it runs: which attention function the model's
-# own forward calls, and itself. A program has no use for either.
-_IRRELEVANT = ("_attn_implementation_internal", "_cached_continuous_batching_manager")
+# own forward calls, and itself; and what torch.compile leaves in a module. A program has no use for
+# any of it.
+_IRRELEVANT = (
+    "_attn_implementation_internal",
+    "_cached_continuous_batching_manager",
+    "_is_torch_compile",
+)
 
 
 class ModuleState:
@@ -57,6 +62,15 @@ class ModuleState:
         """Whether the model is still what it was."""
         return self._watched.are_equal()
 
+    def is_untouched(self) -> bool:
+        """Whether it is current, nothing was even replaced by an equal value, and no inner module
+        has hooks. Cheaper than to ask for each, and false more often."""
+        return (
+            not self._hooked
+            and self._watched.are_untouched()
+            and self._watched_hooks.are_untouched()
+        )
+
     def hooked(self) -> str:
         """The name of an inner module with forward hooks, or "". The model's own hooks run around a
         program as they do around its forward."""
@@ -76,6 +90,9 @@ class _Containers:
         self._now = containers
         self._then = [container.copy() for container in containers]
         self._snapshot = _core.Snapshot(self._now, self._then)
+
+    def are_untouched(self) -> bool:
+        return not self._snapshot.moved()
 
     def are_equal(self) -> bool:
         """Whether they hold it still."""

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
 from tilewright import _core
+from tilewright.assignments import Assignments, CountsAssignments
 
 # Answered from the wrapper: what neither reads nor exposes values.
 _ATTRIBUTES = """
@@ -43,13 +44,9 @@ _QUESTIONS: set[Any] = {getattr(torch.Tensor, name) for name in _METHODS.split()
 _QUESTIONS |= {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split()}
 _QUESTIONS.add(torch.Tensor.requires_grad.__set__)
 
-# Assignments to attributes of PackedParameters so far: as long as nobody made one, each of them is
-# what it was. Unpacking makes some, and so does torch.utils.swap_tensors.
-_assignments = 0
-
-
-def assignments() -> int:
-    return _assignments
+# As long as nobody made one to a PackedParameter, each of them is what it was. Unpacking makes
+# some, and so does torch.utils.swap_tensors.
+assignments = Assignments()
 
 
 class Source:
@@ -67,9 +64,10 @@ class Source:
         return values
 
 
-class PackedParameter(torch.Tensor):
+class PackedParameter(CountsAssignments, torch.Tensor):
     """See the module's description. Not thread-safe beyond what a Parameter is."""
 
+    assignments = assignments
     _source: Source | None
     _values: nn.Parameter | None
     _is_param = True  # isinstance(p, nn.Parameter)
@@ -85,11 +83,6 @@ class PackedParameter(torch.Tensor):
         packed._source = source
         packed._values = None
         return packed
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        global _assignments
-        super().__setattr__(name, value)
-        _assignments += 1  # afterwards: who counts meanwhile may still see what was
 
     @property
     def token(self) -> int | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import operator
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,11 +91,6 @@ def version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-# As functions for `map`: a model has hundreds of tensors.
-_data_ptr = torch.Tensor.data_ptr
-_version = operator.attrgetter("_version")
-
-
 def _is_as_marked(mark: tuple[Any, int, int]) -> bool:
     reference, place, version = mark
     tensor: Any = reference()
@@ -112,24 +106,24 @@ class Weights:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._assignments = assignments()
+        self._assignments = assignments.made
         self._marks: dict[str, tuple[Any, int, int]] = {
             name: (weakref.ref(tensor), address(tensor), version_of(tensor))
             for name, tensor in tensors.items()
         }
         # For `all_same`, which every call asks: what only assignments change; what torch counts the
         # writes of; and what it does not.
-        kinds: dict[str, list[tuple[Any, int, int]]] = {"packed": [], "counted": [], "other": []}
+        self._packed: list[tuple[Any, int, int]] = []
+        self._other: list[tuple[Any, int, int]] = []
+        counted: list[torch.Tensor] = []
         for mark, tensor in zip(self._marks.values(), tensors.values(), strict=True):
             if isinstance(tensor, PackedParameter):
-                kind = "packed" if tensor.token is not None else "other"
+                (self._other if tensor.token is None else self._packed).append(mark)
+            elif tensor.is_inference():
+                self._other.append(mark)
             else:
-                kind = "other" if tensor.is_inference() else "counted"
-            kinds[kind].append(mark)
-        self._packed, self._other = kinds["packed"], kinds["other"]
-        self._counted = [reference for reference, _, _ in kinds["counted"]]
-        self._places = [place for _, place, _ in kinds["counted"]]
-        self._versions = [version for _, _, version in kinds["counted"]]
+                counted.append(tensor)
+        self._counted = _core.TensorMarks(counted, torch.Tensor.data_ptr)
         self._fingerprint = _core.Fingerprint(
             [
                 (tensor.data_ptr(), tensor.numel() * tensor.element_size())
@@ -154,18 +148,9 @@ class Weights:
 
     def all_same(self) -> bool:
         """Nobody replaced the memory of a tensor or wrote it in a way that torch counts."""
-        tensors = [reference() for reference in self._counted]
-        try:
-            if (
-                list(map(_data_ptr, tensors)) != self._places
-                or list(map(_version, tensors)) != self._versions
-            ):
-                return False
-        except (TypeError, RuntimeError):
-            return False  # one is gone, or became a tensor of inference mode
-        if not all(map(_is_as_marked, self._other)):
+        if not self._counted.are_same() or not all(map(_is_as_marked, self._other)):
             return False
-        made = assignments()
+        made = assignments.made
         if made != self._assignments:
             if not all(map(_is_as_marked, self._packed)):
                 return False
@@ -335,6 +320,19 @@ class Executable:
             )
         except RuntimeError as error:
             raise core.CoreError(str(error)) from None
+
+    def repeat(
+        self,
+        step: _core.ReadyStep,
+        symbols: dict[str, int],
+        tokens: torch.Tensor,
+        position: int,
+        output: torch.Tensor,
+    ) -> None:
+        """As `run`, for a step of this program that was prepared once; not as an operator of torch.
+        tokens: int64, row-major. CoreError when it fails."""
+        self._symbols = symbols
+        step.run(tokens.data_ptr(), position, output.data_ptr(), core.threads())
 
     def empty_results(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]

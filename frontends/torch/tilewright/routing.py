@@ -6,7 +6,7 @@
    while it runs.
 2. An optimised model (llm.optimize) is one program per step already. Dynamo has nothing to add to
    it but guards at each call, so the compiled module calls it directly; this also holds for
-   fullgraph=True.
+   fullgraph=True. Where Dynamo meets it in somebody's function, it is a call not to look into.
 
 Modules compiled with other backends are left alone.
 
@@ -19,17 +19,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from tilewright import core
 from tilewright.installed import installed_in
 
 _ROUTED = ("generate",)
+_ORIGINAL = "_tilewright_original"  # of the functions that `direct` returns: the module
 _installed = False
 
 
@@ -57,8 +60,18 @@ def install() -> None:
         if is_ours(self):
             self.forward = direct(self._orig_mod, self.forward)
 
+    call = OptimizedModule.__call__
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        original = getattr(self.__dict__.get("forward"), _ORIGINAL, None)
+        if installed_in(original) is None or _has_any_global_hook():
+            return call(self, *args, **kwargs)
+        # Without the word to Dynamo that it is inside of a compiled module, which it is not.
+        return torch.nn.Module.__call__(self, *args, **kwargs)
+
     OptimizedModule.__getattr__ = __getattr__
     OptimizedModule._initialize = _initialize
+    OptimizedModule.__call__ = __call__
 
 
 def is_ours(module: Any) -> bool:
@@ -83,7 +96,32 @@ def direct(original: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
         target = compiled if installed_in(original) is None else original
         return target(*args, **kwargs)
 
+    setattr(forward, _ORIGINAL, original)
     return forward
+
+
+def opaque(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, to Dynamo a function that it must not look into, nor into what that calls.
+
+    torch.compiler.disable says so. What it returns sets and restores Dynamo's state at each call,
+    2 us, which matters only where Dynamo runs the caller.
+    """
+    call_apart = torch.compiler.disable(call, reason="runs as a program of tilewright")
+    try:
+        frames: Any = importlib.import_module("torch._C._dynamo.eval_frame")
+        callback, skip = frames.get_eval_frame_callback, frames.skip_code
+    except (ImportError, AttributeError):
+        return call_apart
+
+    @functools.wraps(call_apart)  # with the marks by which Dynamo knows it
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if callback() is None:
+            return call(*args, **kwargs)
+        return call_apart(*args, **kwargs)
+
+    code: Any = called
+    skip(code.__code__)
+    return called
 
 
 def routed(module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
