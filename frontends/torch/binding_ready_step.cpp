@@ -2,7 +2,7 @@
 // What is the same in each such step (shapes, types, the caches) is looked at once, so that the
 // call of a model is little else than the program's run.
 //
-// Thread-safe: a program runs one step at a time. Tested by tests/python/test_call_surface.py.
+// Thread-safe: a program runs one step at a time. Tested by tests/python/test_repeated_calls.py.
 #include <algorithm>
 #include <cstdint>
 #include <memory>

@@ -9,7 +9,8 @@ torch.compile with our backend instead, so that the parts that are understood ar
 Which programs there are is model_programs.py's affair, what a call must be for one steps.py's, what
 its cache must be ready.py's, and the parts of a model that is no program parts.py's.
 
-Thread-safe: calls take turns. Tested by tests/python/test_optimize.py, test_generate.py.
+Thread-safe: calls take turns. Tested by tests/python/test_optimize.py, test_generate.py,
+test_repeated_calls.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Where no sequence is padded, a ready cache also has its next step of one token, 
 the one before in its tokens and their position only: `Ready.step`.
 
 Not thread-safe by itself: a Decoder calls under its lock. Tested by
-tests/python/test_conversations.py, test_call_surface.py.
+tests/python/test_repeated_calls.py, test_conversations.py.
 """
 
 from __future__ import annotations
