@@ -210,32 +210,28 @@ class LinearBuilder {
   void emit_unpack(std::int64_t count) {
     const Reg to = b_.copy(b_.arg(LinearArgs::unpacked));
     weights_[0] = b_.arg(LinearArgs::unpacked);
-    if (widens() && spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
+    if (!widens()) return reader_.unpack_stretch(count, to, prefetch_distance());
+    if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
     if (spec_.twelve_bits) {
-      const std::int64_t step_bytes = twelve_bits::kPlainStepBytes * (widens() ? 2 : 1);
       return reader_.unpack_stretch(
-          count, to, step_bytes, prefetch_distance(),
-          [&](int pair, int vector, Reg loaded) { store_unpacked(to, pair, vector, loaded); });
+          count, to, 2 * twelve_bits::kPlainStepBytes, prefetch_distance(),
+          [&](int pair, int vector, Reg loaded) { store_widened(to, pair, vector, loaded); });
     }
     b_.loop(b_.constant((count + 1) / 2), [&] {
       for (int line = 0; line < kStepBytes; line += kLineBytes) {
         b_.prefetch(b_.at(stored_, prefetch_distance() + line), 1);
       }
       for (int vector = 0; vector < panel_vectors(); ++vector) {
-        store_unpacked(to, 0, vector,
-                       b_.load(Element::i32, b_.at(stored_, vector * b_.vector_bytes())));
+        store_widened(to, 0, vector,
+                      b_.load(Element::i32, b_.at(stored_, vector * b_.vector_bytes())));
       }
       b_.add_to(stored_, kStepBytes);
       b_.add_to(to, 2 * kStepBytes);
     });
   }
 
-  // A vector of pairs of k, the pair `pair` behind `to`.
-  void store_unpacked(Reg to, int pair, int vector, Reg loaded) {
-    if (!widens()) {
-      return b_.store(Element::i32, b_.at(to, pair * kStepBytes + vector * b_.vector_bytes()),
-                      loaded);
-    }
+  // A vector of pairs of k, the pair `pair` behind `to`, as fp32.
+  void store_widened(Reg to, int pair, int vector, Reg loaded) {
     for (int odd = 0; odd < 2; ++odd) {
       b_.store(Element::f32, b_.at(to, (2 * pair + odd) * kStepBytes + vector * b_.vector_bytes()),
                widened(loaded, odd != 0));
