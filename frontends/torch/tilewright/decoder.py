@@ -76,8 +76,8 @@ class Decoder(InstalledForward):
         self._paged = ragged.PagedCaches()
         self._growing: list[Any] | None = None  # rotary tables; see rotary.py
         self.calls = self.tokens = 0  # of the program
-        decoders.add(self)
         self._counted: str | None = None  # see _own_positions
+        decoders.add(self)
 
     def _forget(self) -> None:
         """What is of programs that are dropped, and of the model as it was."""

@@ -10,7 +10,7 @@
 
 Modules compiled with other backends are left alone.
 
-This is the only file that touches torch's internals; it checks that they are what it expects.
+This is the only file that changes torch's own classes; it checks that they are what it expects.
 Thread-safe. Tested by tests/python/test_generate.py, which counts compiled steps, and
 tests/python/test_conversations.py.
 """
