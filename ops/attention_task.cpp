@@ -381,8 +381,8 @@ KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t bat
   return {std::min(first, end), std::max<std::int64_t>(end - first, 0), origin};
 }
 
-AttentionScratch scratch_of(const AttentionTask& task, const Frame& frame) {
-  AttentionScratch needed{};
+ScratchSizes scratch_of(const AttentionTask& task, const Frame& frame) {
+  ScratchSizes needed;
   bool few = false;
   for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
     const Queries queries = queries_of(task, frame, sequence);

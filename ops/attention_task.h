@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "ops/scratch.h"
 #include "ops/task.h"
 
 namespace tilewright::ops {
@@ -36,12 +37,6 @@ struct KeyRange {
 KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t batch,
                  std::int64_t query);
 
-// What a run needs besides its buffers.
-struct AttentionScratch {
-  std::int64_t thread_bytes;  // of scratch, each thread
-  std::int64_t part_bytes;    // of Frame::parts
-  std::int64_t counters;      // in Frame::parts_done
-};
-AttentionScratch scratch_of(const AttentionTask& task, const Frame& frame);
+ScratchSizes scratch_of(const AttentionTask& task, const Frame& frame);
 
 }  // namespace tilewright::ops

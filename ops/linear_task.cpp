@@ -39,12 +39,22 @@ std::int64_t row_bytes(const LinearKernel& spec) {
   return padded_bytes(spec.k + (is_padded(spec) ? 1 : 0), input_type(spec));
 }
 
-// Of scratch, for rows by vectors.
-std::int64_t vector_scratch_bytes(const LinearTask& task, std::int64_t rows) {
-  const std::int64_t stretches = round_up(task.spec.k, partial_sum_length()) / partial_sum_length();
-  const std::int64_t x_bytes = packs(task, rows) ? stretches * stretch_bytes(task.spec) : 0;
+std::int64_t stretch_count(const LinearKernel& spec) {
+  return round_up(spec.k, partial_sum_length()) / partial_sum_length();
+}
+
+bool shares_packing(const LinearTask& task, std::int64_t rows) {
+  return packs(task, rows) && rows >= task.many_blocks * task.many.rows;
+}
+
+// For rows by vectors. A thread's: partial sums, the weights of a stretch, x that it packs alone.
+ScratchSizes vector_scratch(const LinearTask& task, std::int64_t rows) {
   const std::int64_t chunk = chunk_rows(task, rows);
-  return partial_sums_bytes(chunk) + chunk * x_bytes + unpacked_bytes();
+  const std::int64_t x_bytes =
+      packs(task, rows) ? chunk * stretch_count(task.spec) * stretch_bytes(task.spec) : 0;
+  ScratchSizes sizes{.thread_bytes = partial_sums_bytes(chunk) + unpacked_bytes()};
+  (shares_packing(task, rows) ? sizes.packed_bytes : sizes.thread_bytes) += x_bytes;
+  return sizes;
 }
 
 void put_zero(char* to) { std::memset(to, 0, sizeof(std::uint16_t)); }
@@ -75,18 +85,29 @@ struct RowPlaces {
   }
 };
 
+// Who computes: one of the threads of a team.
+struct Member {
+  int thread, threads;
+  WorkRange share(std::int64_t count) const { return ops::share(count, thread, threads); }
+};
+
 // Rows from `places` on, one thread's panels, by vectors.
 class LinearRun {
  public:
-  LinearRun(const LinearTask& task, const Frame& frame, int thread, WorkRange panels,
-            const RowPlaces& places, std::int64_t rows)
-      : task_(task), panels_(panels), places_(places), rows_(rows) {
-    char* scratch = frame.scratch[static_cast<std::size_t>(thread)];
-    packed_ = scratch + partial_sums_bytes(chunk_rows(task, rows));
-    arguments_[LinearArgs::partial_sums] = argument(scratch);
+  LinearRun(const LinearTask& task, const Frame& frame, Member member, const RowPlaces& places,
+            std::int64_t rows)
+      : task_(task),
+        frame_(frame),
+        member_(member),
+        panels_(member.share(panel_count(task.spec.n))),
+        places_(places),
+        rows_(rows) {
+    char* sums = frame.scratch[static_cast<std::size_t>(member.thread)];
+    char* unpacked = sums + partial_sums_bytes(chunk_rows(task, rows));
+    packed_ = shares_packing(task, rows) ? frame.packed : unpacked + unpacked_bytes();
+    arguments_[LinearArgs::partial_sums] = argument(sums);
     arguments_[LinearArgs::weight] = argument(task.weight->data.get());
-    arguments_[LinearArgs::unpacked] =
-        argument(scratch + vector_scratch_bytes(task, rows) - unpacked_bytes());
+    arguments_[LinearArgs::unpacked] = argument(unpacked);
     arguments_[LinearArgs::y_row_stride] = places.y_stride;
     arguments_[LinearArgs::residual_row_stride] = places.residual_stride;
     if (task.spec.epilogue.bias) arguments_[LinearArgs::bias] = argument(task.bias.address(frame));
@@ -103,6 +124,7 @@ class LinearRun {
  private:
   void run_chunk(std::int64_t first, std::int64_t rows, bool pack) {
     if (pack) pack_rows(first, rows);
+    if (panels_.begin == panels_.end) return;
     // Rows that need several kernels take the panels one by one: each is still in cache for the
     // next kernel, where a second pass over all of them would read the weights from memory again.
     const bool one_kernel = rows % task_.variants[0].rows == 0 ||
@@ -143,20 +165,31 @@ class LinearRun {
     arguments_[LinearArgs::x_stretch_stride] = rows * stretch_bytes(task_.spec);
   }
 
-  // Stretch by stretch: first the blocks that lie in pieces, then the other rows.
   void pack_rows(std::int64_t first, std::int64_t rows) const {
-    const std::int64_t in_pieces = rows_in_pieces(task_, rows);
-    const int block = task_.many.rows;
-    char* to = packed_;
-    for (std::int64_t k = 0; k < task_.spec.k; k += partial_sum_length()) {
+    if (!shares_packing(task_, rows_)) return pack_share(first, rows, {0, 1});
+    frame_.meet(member_.threads);  // nobody reads the chunk before this any more
+    pack_share(first, rows, member_);
+    frame_.meet(member_.threads);
+  }
+
+  // Stretches of blocks, then of the rows after them: block by block, because a few rows that are
+  // read from end to end come faster than parts of all of them do.
+  void pack_share(std::int64_t first, std::int64_t rows, Member member) const {
+    const std::int64_t in_pieces = rows_in_pieces(task_, rows), block = task_.many.rows;
+    const std::int64_t stretches = stretch_count(task_.spec), bytes = stretch_bytes(task_.spec);
+    const std::int64_t blocks = in_pieces / block + (rows > in_pieces ? 1 : 0);
+    const WorkRange parts = member.share(blocks * stretches);
+    for (std::int64_t part = parts.begin; part < parts.end; ++part) {
+      const std::int64_t row = part / stretches * block, stretch = part % stretches;
+      const std::int64_t k = stretch * partial_sum_length();
       const std::int64_t columns = std::min(partial_sum_length(), task_.spec.k - k);
-      const char* x = places_.from(first).x + k * task_.x.element_bytes;
-      for (std::int64_t row = 0; row < in_pieces; row += block) {
-        pack_pieces(x + row * places_.x_stride, columns, to + row * stretch_bytes(task_.spec));
+      const char* x = places_.from(first + row).x + k * task_.x.element_bytes;
+      char* to = packed_ + (stretch * rows + row) * bytes;
+      if (row < in_pieces) {
+        pack_pieces(x, columns, to);
+      } else {
+        copy(x, rows - row, columns, to, bytes);
       }
-      copy(x + in_pieces * places_.x_stride, rows - in_pieces, columns,
-           to + in_pieces * stretch_bytes(task_.spec), stretch_bytes(task_.spec));
-      to += rows * stretch_bytes(task_.spec);
     }
   }
 
@@ -198,6 +231,8 @@ class LinearRun {
   }
 
   const LinearTask& task_;
+  const Frame& frame_;
+  Member member_;
   WorkRange panels_;
   RowPlaces places_;
   std::int64_t rows_;
@@ -209,39 +244,40 @@ TilePack pack_of(const LinearTask& task, int rows) {
   return {task.tiles->arithmetic, rows, task.spec.k};
 }
 
-// A thread's scratch for chunks of so many rows by tiles, piece by piece.
+// Where the pieces of scratch begin for chunks of so many rows by tiles: all multiples of 64. x and
+// its magnitudes are shared by all threads.
 struct TileScratch {
-  std::int64_t sums, magnitudes, unpacked, x, bytes;  // offsets, all multiples of 64
+  std::int64_t sums, unpacked, thread_bytes, magnitudes, x, packed_bytes;
 
   TileScratch(const LinearTask& task, std::int64_t rows) {
     const std::int64_t padded = round_up(rows, 2 * kTileRows);
-    const bool splits = task.tiles->arithmetic == Arithmetic::split_tiles;
-    sums = kTileStateBytes;
-    magnitudes = sums + padded * kPartialSumsBytesPerRow;
-    unpacked = magnitudes + (splits ? padded * kMagnitudeBytes : 0);
     LinearKernel kernel = task.spec;
     kernel.arithmetic = task.tiles->arithmetic;
     kernel.rows = 2 * kTileRows;
-    x = unpacked + tile_scratch_bytes(kernel);
-    bytes = x + padded / kTileRows * block_bytes(pack_of(task, kTileRows));
+    sums = kTileStateBytes;
+    unpacked = sums + padded * kPartialSumsBytesPerRow;
+    thread_bytes = unpacked + tile_scratch_bytes(kernel);
+    magnitudes = 0;
+    x = kernel.arithmetic == Arithmetic::split_tiles ? padded * kMagnitudeBytes : 0;
+    packed_bytes = x + padded / kTileRows * block_bytes(pack_of(task, kTileRows));
   }
 };
 
 // All rows, one thread's panels, by tiles.
 class TileRun {
  public:
-  TileRun(const LinearTask& task, const Frame& frame, int thread, WorkRange panels)
+  TileRun(const LinearTask& task, const Frame& frame, Member member)
       : task_(task),
         frame_(frame),
-        thread_(thread),
-        panels_(panels),
+        member_(member),
+        panels_(member.share(panel_count(task.spec.n))),
         places_(task, frame),
         chunk_(tile_chunk_rows(task, frame.dim(task.rows))),
-        scratch_(frame.scratch[static_cast<std::size_t>(thread)]),
         offsets_(task, chunk_) {
-    arguments_[LinearArgs::tile_state] = argument(scratch_);
-    arguments_[LinearArgs::partial_sums] = argument(scratch_ + offsets_.sums);
-    arguments_[LinearArgs::unpacked] = argument(scratch_ + offsets_.unpacked);
+    char* scratch = frame.scratch[static_cast<std::size_t>(member.thread)];
+    arguments_[LinearArgs::tile_state] = argument(scratch);
+    arguments_[LinearArgs::partial_sums] = argument(scratch + offsets_.sums);
+    arguments_[LinearArgs::unpacked] = argument(scratch + offsets_.unpacked);
     arguments_[LinearArgs::weight] = argument(task.weight->data.get());
     arguments_[LinearArgs::y_row_stride] = places_.y_stride;
     arguments_[LinearArgs::residual_row_stride] = places_.residual_stride;
@@ -259,14 +295,15 @@ class TileRun {
   // A block's x, of packed x.
   char* packed(std::int64_t row) const {
     const std::int64_t row_bytes = block_bytes(pack_of(task_, kTileRows)) / kTileRows;
-    return scratch_ + offsets_.x + row * row_bytes;
+    return frame_.packed + offsets_.x + row * row_bytes;
   }
 
   void run_chunk(const RowPlaces& places, std::int64_t rows) {
+    frame_.meet(member_.threads);  // nobody reads the chunk before this any more
     pack(places, rows);
-    if (!is_in_range(rows)) {
-      return LinearRun(task_, frame_, thread_, panels_, places, rows).run();
-    }
+    frame_.meet(member_.threads);
+    if (!is_in_range(rows)) return LinearRun(task_, frame_, member_, places, rows).run();
+    if (panels_.begin == panels_.end) return;
     int parts = 0;
     for_tile_blocks(rows, [&](std::size_t, std::int64_t, std::int64_t) { ++parts; });
     // As by vectors: a second kernel finds each panel in cache.
@@ -287,17 +324,20 @@ class TileRun {
     }
   }
 
+  // This thread's share of the blocks.
   void pack(const RowPlaces& places, std::int64_t rows) const {
     for_tile_blocks(rows, [&](std::size_t index, std::int64_t first, std::int64_t count) {
       const std::int64_t block = task_.tiles->variants[index].rows;
+      const WorkRange blocks = member_.share(round_up(count, block) / block);
       std::int64_t arguments[TilePackArgs::count];
       arguments[TilePackArgs::x_row_stride] = places.x_stride;
-      for (std::int64_t row = first; row < first + count; row += block) {
+      for (std::int64_t i = blocks.begin; i < blocks.end; ++i) {
+        const std::int64_t row = first + i * block;
         arguments[TilePackArgs::x] = argument(places.from(row).x);
         arguments[TilePackArgs::row_count] = std::min(block, first + count - row);
         arguments[TilePackArgs::y] = argument(packed(row));
         arguments[TilePackArgs::magnitudes] =
-            argument(scratch_ + offsets_.magnitudes + row * kMagnitudeBytes);
+            argument(frame_.packed + offsets_.magnitudes + row * kMagnitudeBytes);
         task_.tiles->packs[index]->function(arguments);
       }
     });
@@ -305,18 +345,17 @@ class TileRun {
 
   bool is_in_range(std::int64_t rows) const {
     if (task_.tiles->arithmetic != Arithmetic::split_tiles) return true;
-    const auto* magnitudes = reinterpret_cast<const std::uint32_t*>(scratch_ + offsets_.magnitudes);
+    const auto* magnitudes = reinterpret_cast<const std::uint32_t*>(frame_.packed + offsets_.magnitudes);
     const auto count = static_cast<std::size_t>(rows * kMagnitudeBytes / 4);
     return in_range({magnitudes, count}, task_.tiles->largest_weight, task_.spec.k);
   }
 
   const LinearTask& task_;
   const Frame& frame_;
-  int thread_;
+  Member member_;
   WorkRange panels_;
   RowPlaces places_;
   std::int64_t chunk_;
-  char* scratch_;
   TileScratch offsets_;
   std::int64_t arguments_[LinearArgs::count] = {};
 };
@@ -404,7 +443,9 @@ class ExpertRun {
   std::int64_t arguments_[LinearArgs::count] = {};
 };
 
-void run_experts(const LinearTask& task, const Frame& frame, int thread, WorkRange panels) {
+void run_experts(const LinearTask& task, const Frame& frame, Member member) {
+  const WorkRange panels = member.share(panel_count(task.spec.n));
+  if (panels.begin == panels.end) return;
   const ExpertChoice& choice = *task.experts;
   const auto* indices = reinterpret_cast<const std::int64_t*>(choice.indices.address(frame));
   for (std::int64_t row = 0; row < frame.dim(task.rows); ++row) {
@@ -413,19 +454,18 @@ void run_experts(const LinearTask& task, const Frame& frame, int thread, WorkRan
       return;
     }
   }
-  ExpertRun run(task, frame, thread, panels);
+  ExpertRun run(task, frame, member.thread, panels);
   for (std::int64_t expert = 0; expert < choice.experts; ++expert) run.run(expert);
 }
 
 }  // namespace
 
 void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
-  const WorkRange panels = share(panel_count(task.spec.n), thread, threads);
-  if (panels.begin == panels.end) return;
-  if (task.experts) return run_experts(task, frame, thread, panels);
+  const Member member{thread, threads};
+  if (task.experts) return run_experts(task, frame, member);
   const std::int64_t rows = frame.dim(task.rows);
-  if (uses_tiles(task, rows)) return TileRun(task, frame, thread, panels).run();
-  LinearRun(task, frame, thread, panels, RowPlaces(task, frame), rows).run();
+  if (uses_tiles(task, rows)) return TileRun(task, frame, member).run();
+  LinearRun(task, frame, member, RowPlaces(task, frame), rows).run();
 }
 
 bool uses_tiles(const LinearTask& task, std::int64_t rows) {
@@ -449,18 +489,22 @@ bool packs(const LinearTask& task, std::int64_t rows) {
   return rows >= task.many_blocks * task.many.rows && panel_count(task.spec.n) >= task.pack_panels;
 }
 
-std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows) {
-  if (!task.experts) {
-    if (!uses_tiles(task, rows)) return vector_scratch_bytes(task, rows);
-    const std::int64_t chunk = tile_chunk_rows(task, rows);
-    const std::int64_t by_vectors = std::max(vector_scratch_bytes(task, std::min(chunk, rows)),
-                                             vector_scratch_bytes(task, rows % chunk));
-    return std::max(TileScratch(task, chunk).bytes, by_vectors);
+ScratchSizes scratch_of(const LinearTask& task, const Frame& frame) {
+  const std::int64_t rows = frame.dim(task.rows);
+  if (task.experts) {
+    return {.thread_bytes =
+                (rows * 8 + 63) / 64 * 64 +
+                task.variants[0].rows *
+                    (row_bytes(task.spec) + padded_bytes(task.spec.n, task.spec.output)) +
+                partial_sums_bytes(task.variants[0].rows) + unpacked_bytes()};
   }
-  return (rows * 8 + 63) / 64 * 64 +
-         task.variants[0].rows *
-             (row_bytes(task.spec) + padded_bytes(task.spec.n, task.spec.output)) +
-         partial_sums_bytes(task.variants[0].rows) + unpacked_bytes();
+  if (!uses_tiles(task, rows)) return vector_scratch(task, rows);
+  const std::int64_t chunk = tile_chunk_rows(task, rows);
+  const TileScratch tiles(task, chunk);
+  ScratchSizes sizes{.thread_bytes = tiles.thread_bytes, .packed_bytes = tiles.packed_bytes};
+  sizes.include(vector_scratch(task, std::min(chunk, rows)));
+  sizes.include(vector_scratch(task, rows % chunk));
+  return sizes;
 }
 
 }  // namespace tilewright::ops

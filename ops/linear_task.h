@@ -6,8 +6,10 @@
 // and within a stretch, if the blocks are many, a piece of each row of a block after the other
 // (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", section 4). In
 // place, rows whose stride is a multiple of a page share few sets of L1, and 16-bit values are
-// widened for every panel anew: they are packed even if they are few. The bits of y do not depend
-// on any of this, but on whether the rows are so many that tiles multiply them (gemm/arithmetic.h).
+// widened for every panel anew: they are packed even if they are few. Threads share the packing of
+// many rows, too, and meet before and after; a few are cheaper to copy than to wait for. The bits
+// of y do not depend on any of this, but on whether the rows are so many that tiles multiply them
+// (gemm/arithmetic.h).
 //
 // Tested by program_test and task_test.
 #pragma once
@@ -16,6 +18,7 @@
 #include <cstdint>
 
 #include "ops/gemm/tile_kernel.h"
+#include "ops/scratch.h"
 #include "ops/task.h"
 
 namespace tilewright::ops {
@@ -102,7 +105,7 @@ void for_all_variants(LinearTask& task, Visit&& visit) {
   for (LinearTask::Variant& variant : task.tiles->variants) visit(variant);
 }
 
-// Bytes of scratch that a thread needs: partial sums, packed x, the gathered rows of one expert.
-std::int64_t scratch_bytes(const LinearTask& task, std::int64_t rows);
+// Partial sums and packed x, or the gathered rows of one expert.
+ScratchSizes scratch_of(const LinearTask& task, const Frame& frame);
 
 }  // namespace tilewright::ops

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <limits>
 #include <optional>
 
@@ -153,11 +152,6 @@ Status ensure_kernels(State& state, std::span<const std::int64_t> dims) {
   return made;
 }
 
-std::unique_ptr<char, void (*)(void*)> allocate(std::int64_t bytes) {
-  const auto size = static_cast<std::size_t>((std::max<std::int64_t>(bytes, 64) + 63) / 64 * 64);
-  return {static_cast<char*>(std::aligned_alloc(64, size)), std::free};
-}
-
 Status prepare_arena(State& state, std::span<const std::int64_t> dims) {
   std::vector<std::int64_t> sizes(state.buffers.size(), 0);
   for (std::size_t i = 0; i < sizes.size(); ++i) {
@@ -177,47 +171,20 @@ Status prepare_arena(State& state, std::span<const std::int64_t> dims) {
   return {};
 }
 
-Status prepare_scratch(State& state, const Frame& frame, int threads) {
-  AttentionScratch needed{64, 0, 0};
+ScratchSizes scratch_of(const State& state, const Frame& frame) {
+  ScratchSizes needed;
   for (const Step& step : state.steps) {
     for (const Task& task : step.tasks) {
       if (const auto* linear = std::get_if<LinearTask>(&task)) {
-        needed.thread_bytes =
-            std::max(needed.thread_bytes, scratch_bytes(*linear, frame.dim(linear->rows)));
-      }
-      if (const auto* rope = std::get_if<RopeTask>(&task)) {
-        needed.thread_bytes =
-            std::max(needed.thread_bytes, frame.dim(rope->heads) * rope->scratch_row_bytes);
-      }
-      if (const auto* attention = std::get_if<AttentionTask>(&task)) {
-        const AttentionScratch more = scratch_of(*attention, frame);
-        needed.thread_bytes = std::max(needed.thread_bytes, more.thread_bytes);
-        needed.part_bytes = std::max(needed.part_bytes, more.part_bytes);
-        needed.counters = std::max(needed.counters, more.counters);
+        needed.include(scratch_of(*linear, frame));
+      } else if (const auto* rope = std::get_if<RopeTask>(&task)) {
+        needed.include({.thread_bytes = frame.dim(rope->heads) * rope->scratch_row_bytes});
+      } else if (const auto* attention = std::get_if<AttentionTask>(&task)) {
+        needed.include(scratch_of(*attention, frame));
       }
     }
   }
-  if (needed.thread_bytes > state.scratch_capacity) {
-    state.scratch.clear();
-    state.scratch_capacity = needed.thread_bytes * 2;
-  }
-  while (static_cast<int>(state.scratch.size()) < threads) {
-    state.scratch.push_back(allocate(state.scratch_capacity));
-    if (!state.scratch.back()) return Error{"out of memory for scratch"};
-  }
-  if (needed.part_bytes > state.parts_capacity) {
-    state.parts_capacity = needed.part_bytes * 2;
-    state.parts = allocate(state.parts_capacity);
-    if (!state.parts) {
-      state.parts_capacity = 0;
-      return Error{"out of memory for parts of attention"};
-    }
-  }
-  if (static_cast<std::size_t>(needed.counters) > state.parts_done.size()) {
-    state.parts_done =
-        std::vector<std::atomic<std::int32_t>>(static_cast<std::size_t>(needed.counters));
-  }
-  return {};
+  return needed;
 }
 
 // 2 multiplications and additions per key and element of a head, twice (scores and sum of values).
@@ -280,12 +247,11 @@ int run_steps(State& state, std::size_t begin, std::size_t end, const Frame& fra
   run_little_steps();
   int members = 1;
   if (next == end) return members;
-  Barrier barrier;
   run_team(threads, [&](int thread, int team) {
     if (thread == 0) members = team;
     while (next < end) {
       for (const Task& task : state.steps[next].tasks) run_task(task, frame, thread, team);
-      barrier.wait(team, [&] {
+      frame.barrier->wait(team, [&] {
         mark_end(next);
         next += 1;
         run_little_steps();
@@ -451,13 +417,15 @@ Status Program::run(const RunArguments& arguments) {
     }
   }
   std::atomic<const char*> problem{nullptr};
-  Frame frame{dims, buffers, arguments.caches, {}, &problem};
-  if (Status room = prepare_scratch(state, frame, arguments.threads); !room) return room;
-  std::vector<char*> scratch;
-  for (const auto& memory : state.scratch) scratch.push_back(memory.get());
-  frame.scratch = scratch;
-  frame.parts = state.parts.get();
-  frame.parts_done = state.parts_done;
+  Barrier barrier;
+  Frame frame{.dims = dims,
+              .buffers = buffers,
+              .caches = arguments.caches,
+              .problem = &problem,
+              .barrier = &barrier};
+  const ScratchSizes needed = scratch_of(state, frame);
+  if (Status room = state.scratch.reserve(needed, arguments.threads); !room) return room;
+  state.scratch.lend(frame);
 
   find_little_steps(state, frame);
   PhaseCounters& counters = state.counters[static_cast<std::size_t>(arguments.phase)];

@@ -13,6 +13,7 @@
 #include "ops/dim_table.h"
 #include "ops/layout.h"
 #include "ops/program.h"
+#include "ops/scratch.h"
 #include "ops/task.h"
 
 namespace tilewright::ops {
@@ -87,13 +88,9 @@ struct Program::State {
   std::vector<std::int64_t> symbol_values;
   std::vector<std::int64_t> dim_values;
   std::vector<std::int64_t> arena_sizes, arena_offsets;
-  std::unique_ptr<char, void (*)(void*)> arena{nullptr, nullptr};
+  AlignedMemory arena{nullptr, nullptr};
   std::int64_t arena_capacity = 0;
-  std::vector<std::unique_ptr<char, void (*)(void*)>> scratch;
-  std::int64_t scratch_capacity = 0;
-  std::unique_ptr<char, void (*)(void*)> parts{nullptr, nullptr};
-  std::int64_t parts_capacity = 0;
-  std::vector<std::atomic<std::int32_t>> parts_done;
+  Scratch scratch;
   PhaseCounters counters[2];
   bool profile = false;
   std::vector<Clock::time_point> marks;  // of a profiled run: before its first step, after each

@@ -27,6 +27,7 @@
 #include "ops/rope_kernel.h"
 #include "ops/row_kernel.h"
 #include "ops/tensor_view.h"
+#include "ops/threads.h"
 #include "ops/weights.h"
 
 namespace tilewright::ops {
@@ -36,12 +37,18 @@ struct Frame {
   std::span<const std::int64_t> dims;  // by DimIndex
   std::span<char* const> buffers;      // base addresses
   std::span<KvCache* const> caches;
-  std::span<char* const> scratch;     // one per thread
-  std::atomic<const char*>* problem;  // first error found by a task (a static string)
-  char* parts = nullptr;              // scratch that all threads share (attention_task.h)
+  std::atomic<const char*>* problem;   // first error found by a task (a static string)
+  Barrier* barrier;                    // of the team
+  std::span<char* const> scratch = {};  // one per thread
+  char* packed = nullptr;              // shared by all threads (linear_task.h)
+  char* parts = nullptr;               // likewise (attention_task.h)
   // How many parts of an item are done; all zero between tasks.
   std::span<std::atomic<std::int32_t>> parts_done = {};
 
+  // Until all threads of the team are here. A task that one of them runs alone waits for nobody.
+  void meet(int threads) const {
+    if (threads > 1) barrier->wait(threads, [] {});
+  }
   std::int64_t dim(DimIndex index) const { return dims[static_cast<std::size_t>(index)]; }
 };
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <limits>
 #include <random>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -54,7 +55,15 @@ struct Setting {
         buffers{memory.data()},
         scratch(16, scratch_memory.data()),
         parts_done(16),
-        frame{dims, buffers, {}, scratch, nullptr, memory.data(), parts_done} {}
+        frame{.dims = dims,
+              .buffers = buffers,
+              .caches = {},
+              .problem = nullptr,
+              .barrier = nullptr,
+              .scratch = scratch,
+              .packed = scratch_memory.data() + (1 << 21),
+              .parts = memory.data(),
+              .parts_done = parts_done} {}
 
   std::vector<std::int64_t> dims;
   std::vector<char> memory, scratch_memory;
@@ -187,7 +196,7 @@ using graph::DataType;
 
 constexpr std::size_t kSlots = 16;
 std::array<jit::vir::Function, kSlots> functions;
-std::array<int, kSlots> calls;
+std::array<std::atomic<int>, kSlots> calls;
 
 // A function for each slot, because a pointer to a function carries nothing else.
 template <std::size_t... slot>
@@ -260,14 +269,19 @@ class TiledTask {
       write_scalar(type_, x_.data() + i * size, scale * normal(random_));
     }
     if (change.first >= 0) write_scalar(type_, x_.data() + change.first * size, change.second);
-    calls = {};
+    for (auto& count : calls) count = 0;
     const std::vector<std::int64_t> dims{0, rows, k, n};
-    std::vector<char> scratch(static_cast<std::size_t>(scratch_bytes(task_, rows) * threads));
-    std::vector<char*> buffers{x_.data(), y_.data()}, parts;
-    for (int i = 0; i < threads; ++i)
-      parts.push_back(scratch.data() + i * scratch_bytes(task_, rows));
-    const Frame frame{dims, buffers, {}, parts, nullptr};
-    for (int thread = 0; thread < threads; ++thread) ops::run(task_, frame, thread, threads);
+    std::vector<char*> buffers{x_.data(), y_.data()};
+    Barrier barrier;
+    Frame frame{
+        .dims = dims, .buffers = buffers, .caches = {}, .problem = nullptr, .barrier = &barrier};
+    Scratch scratch;
+    ASSERT_TRUE(scratch.reserve(scratch_of(task_, frame), threads));
+    scratch.lend(frame);
+    std::vector<std::jthread> team;
+    for (int thread = 0; thread < threads; ++thread) {
+      team.emplace_back([&, thread] { ops::run(task_, frame, thread, threads); });
+    }
   }
 
   int tile_calls() const { return calls[first_tile_slot_] + calls[first_tile_slot_ + 1]; }
