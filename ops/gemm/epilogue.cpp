@@ -90,63 +90,59 @@ std::int64_t panel_output_bytes(const LinearKernel& spec) {
   return panel_columns() / runs(spec) * graph::size_in_bytes(spec.output);
 }
 
-// Stores `width` outputs of each row, `offset` bytes from the rows' beginnings.
-void finish_rows(Builder& b, const LinearKernel& spec, Reg offset, int width, Reg rows, Reg sums) {
-  OutputRow row;
-  row.y = b.add(b.arg(LinearArgs::y), offset);
-  if (spec.epilogue.residual) row.residual = b.add(b.arg(LinearArgs::residual), offset);
-  if (spec.epilogue.bias) row.bias = b.add(b.arg(LinearArgs::bias), offset);
-  const int vectors = static_cast<int>(panel_columns()) / spec.lanes;
-  const int stored = vectors / runs(spec);
-  const auto sum = [&](int i) {
-    return b.load(jit::vir::Element::f32, b.at(sums, i * b.vector_bytes()));
-  };
-  b.loop(rows, [&] {
-    for (int j = 0; j < stored; ++j) {
-      OutputVector vector;
-      vector.first = j * spec.lanes;
-      vector.count = std::clamp(width - j * spec.lanes, 0, spec.lanes);
-      if (vector.count == 0) continue;
-      vector.value = sum(j);
-      if (spec.epilogue.gated) vector.up = sum(j + stored);
-      finish_vector(b, spec, vector, row);
-    }
-    b.add_to(row.y, b.arg(LinearArgs::y_row_stride));
-    if (spec.epilogue.residual) b.add_to(row.residual, b.arg(LinearArgs::residual_row_stride));
-    b.add_to(sums, kPartialSumsBytesPerRow);
-  });
-}
-
 }  // namespace
 
-RowsAhead::RowsAhead(Builder& builder, const LinearKernel& spec, Reg panel)
-    : b_(builder), spec_(spec) {
-  const Reg offset = b_.mul(panel, panel_output_bytes(spec));
-  y_ = b_.add(b_.arg(LinearArgs::y), offset);
-  if (spec.epilogue.residual) residual_ = b_.add(b_.arg(LinearArgs::residual), offset);
+PanelRows::PanelRows(Builder& builder, const LinearKernel& spec, Reg panel)
+    : b_(builder), spec_(spec), offset_(b_.mul(panel, panel_output_bytes(spec))) {
+  next_.y = b_.add(b_.arg(LinearArgs::y), offset_);
+  if (spec.epilogue.residual) next_.residual = b_.add(b_.arg(LinearArgs::residual), offset_);
 }
 
-void RowsAhead::ask(Reg rows) {
+void PanelRows::ask(Reg rows) const {
+  const Reg y = b_.copy(next_.y);
+  const Reg residual = spec_.epilogue.residual ? b_.copy(next_.residual) : Reg{};
   b_.loop(rows, [&] {
     for (std::int64_t line = 0; line < panel_output_bytes(spec_); line += kLineBytes) {
-      b_.prefetch(b_.at(y_, line), 1);
-      if (spec_.epilogue.residual) b_.prefetch(b_.at(residual_, line), 1);
+      b_.prefetch(b_.at(y, line), 1);
+      if (spec_.epilogue.residual) b_.prefetch(b_.at(residual, line), 1);
     }
-    b_.add_to(y_, b_.arg(LinearArgs::y_row_stride));
-    if (spec_.epilogue.residual) b_.add_to(residual_, b_.arg(LinearArgs::residual_row_stride));
+    b_.add_to(y, b_.arg(LinearArgs::y_row_stride));
+    if (spec_.epilogue.residual) b_.add_to(residual, b_.arg(LinearArgs::residual_row_stride));
   });
 }
 
-void finish_panel(Builder& b, const LinearKernel& spec, Reg panel, Reg rows, Reg sums) {
-  const std::int64_t outputs = spec.n / runs(spec), panel_outputs = panel_columns() / runs(spec);
-  const std::int64_t panel_bytes = panel_output_bytes(spec);
-  const Reg offset = b.mul(panel, panel_bytes);
+void PanelRows::finish(Reg rows, Reg sums) {
+  const std::int64_t outputs = spec_.n / runs(spec_), panel_outputs = panel_columns() / runs(spec_);
   const auto width = static_cast<int>(panel_outputs), tail = static_cast<int>(outputs % width);
-  if (tail == 0) return finish_rows(b, spec, offset, width, rows, sums);
-  b.if_nonzero(
-      b.add(offset, -(outputs / panel_outputs * panel_bytes)),
-      [&] { finish_rows(b, spec, offset, width, rows, sums); },
-      [&] { finish_rows(b, spec, offset, tail, rows, sums); });
+  if (tail == 0) return finish(width, rows, sums);
+  const std::int64_t last = outputs / panel_outputs * panel_output_bytes(spec_);
+  b_.if_nonzero(
+      b_.add(offset_, -last), [&] { finish(width, rows, sums); },
+      [&] { finish(tail, rows, sums); });
+}
+
+void PanelRows::finish(int width, Reg rows, Reg sums) {
+  OutputRow row = next_;
+  if (spec_.epilogue.bias) row.bias = b_.add(b_.arg(LinearArgs::bias), offset_);
+  const int vectors = static_cast<int>(panel_columns()) / spec_.lanes;
+  const int stored = vectors / runs(spec_);
+  const auto sum = [&](int i) {
+    return b_.load(jit::vir::Element::f32, b_.at(sums, i * b_.vector_bytes()));
+  };
+  b_.loop(rows, [&] {
+    for (int j = 0; j < stored; ++j) {
+      OutputVector vector;
+      vector.first = j * spec_.lanes;
+      vector.count = std::clamp(width - j * spec_.lanes, 0, spec_.lanes);
+      if (vector.count == 0) continue;
+      vector.value = sum(j);
+      if (spec_.epilogue.gated) vector.up = sum(j + stored);
+      finish_vector(b_, spec_, vector, row);
+    }
+    b_.add_to(row.y, b_.arg(LinearArgs::y_row_stride));
+    if (spec_.epilogue.residual) b_.add_to(row.residual, b_.arg(LinearArgs::residual_row_stride));
+    b_.add_to(sums, kPartialSumsBytesPerRow);
+  });
 }
 
 }  // namespace tilewright::ops

@@ -30,24 +30,28 @@ struct OutputRow {
 void finish_vector(jit::vir::Builder& builder, const LinearKernel& spec, const OutputVector& vector,
                    const OutputRow& row);
 
-// Asks for what finish_panel will read and write of the rows that come next: a panel's columns of
-// one row lie a whole row's length from those of another, so the hardware does not, and each would
-// be waited for (with 3072 columns of fp32 8 % of a layer with k = 576).
-class RowsAhead {
+// A panel's columns of one row after the other.
+class PanelRows {
  public:
-  RowsAhead(jit::vir::Builder& builder, const LinearKernel& spec, jit::vir::Reg panel);
-  // Consumes `rows`.
-  void ask(jit::vir::Reg rows);
+  PanelRows(jit::vir::Builder& builder, const LinearKernel& spec, jit::vir::Reg panel);
+
+  // Asks for what finish() will read and write of the next `rows` rows, which it consumes: they lie
+  // a whole row's length from each other, so the hardware does not, and each would be waited for
+  // (with 3072 columns of fp32 8 % of a layer with k = 576).
+  void ask(jit::vir::Reg rows) const;
+
+  // Finishes and stores the next `rows` rows, whose sums lie one row below the other. Consumes
+  // `rows` and moves `sums` behind them.
+  void finish(jit::vir::Reg rows, jit::vir::Reg sums);
 
  private:
+  // Of each row the first `width` outputs.
+  void finish(int width, jit::vir::Reg rows, jit::vir::Reg sums);
+
   jit::vir::Builder& b_;
   const LinearKernel& spec_;
-  jit::vir::Reg y_, residual_;
+  jit::vir::Reg offset_;  // of the panel's columns, bytes
+  OutputRow next_;
 };
-
-// Finishes and stores the first `rows` rows of a panel, whose sums lie one row below the other.
-// Consumes `rows` and moves `sums` behind them.
-void finish_panel(jit::vir::Builder& builder, const LinearKernel& spec, jit::vir::Reg panel,
-                  jit::vir::Reg rows, jit::vir::Reg sums);
 
 }  // namespace tilewright::ops

@@ -156,9 +156,10 @@ class LinearBuilder {
       });
     }
     if (rest > 0) emit_stretch({rest, stretches > 0, true}, b_.constant(stretches));
+    if (spec_.many_blocks) return;
     const Reg index = panel(), sums = b_.arg(LinearArgs::partial_sums);
     const auto finish = [&] {
-      finish_panel(b_, spec_, index, b_.mul(b_.arg(LinearArgs::block_count), rows_), sums);
+      PanelRows(b_, spec_, index).finish(b_.mul(b_.arg(LinearArgs::block_count), rows_), sums);
     };
     if (streams == 1) return finish();
     b_.loop(b_.constant(streams), [&] {
@@ -187,11 +188,11 @@ class LinearBuilder {
     if (unpacks()) emit_unpack(stretch.count);
     sums_ = b_.arg(LinearArgs::partial_sums);
     if (asks_by_block()) ahead_ = b_.add(weights_[0], stretch_bytes());
-    const bool asks_for_rows = spec_.many_blocks && stretch.last;
-    if (asks_for_rows) rows_ahead_.emplace(b_, spec_, panel());
+    std::optional<PanelRows> output;  // of many blocks: each is finished beside the next's products
+    if (spec_.many_blocks && stretch.last) output.emplace(b_, spec_, panel());
     b_.loop(b_.arg(LinearArgs::block_count), [&] {
       if (asks_by_block()) prefetch_lines();
-      if (asks_for_rows) rows_ahead_->ask(b_.constant(rows_));
+      if (output) output->ask(b_.constant(rows_));
       for (int part = 0; part < part_count(); ++part) {
         emit_products(part, stretch.count);
         const Reg one = stretch.add ? b_.splat(1.0f) : Reg{};
@@ -201,6 +202,7 @@ class LinearBuilder {
         });
       }
       b_.add_to(x_[0], b_.arg(LinearArgs::x_block_stride));
+      if (output) return output->finish(b_.constant(rows_), sums_);
       b_.add_to(sums_, rows_ * kPartialSumsBytesPerRow);
     });
     if (spec_.twelve_bits && !unpacks()) reader_.end_stretch();
@@ -515,7 +517,6 @@ class LinearBuilder {
   Reg sums_;                  // of the block or the row
   Reg stored_;                // the next stretch, if it is widened
   Reg ahead_;                 // weights of the next stretch that are not asked for yet
-  std::optional<RowsAhead> rows_ahead_;
   std::vector<Reg> x_;  // rows 0, 3, 6, 9 of the block, moved along k
   Reg x_stride_, odd_mask_;
   std::vector<std::vector<Reg>> accumulators_;  // [row, or panel][vector of the part]

@@ -159,7 +159,7 @@ class TileBuilder {
     if (whole > 0) emit_piece({length, true});
     if (whole > 1) b_.loop(b_.constant(whole - 1), [&] { emit_piece({length, false}); });
     emit_piece({spec_.k - whole * length, whole == 0});
-    finish_panel(b_, spec_, panel(), b_.arg(LinearArgs::row_count),
+    PanelRows(b_, spec_, panel()).finish(b_.arg(LinearArgs::row_count),
                  b_.arg(LinearArgs::partial_sums));
   }
 
