@@ -148,11 +148,9 @@ def models(
                 say=_say,
                 out_of_time=functools.partial(_is_past, deadline),
             )
-            peak = cells.peak_for(kind, limits["arithmetic"], threads)
+            roof = cells.roof_of(kind, limits, threads)
             before = list(record["cells"])
-            for measured in session.run_session(
-                plan, group, probe, record["read_gb_per_second"], peak
-            ):
+            for measured in session.run_session(plan, group, probe, roof):
                 record["cells"] = [*before, *measured]
                 results.write(record, path)  # what is measured is kept, whatever comes next
     finally:
@@ -384,7 +382,7 @@ def ops(
         raise typer.Exit(2) from None
     limits = gate.measure(threads)
     record = results.new_record("ops", limits, threads)
-    record["read_gb_per_second"] = read = gate.best_read(limits, threads)
+    record["read_gb_per_second"] = gate.best_read(limits, threads)
     record["versions"] = {"torch": torch.__version__}
     record["cases"] = []
     record["isa"] = isa
@@ -392,8 +390,8 @@ def ops(
     try:
         for case in (case for case in cases if match in case.title):
             _say(case.title)
-            peak = cells.peak_for(case.dtype, limits["arithmetic"], threads)
-            record["cases"].append(single.run_case(case, probe, rounds, 3, read, peak))
+            roof = cells.roof_of(case.dtype, limits, threads)
+            record["cases"].append(single.run_case(case, probe, rounds, 3, roof))
     finally:
         probe.close()
     console = Console(width=None if Console().is_terminal else 170)

@@ -10,9 +10,12 @@ Tested by tests/python/test_bench_models.py.
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bench_models import gate
 from bench_models.models import MODELS, Shape
 
 # Bytes per weight: int4 with a 16-bit scale (and zero) per group of 64.
@@ -40,6 +43,28 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Roof:
+    """What the machine can do with the arithmetic of a dtype: as measured before a run."""
+
+    read_gb_per_second: float
+    peak_gflops: float
+    fma_gflops: float  # of fp32
+
+    def beside(self, probes: Sequence[Mapping[str, float]]) -> Roof:
+        """What it could do between the rounds of a measurement. A CPU clocks higher for a moment
+        than it holds, and others share it: a share of another moment's limit says little. Other
+        arithmetic is taken to have moved as FMA did."""
+        if not probes:
+            return self
+        fma = statistics.median(probe["fma_gflops"] for probe in probes)
+        return Roof(
+            statistics.median(probe["read_gb_per_second"] for probe in probes),
+            self.peak_gflops * fma / self.fma_gflops,
+            fma,
+        )
+
+
+@dataclass(frozen=True)
 class Limit:
     """The least time that the measured machine allows."""
 
@@ -60,10 +85,10 @@ def attention_flops(shape: Shape, queries: int, keys_before: int) -> float:
     return 4.0 * shape.layers * shape.heads * shape.head_size * seen
 
 
-def limit_of(cell: Cell, read_gb_per_second: float, peak_gflops: float) -> Limit:
+def limit_of(cell: Cell, roof: Roof) -> Limit:
     """Both limits of a cell, from what was measured."""
     shape = cell.shape
-    bandwidth, peak = read_gb_per_second * 1e9, peak_gflops * 1e9
+    bandwidth, peak = roof.read_gb_per_second * 1e9, roof.peak_gflops * 1e9
     weights = shape.read_per_token * WEIGHT_BYTES[cell.dtype]
     context = cell.prompt + cell.new / 2
     per_key = 2 * shape.layers * shape.key_value_heads * shape.head_size * CACHE_BYTES[cell.dtype]
@@ -82,8 +107,8 @@ def limit_of(cell: Cell, read_gb_per_second: float, peak_gflops: float) -> Limit
         decode_seconds=max(decode_bytes / bandwidth, decode_flops / peak),
         decode_bytes=decode_bytes,
         prefill_flops=prefill_flops,
-        read_gb_per_second=read_gb_per_second,
-        peak_gflops=peak_gflops,
+        read_gb_per_second=roof.read_gb_per_second,
+        peak_gflops=roof.peak_gflops,
     )
 
 
@@ -100,6 +125,16 @@ def peak_for(dtype: str, arithmetic: list[dict[str, Any]], threads: int) -> floa
         row["gflops"] for row in arithmetic if row["type"] in usable and row["threads"] == threads
     ]
     return max(rates)
+
+
+def roof_of(dtype: str, limits: dict[str, Any], threads: int) -> Roof:
+    """From the probe's JSON."""
+    arithmetic = limits["arithmetic"]
+    return Roof(
+        gate.best_read(limits, threads),
+        peak_for(dtype, arithmetic, threads),
+        peak_for("fp32", arithmetic, threads),
+    )
 
 
 def quick_cells(arithmetic: list[dict[str, Any]]) -> list[Cell]:

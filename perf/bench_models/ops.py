@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from unittest import mock
 
 import torch
 
+from bench_models.cells import Roof
 from bench_models.intervals import bootstrap, paired_ratio
 from bench_models.op_cases import Case
 from bench_models.rounds import Probe, Sample, run_rounds
@@ -157,9 +157,7 @@ def error_of(result: torch.Tensor, operands: Operands) -> float:
         return float(error / wanted.abs().max())
 
 
-def run_case(
-    case: Case, probe: Probe, rounds: int, retries: int, read_gb: float, peak_gflops: float
-) -> dict[str, Any]:
+def run_case(case: Case, probe: Probe, rounds: int, retries: int, roof: Roof) -> dict[str, Any]:
     """One row of results."""
     operands = Operands(case)
     calls: dict[str, Call] = {}
@@ -195,15 +193,8 @@ def run_case(
             return Sample(0.0, time_calls(calls[name], orders[name], counts[name]))
 
         found = run_rounds(list(calls), measure, probe, rounds, retries)
-    # What the machine did beside the rounds, if that is more than before the run: it may have been
-    # held up then, and a share above 1 would tell nothing.
-    beside = {
-        name: statistics.median(probe[name] for probe in found.probes)
-        for name in ("read_gb_per_second", "fma_gflops")
-        if found.probes
-    }
-    read_gb = max(read_gb, beside.get("read_gb_per_second", 0.0))
-    peak_gflops = max(peak_gflops, beside.get("fma_gflops", 0.0))
+    beside = roof.beside(found.probes)
+    read_gb, peak_gflops = beside.read_gb_per_second, beside.peak_gflops
     limit = max(case.bytes / (read_gb * 1e9), case.flops / (peak_gflops * 1e9))
     record |= {"read_gb": read_gb, "peak_gflops": peak_gflops, "limit_seconds": limit}
     for name, blocks in found.blocks.items():

@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 
 from bench_models import accuracy, models, places, text
-from bench_models.cells import WEIGHT_BYTES, Cell, limit_of
+from bench_models.cells import WEIGHT_BYTES, Cell, Roof, limit_of
 from bench_models.client import Worker, WorkerError
 from bench_models.intervals import bootstrap, paired_ratio
 from bench_models.rounds import Blocks, Probe, Rounds, Sample, run_rounds
@@ -317,7 +317,7 @@ def _running(rows: list[Row]) -> Iterator[None]:
 
 
 def run_session(
-    plan: Plan, cells: list[Cell], probe: Probe, roof_read: float, roof_peak: float
+    plan: Plan, cells: list[Cell], probe: Probe, roof: Roof
 ) -> Iterator[list[dict[str, Any]]]:
     """All cells of one model and dtype, as far as they are: after each cell of a group of systems,
     and after its warm starts. The first system is the baseline of the ratios."""
@@ -369,8 +369,7 @@ def run_session(
                 for name, values in tokens.items():
                     found_tokens[cell.name].setdefault(name, values)
                 bandwidths = [found["read_gb_per_second"] for found in rounds.probes]
-                read = max([roof_read, *([statistics.median(bandwidths)] if bandwidths else [])])
-                limit = limit_of(cell, read, roof_peak)
+                limit = limit_of(cell, roof.beside(rounds.probes))
                 record["limit"] = limit.to_dict()
                 record.setdefault("rounds", []).append(
                     {

@@ -229,7 +229,9 @@ def test_a_session_measures_marks_and_explains(bench: Path) -> None:
         say=lambda _: None,
     )
     cell = cells.Cell("tiny", "fp32", 8, 5, 2)
-    before, after = session.run_session(plan, [cell], StillMachine(), 20.0, 100.0)
+    before, after = session.run_session(
+        plan, [cell], StillMachine(), cells.Roof(20.0, 100.0, 200.0)
+    )
     assert before is after, "one list, completed by the warm starts"
     (record,) = after
     rows = {row["system"]: row for row in record["systems"]}
@@ -397,7 +399,7 @@ def test_agreement_of_tokens_in_words() -> None:
 def test_limits_agree_with_those_computed_by_hand(model: str, read: float, prefill: float) -> None:
     """The figures are those of the methodology's table; its prefill has a few per cent more."""
     assert models.MODELS[model].read_per_token == pytest.approx(read, rel=1e-2)
-    limit = cells.limit_of(cells.Cell(model, "bf16", 512, 33, 1), 25.0, 200.0)
+    limit = cells.limit_of(cells.Cell(model, "bf16", 512, 33, 1), cells.Roof(25.0, 200.0, 200.0))
     assert limit.prefill_flops == pytest.approx(prefill, rel=0.03)
     assert limit.decode_seconds == pytest.approx(2 * read / 25e9, rel=0.1)
 

@@ -33,6 +33,13 @@ def test_the_peak_of_a_dtype_counts_the_units_that_it_may_use() -> None:
     assert cells.peak_for("int4", rows[:1] + rows[3:], 2) == 800.0
 
 
+def test_a_roof_is_what_the_machine_did_beside_the_rounds() -> None:
+    before = cells.Roof(read_gb_per_second=30.0, peak_gflops=6000.0, fma_gflops=400.0)
+    assert before.beside([]) == before
+    probes = [{"read_gb_per_second": read, "fma_gflops": 360.0} for read in (33.0, 31.0, 20.0)]
+    assert before.beside(probes) == cells.Roof(31.0, 5400.0, 360.0)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 def test_the_gate_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BENCH_HOME", str(tmp_path))

@@ -169,10 +169,10 @@ def experiments(lanes: int, tiles: bool) -> list[Experiment]:
         ),
         Experiment(
             "packed_x_bytes",
-            [MEGA, 4 * MEGA],
+            [MEGA, 4 * MEGA, 8 * MEGA, 16 * MEGA],
             [
                 layers(1024, 2048, 2048, values=8 * MEGA),
-                layers(1024, 3072, 768, values=4 * MEGA),
+                layers(512, 8192, 2048, values=32 * MEGA),
             ],
         ),
         Experiment("fewest_chunk_rows", [24, 96], [layers(192, 14336, 512, values=12 * MEGA)]),
