@@ -81,14 +81,16 @@ class LinearBuilder {
   jit::vir::Function run() && {
     panels_left_ = b_.arg(LinearArgs::panel_count);
     if (spec_.streams > 1) {
-      const Reg groups = b_.shift_right(panels_left_, 1);
+      half_ = b_.shift_right(panels_left_, 1);
       // Several blocks would find one panel in cache, but not two.
       b_.if_nonzero(b_.add(b_.arg(LinearArgs::block_count), -1),
-                    [&] { b_.assign(groups, b_.constant(0)); });
-      b_.loop(groups, [&] {
+                    [&] { b_.assign(half_, b_.constant(0)); });
+      const Reg pairs = b_.copy(half_);
+      b_.loop(pairs, [&] {
         emit_panels(kMostStreams);
-        b_.add_to(panels_left_, -kMostStreams);
+        b_.add_to(panels_left_, -1);
       });
+      b_.assign(panels_left_, b_.sub(panels_left_, half_));
     }
     b_.loop(panels_left_, [&] { emit_panels(1); });
     return std::move(b_).finish();
@@ -124,9 +126,10 @@ class LinearBuilder {
 
   int part_count() const { return panel_vectors() / vectors_; }
 
-  // The next panels, side by side: a turn of the loop over k takes some steps of each. The hardware
-  // reads ahead for every stream that it sees, so a thread with two gets more of memory than one
-  // that asks as far ahead as it likes: 1.06 to 1.16 times (perf/results/linear-avx2.md).
+  // The next panel, or one of each half side by side: a turn of the loop over k takes some steps of
+  // each. The hardware reads ahead for every stream that it sees, so a thread with two gets more of
+  // memory than one that asks as far ahead as it likes: 1.06 to 1.16 times (perf/results/
+  // linear-avx2.md). Streams through halves end once, and not with every panel.
   //
   // The sums stay in memory between stretches, where there are no registers for them, and before
   // the epilogue, which then has all registers to itself: an activation beside 12 accumulators
@@ -144,7 +147,7 @@ class LinearBuilder {
       const Reg weight = b_.add(b_.arg(LinearArgs::weight), b_.mul(panel(), panel_bytes()));
       if (widens()) stored_ = weight;
       for (std::size_t i = 0; i < weights_.size(); ++i) {
-        weights_[i] = i == 0 ? weight : b_.add(weights_[i - 1], panel_bytes());
+        weights_[i] = i == 0 ? weight : b_.add(weight, b_.mul(half_, panel_bytes()));
       }
     }
     if (stretches > 0) {
@@ -164,7 +167,7 @@ class LinearBuilder {
     if (streams == 1) return finish();
     b_.loop(b_.constant(streams), [&] {
       finish();
-      b_.add_to(index, 1);
+      b_.assign(index, b_.add(index, half_));
     });
   }
 
@@ -511,7 +514,8 @@ class LinearBuilder {
   Builder b_;
   TwelveBitsReader reader_;
   int vectors_;               // accumulators of a row in one part
-  Reg panels_left_;           // the next ones included
+  Reg panels_left_;           // the next one included; with two streams of the first half
+  Reg half_;                  // with two streams: panels of each
   std::vector<Reg> weights_;  // the stretch of each panel at hand, mostly one, then moved along k
   std::size_t stream_ = 0;    // which of them
   Reg sums_;                  // of the block or the row
