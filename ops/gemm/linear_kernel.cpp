@@ -355,7 +355,7 @@ class LinearBuilder {
   void emit_twelve_bits_products(int part, std::int64_t count) {
     const std::vector<int> columns = part_vectors(part);
     reader_.each_step(count, [&](bool plain, int length) {
-      if (part == 0) reader_.prefetch(prefetch_distance(), 0);
+      if (part == 0) reader_.prefetch(prefetch_distance(), prefetch_level());
       for (int k = 0; k < length; k += kHalfLength) {
         const int end = std::min(k + kHalfLength, length);
         if (dots()) {
@@ -441,13 +441,15 @@ class LinearBuilder {
     return spec_.many_blocks ? stretch_bytes() : spec_.prefetch;
   }
 
+  int prefetch_level() const { return spec_.prefetch_to - 1; }
+
   // The first part asks for the whole line run: two parts with every other line each would both
   // miss the stream that the hardware looks for.
   void prefetch_step(int part, int step) {
     const std::int64_t distance = prefetch_distance();
     if (part != 0 || distance == 0 || unpacks() || asks_by_block()) return;
     for (int line = 0; line < kStepBytes; line += kLineBytes) {
-      b_.prefetch(b_.at(weights_[stream_], step * kStepBytes + distance + line), 0);
+      b_.prefetch(b_.at(weights_[stream_], step * kStepBytes + distance + line), prefetch_level());
     }
   }
 
@@ -521,7 +523,7 @@ class LinearBuilder {
   Reg sums_;                  // of the block or the row
   Reg stored_;                // the next stretch, if it is widened
   Reg ahead_;                 // weights of the next stretch that are not asked for yet
-  std::vector<Reg> x_;  // rows 0, 3, 6, 9 of the block, moved along k
+  std::vector<Reg> x_;        // rows 0, 3, 6, 9 of the block, moved along k
   Reg x_stride_, odd_mask_;
   std::vector<std::vector<Reg>> accumulators_;  // [row, or panel][vector of the part]
 };
@@ -587,6 +589,7 @@ std::string print(const LinearKernel& spec) {
   if (epilogue.residual) text += " residual";
   if (spec.twelve_bits) text += " twelve_bits";
   text += spec.many_blocks ? " many_blocks" : fmt::format(" prefetch={}", spec.prefetch);
+  if (!spec.many_blocks && spec.prefetch_to > 1) text += fmt::format(" to=L{}", spec.prefetch_to);
   if (spec.streams > 1) text += fmt::format(" streams={}", spec.streams);
   return text;
 }
@@ -607,6 +610,9 @@ Status supported(const LinearKernel& spec) {
   if (spec.n < 1 || spec.k < 1) return Error{"an empty weight"};
   if (spec.prefetch < 0 || spec.prefetch > kMostPrefetch) {
     return Error{fmt::format("weights asked for {} bytes ahead", spec.prefetch)};
+  }
+  if (spec.prefetch_to != 1 && spec.prefetch_to != 2) {
+    return Error{fmt::format("weights asked for into L{}", spec.prefetch_to)};
   }
   if (spec.streams != 1 && !(spec.streams == kMostStreams && reads_several_panels(spec))) {
     return Error{fmt::format("{} panels side by side", spec.streams)};

@@ -58,6 +58,7 @@ struct LinearKernel {
   bool many_blocks = false;      // in a call: x lies in pieces, and weights are asked for by block,
                                  // otherwise
   std::int64_t prefetch = 1024;  // so many bytes ahead, in lines; 0: not. The bits are the same
+  int prefetch_to = 1;           // L1 or L2. Likewise
   int streams = 1;               // panels read side by side, of one row: 1 or 2. Likewise
 };
 

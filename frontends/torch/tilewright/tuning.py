@@ -192,6 +192,14 @@ def experiments(lanes: int, tiles: bool) -> list[Experiment]:
             [512, 1024, 2048, 4096, 8192],
             [layers(1, 2048, 2048), layers(1, 2048, 2048, bf16)],
         ),
+        Experiment(
+            "prefetch_to",
+            [2],
+            [
+                *(layers(rows, 2048, 2048, bf16) for rows in (1, 4)),
+                *(layers(rows, 2048, 2048, bf16, fixed=COMPACT) for rows in (1, 4)),
+            ],
+        ),
         Experiment("streams_row", [1], [layers(1, 2048, 2048), layers(1, 2048, 2048, bf16)]),
         Experiment(
             "prefetch_twelve_bits",
