@@ -72,7 +72,7 @@ void Lowering::add_kernels(LinearTask& task) {
   }
   task.many = {task.variants.front().rows};
   task.spec.prefetch = task.variants.back().prefetch;
-  task.spec.prefetch_to = static_cast<int>(choices.prefetch_to);
+  task.spec.prefetch_near = choices.prefetch_near;
   task.spec.streams = task.variants.back().streams;
   task.most_rows = most_rows(task.spec, choices);
   task.many_blocks = choices.many_blocks;

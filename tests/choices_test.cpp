@@ -301,7 +301,7 @@ TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
       R"({"most_chunk_rows": 24})",
       R"({"prefetch": 512})",
       R"({"prefetch_f16": 512})",
-      R"({"prefetch_to": 2})",
+      R"({"prefetch_near": 1536})",
       R"({"prefetch_row": 512})",
       R"({"streams_row": 1})",
       R"({"prefetch_twelve_bits": 0, "twelve_bits_from": 0})",
@@ -311,7 +311,7 @@ TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
       R"({"fp32_products": 6})",
   };
   const std::set<std::string> in_code = {"row_blocks_avx2", "prefetch",    "prefetch_row",
-                                         "prefetch_to",     "streams_row", "prefetch_twelve_bits",
+                                         "prefetch_near",   "streams_row", "prefetch_twelve_bits",
                                          "twelve_bits_from"};
   for (const ChoiceRow& row : rows({})) {
     const bool is_tried = std::ranges::any_of(changes, [&](std::string_view change) {

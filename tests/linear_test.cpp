@@ -370,8 +370,8 @@ TEST(LinearSupported, SaysWhyNot) {
   bad.weight = DataType::i64;
   EXPECT_EQ(supported(bad).error().message, "linear in i64");
   bad = good;
-  bad.prefetch_to = 3;
-  EXPECT_EQ(supported(bad).error().message, "weights asked for into L3");
+  bad.prefetch_near = -1;
+  EXPECT_EQ(supported(bad).error().message, "weights asked for -1 bytes ahead");
   bad = good;
   bad.streams = ops::kMostStreams;
   EXPECT_TRUE(supported(bad).ok());
@@ -416,8 +416,8 @@ TEST(LinearPrint, TellsEveryFieldApart) {
             "linear lanes=8 rows=1 n=960 k=576 weight=f32 output=f32 bias "
             "activation=silu gated residual prefetch=1024");
   spec.streams = 2;
-  spec.prefetch_to = 2;
-  EXPECT_TRUE(print(spec).ends_with(" prefetch=1024 to=L2 streams=2"));
+  spec.prefetch_near = 256;
+  EXPECT_TRUE(print(spec).ends_with(" prefetch=1024 near=256 streams=2"));
 }
 
 }  // namespace

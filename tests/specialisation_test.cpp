@@ -39,7 +39,7 @@ TEST(Specialisation, EveryPartOfALinearKernelShowsInItsBytesAndItsKey) {
   vary("bias", [](LinearKernel& spec) { spec.epilogue.bias = true; });
   vary("residual", [](LinearKernel& spec) { spec.epilogue.residual = true; });
   vary("prefetch", [](LinearKernel& spec) { spec.prefetch = 256; });
-  vary("prefetch into L2", [](LinearKernel& spec) { spec.prefetch_to = 2; });
+  vary("prefetch in two steps", [](LinearKernel& spec) { spec.prefetch_near = 256; });
   vary("streams", [](LinearKernel& spec) { spec.streams = 2; });
   vary("many blocks", [](LinearKernel& spec) { spec.many_blocks = true; });
   vary("activation", [](LinearKernel& spec) { spec.epilogue.activation = "silu"; });

@@ -355,7 +355,9 @@ class LinearBuilder {
   void emit_twelve_bits_products(int part, std::int64_t count) {
     const std::vector<int> columns = part_vectors(part);
     reader_.each_step(count, [&](bool plain, int length) {
-      if (part == 0) reader_.prefetch(prefetch_distance(), prefetch_level());
+      if (part == 0) {
+        ask_ahead([&](std::int64_t distance, int level) { reader_.prefetch(distance, level); });
+      }
       for (int k = 0; k < length; k += kHalfLength) {
         const int end = std::min(k + kHalfLength, length);
         if (dots()) {
@@ -441,16 +443,24 @@ class LinearBuilder {
     return spec_.many_blocks ? stretch_bytes() : spec_.prefetch;
   }
 
-  int prefetch_level() const { return spec_.prefetch_to - 1; }
+  // ask(bytes ahead, level of cache above L1) for what comes from memory, and for what L2 has.
+  template <class Ask>
+  void ask_ahead(const Ask& ask) const {
+    if (prefetch_distance() == 0) return;
+    const bool twice = spec_.prefetch_near > 0;
+    ask(prefetch_distance(), twice ? 1 : 0);
+    if (twice) ask(spec_.prefetch_near, 0);
+  }
 
   // The first part asks for the whole line run: two parts with every other line each would both
   // miss the stream that the hardware looks for.
   void prefetch_step(int part, int step) {
-    const std::int64_t distance = prefetch_distance();
-    if (part != 0 || distance == 0 || unpacks() || asks_by_block()) return;
-    for (int line = 0; line < kStepBytes; line += kLineBytes) {
-      b_.prefetch(b_.at(weights_[stream_], step * kStepBytes + distance + line), prefetch_level());
-    }
+    if (part != 0 || unpacks() || asks_by_block()) return;
+    ask_ahead([&](std::int64_t distance, int level) {
+      for (int line = 0; line < kStepBytes; line += kLineBytes) {
+        b_.prefetch(b_.at(weights_[stream_], step * kStepBytes + distance + line), level);
+      }
+    });
   }
 
   // The part's vector j, which is the panel's `vector`, times all rows' x[k][row].
@@ -589,7 +599,9 @@ std::string print(const LinearKernel& spec) {
   if (epilogue.residual) text += " residual";
   if (spec.twelve_bits) text += " twelve_bits";
   text += spec.many_blocks ? " many_blocks" : fmt::format(" prefetch={}", spec.prefetch);
-  if (!spec.many_blocks && spec.prefetch_to > 1) text += fmt::format(" to=L{}", spec.prefetch_to);
+  if (!spec.many_blocks && spec.prefetch_near > 0) {
+    text += fmt::format(" near={}", spec.prefetch_near);
+  }
   if (spec.streams > 1) text += fmt::format(" streams={}", spec.streams);
   return text;
 }
@@ -608,11 +620,10 @@ Status supported(const LinearKernel& spec) {
     return Error{fmt::format("a block of {} rows", spec.rows)};
   }
   if (spec.n < 1 || spec.k < 1) return Error{"an empty weight"};
-  if (spec.prefetch < 0 || spec.prefetch > kMostPrefetch) {
-    return Error{fmt::format("weights asked for {} bytes ahead", spec.prefetch)};
-  }
-  if (spec.prefetch_to != 1 && spec.prefetch_to != 2) {
-    return Error{fmt::format("weights asked for into L{}", spec.prefetch_to)};
+  for (std::int64_t ahead : {spec.prefetch, spec.prefetch_near}) {
+    if (ahead < 0 || ahead > kMostPrefetch) {
+      return Error{fmt::format("weights asked for {} bytes ahead", ahead)};
+    }
   }
   if (spec.streams != 1 && !(spec.streams == kMostStreams && reads_several_panels(spec))) {
     return Error{fmt::format("{} panels side by side", spec.streams)};

@@ -58,7 +58,8 @@ struct LinearKernel {
   bool many_blocks = false;      // in a call: x lies in pieces, and weights are asked for by block,
                                  // otherwise
   std::int64_t prefetch = 1024;  // so many bytes ahead, in lines; 0: not. The bits are the same
-  int prefetch_to = 1;           // L1 or L2. Likewise
+  // Not 0: into L2, and so many ahead into L1. Likewise
+  std::int64_t prefetch_near = 0;
   int streams = 1;               // panels read side by side, of one row: 1 or 2. Likewise
 };
 

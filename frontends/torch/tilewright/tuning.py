@@ -12,6 +12,7 @@ Tested by tests/python/test_tune.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -28,7 +29,9 @@ import torch
 from tilewright import _core, core, operators
 from tilewright.graph_text import DTYPE_NAMES
 
-COLD_BYTES = 128 << 20  # of weights: more than a core's share of any last cache
+COLD_BYTES = 128 << 20  # of weights, at least: more than most last caches
+MOST_COLD_BYTES = 1 << 30
+LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 SAMPLE_SECONDS = 0.01  # that a timed piece takes at least
 MEGA = 1 << 20
 NEVER = (1 << 63) - 1
@@ -37,6 +40,17 @@ COMPACT = {"twelve_bits_from": 0}
 
 
 # --- shapes
+
+
+@functools.cache
+def cold_bytes() -> int:
+    """Of weights that no cache holds from one use to the next: twice the last one (Emerald Rapids
+    has 260 MB of it)."""
+    try:
+        last = int(LAST_CACHE.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        last = 0
+    return min(max(COLD_BYTES, 2 * last), MOST_COLD_BYTES)
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class Layers:
 
     def constants(self) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
-        values = self.values or COLD_BYTES // self.dtype.itemsize
+        values = self.values or cold_bytes() // self.dtype.itemsize
         weights: dict[str, torch.Tensor] = {}
         while sum(weight.numel() for weight in weights.values()) < values:
             n, k = (self.n, self.k) if len(weights) % 2 == 0 else (self.k, self.n)
@@ -193,11 +207,14 @@ def experiments(lanes: int, tiles: bool) -> list[Experiment]:
             [layers(1, 2048, 2048), layers(1, 2048, 2048, bf16)],
         ),
         Experiment(
-            "prefetch_to",
-            [2],
+            "prefetch_near",
+            [0, 512, 1536],
             [
                 *(layers(rows, 2048, 2048, bf16) for rows in (1, 4)),
-                *(layers(rows, 2048, 2048, bf16, fixed=COMPACT) for rows in (1, 4)),
+                *(
+                    layers(rows, 2048, 2048, bf16, fixed=COMPACT, name="in 12 bits")
+                    for rows in (1, 4)
+                ),
             ],
         ),
         Experiment("streams_row", [1], [layers(1, 2048, 2048), layers(1, 2048, 2048, bf16)]),
