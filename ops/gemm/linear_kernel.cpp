@@ -69,10 +69,7 @@ constexpr std::int64_t kPartialSumLength = 128;
 class LinearBuilder {
  public:
   explicit LinearBuilder(const LinearKernel& spec)
-      : spec_(spec),
-        rows_(spec.rows),
-        b_(function_name(spec), spec.lanes, LinearArgs::count),
-        reader_(b_) {
+      : spec_(spec), rows_(spec.rows), b_(function_name(spec), spec.lanes, LinearArgs::count) {
     const int most = is_f32() ? 12 : 8;
     vectors_ = panel_vectors();
     while (vectors_ * rows_ > most && vectors_ > 2) vectors_ /= 2;
@@ -141,8 +138,12 @@ class LinearBuilder {
     const std::int64_t stretches = (all_alike ? spec_.k : spec_.k - 1) / kPartialSumLength;
     const std::int64_t rest = spec_.k - stretches * kPartialSumLength;
     weights_.assign(static_cast<std::size_t>(streams), {});
+    readers_.clear();
     if (spec_.twelve_bits) {
-      reader_.begin_panel(b_.arg(LinearArgs::weight), panel(), spec_.k);
+      for (int i = 0; i < streams; ++i) {
+        const Reg index = i == 0 ? panel() : b_.add(panel(), half_);
+        readers_.emplace_back(b_).begin_panel(b_.arg(LinearArgs::weight), index, spec_.k);
+      }
     } else {
       const Reg weight = b_.add(b_.arg(LinearArgs::weight), b_.mul(panel(), panel_bytes()));
       if (widens()) stored_ = weight;
@@ -187,13 +188,14 @@ class LinearBuilder {
   // found anew: AVX-512's twelve rows leave no register for where it is.
   void emit_stretch(const Stretch& stretch, Reg index) {
     x_ = {b_.add(b_.arg(LinearArgs::x), b_.mul(index, b_.arg(LinearArgs::x_stretch_stride)))};
-    if (spec_.twelve_bits) reader_.begin_stretch();
+    const bool one_block = weights_.size() > 1;
+    for (TwelveBitsReader& reader : readers_) reader.begin_stretch(one_block);
     if (unpacks()) emit_unpack(stretch.count);
     sums_ = b_.arg(LinearArgs::partial_sums);
     if (asks_by_block()) ahead_ = b_.add(weights_[0], stretch_bytes());
     std::optional<PanelRows> output;  // of many blocks: each is finished beside the next's products
     if (spec_.many_blocks && stretch.last) output.emplace(b_, spec_, panel());
-    b_.loop(b_.arg(LinearArgs::block_count), [&] {
+    const auto emit_block = [&] {
       if (asks_by_block()) prefetch_lines();
       if (output) output->ask(b_.constant(rows_));
       for (int part = 0; part < part_count(); ++part) {
@@ -204,21 +206,28 @@ class LinearBuilder {
           b_.store(Element::f32, sum, accumulators_[row][j]);
         });
       }
+      if (one_block) return;
       b_.add_to(x_[0], b_.arg(LinearArgs::x_block_stride));
       if (output) return output->finish(b_.constant(rows_), sums_);
       b_.add_to(sums_, rows_ * kPartialSumsBytesPerRow);
-    });
-    if (spec_.twelve_bits && !unpacks()) reader_.end_stretch();
+    };
+    if (one_block) {
+      emit_block();
+    } else {
+      b_.loop(b_.arg(LinearArgs::block_count), emit_block);
+    }
+    if (unpacks()) return;
+    for (TwelveBitsReader& reader : readers_) reader.end_stretch();
   }
 
   // The next `count` of k, with the weight's address at them.
   void emit_unpack(std::int64_t count) {
     const Reg to = b_.copy(b_.arg(LinearArgs::unpacked));
     weights_[0] = b_.arg(LinearArgs::unpacked);
-    if (!widens()) return reader_.unpack_stretch(count, to, prefetch_distance());
+    if (!widens()) return readers_[0].unpack_stretch(count, to, prefetch_distance());
     if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
     if (spec_.twelve_bits) {
-      return reader_.unpack_stretch(
+      return readers_[0].unpack_stretch(
           count, to, 2 * twelve_bits::kPlainStepBytes, prefetch_distance(),
           [&](int pair, int vector, Reg loaded) { store_widened(to, pair, vector, loaded); });
     }
@@ -354,42 +363,36 @@ class LinearBuilder {
   // A vector of weights at a time: its pairs, x and all accumulators just fit AVX2's registers.
   void emit_twelve_bits_products(int part, std::int64_t count) {
     const std::vector<int> columns = part_vectors(part);
-    reader_.each_step(count, [&](bool plain, int length) {
+    TwelveBitsReader::each_step(readers_, count, [&](std::size_t reader, bool plain, int length) {
+      stream_ = reader;
       if (part == 0) {
-        ask_ahead([&](std::int64_t distance, int level) { reader_.prefetch(distance, level); });
+        ask_ahead(
+            [&](std::int64_t distance, int level) { readers_[stream_].prefetch(distance, level); });
       }
       for (int k = 0; k < length; k += kHalfLength) {
-        const int end = std::min(k + kHalfLength, length);
-        if (dots()) {
-          emit_twelve_bits_dots(columns, plain, k, end);
-          continue;
-        }
-        std::vector<Reg> x;  // of a single row, for all vectors
-        for (int i = k; i < end && rows_ == 1; ++i) x.push_back(broadcast(0, i));
-        for (std::size_t j = 0; j < columns.size(); ++j) {
-          const std::array<Reg, 2> pairs = reader_.pairs(plain, k / kHalfLength, columns[j]);
-          for (int i = k; i < end; ++i) {
-            const auto at = static_cast<std::size_t>(i - k);
-            const Reg w = widened(pairs[at / 2], at % 2 != 0);
-            for (int row = 0; row < rows_; ++row) {
-              b_.fma(accumulator(row, j), rows_ == 1 ? x[at] : broadcast(row, i), w);
-            }
-          }
-        }
+        emit_twelve_bits_half(columns, plain, k, std::min(k + kHalfLength, length));
       }
-      advance_x(length);
+      if (stream_ + 1 == readers_.size()) advance_x(length);
     });
+    stream_ = 0;
     advance_x(-count);
   }
 
-  // The pairs of k in [k, end), a half of a step.
-  void emit_twelve_bits_dots(const std::vector<int>& columns, bool plain, int k, int end) {
+  // The products of k in [k, end), a half of a step.
+  void emit_twelve_bits_half(const std::vector<int>& columns, bool plain, int k, int end) {
+    std::vector<Reg> x;  // of a single row, for all vectors
+    for (int i = k; i < end && rows_ == 1 && !dots(); ++i) x.push_back(broadcast(0, i));
     for (std::size_t j = 0; j < columns.size(); ++j) {
-      const std::array<Reg, 2> pairs = reader_.pairs(plain, k / kHalfLength, columns[j]);
-      for (int pair = 0; k + 2 * pair < end; ++pair) {
+      const std::array<Reg, 2> pairs = readers_[stream_].pairs(plain, k / kHalfLength, columns[j]);
+      for (int i = k; i < end; i += dots() ? 2 : 1) {
+        const auto at = static_cast<std::size_t>(i - k);
+        const Reg w = dots() ? pairs[at / 2] : widened(pairs[at / 2], at % 2 != 0);
         for (int row = 0; row < rows_; ++row) {
-          b_.dot_bf16(accumulator(row, j), pairs[static_cast<std::size_t>(pair)],
-                      broadcast(row, k + 2 * pair));
+          if (dots()) {
+            b_.dot_bf16(accumulator(row, j), w, broadcast(row, i));
+          } else {
+            b_.fma(accumulator(row, j), rows_ == 1 ? x[at] : broadcast(row, i), w);
+          }
         }
       }
     }
@@ -524,16 +527,16 @@ class LinearBuilder {
   const LinearKernel& spec_;
   int rows_;  // of a block
   Builder b_;
-  TwelveBitsReader reader_;
   int vectors_;               // accumulators of a row in one part
   Reg panels_left_;           // the next one included; with two streams of the first half
   Reg half_;                  // with two streams: panels of each
   std::vector<Reg> weights_;  // the stretch of each panel at hand, mostly one, then moved along k
-  std::size_t stream_ = 0;    // which of them
-  Reg sums_;                  // of the block or the row
-  Reg stored_;                // the next stretch, if it is widened
-  Reg ahead_;                 // weights of the next stretch that are not asked for yet
-  std::vector<Reg> x_;        // rows 0, 3, 6, 9 of the block, moved along k
+  std::vector<TwelveBitsReader> readers_;  // likewise, of weights in 12 bits
+  std::size_t stream_ = 0;                 // which of them
+  Reg sums_;                               // of the block or the row
+  Reg stored_;                             // the next stretch, if it is widened
+  Reg ahead_;                              // weights of the next stretch that are not asked for yet
+  std::vector<Reg> x_;                     // rows 0, 3, 6, 9 of the block, moved along k
   Reg x_stride_, odd_mask_;
   std::vector<std::vector<Reg>> accumulators_;  // [row, or panel][vector of the part]
 };
@@ -559,7 +562,8 @@ int piece_bytes(int lanes) { return lanes * 4; }
 int max_rows(int lanes) { return lanes == 16 ? 12 : 6; }
 
 bool reads_several_panels(const LinearKernel& spec) {
-  return !is_tiled(spec.arithmetic) && spec.rows == 1 && !spec.many_blocks && !spec.twelve_bits;
+  const bool has_registers = !spec.twelve_bits || spec.lanes == 16;
+  return !is_tiled(spec.arithmetic) && spec.rows == 1 && !spec.many_blocks && has_registers;
 }
 
 std::int64_t panel_columns() { return kPanelColumns; }

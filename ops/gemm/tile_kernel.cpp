@@ -159,8 +159,8 @@ class TileBuilder {
     if (whole > 0) emit_piece({length, true});
     if (whole > 1) b_.loop(b_.constant(whole - 1), [&] { emit_piece({length, false}); });
     emit_piece({spec_.k - whole * length, whole == 0});
-    PanelRows(b_, spec_, panel()).finish(b_.arg(LinearArgs::row_count),
-                 b_.arg(LinearArgs::partial_sums));
+    PanelRows(b_, spec_, panel())
+        .finish(b_.arg(LinearArgs::row_count), b_.arg(LinearArgs::partial_sums));
   }
 
   struct Piece {

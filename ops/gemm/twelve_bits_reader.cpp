@@ -22,43 +22,60 @@ void TwelveBitsReader::begin_panel(Reg packed, Reg panel, std::int64_t k) {
   record_ = b_.add(entry, twelve_bits::kRecordsOffset);
 }
 
-void TwelveBitsReader::begin_stretch() { step_ = b_.copy(stretch_); }
+void TwelveBitsReader::begin_stretch(bool once) {
+  once_ = once;
+  step_ = once ? stretch_ : b_.copy(stretch_);
+}
 
 void TwelveBitsReader::end_stretch() {
-  b_.assign(stretch_, step_);
+  if (!once_) b_.assign(stretch_, step_);
   b_.add_to(record_, twelve_bits::kRecordBytes);
 }
 
-void TwelveBitsReader::each_step(std::int64_t count,
-                                 const std::function<void(bool plain, int length)>& body) {
-  b_.assign(step_, stretch_);
-  table_ = b_.broadcast_16_bytes(b_.at(record_));
-  low_nibbles_ = b_.splat_bits(0x0f0f0f0f);
-  const Reg flags = b_.load_gpr(Element::u16, b_.at(record_, twelve_bits::kFlagsOffset));
+void TwelveBitsReader::each_step(std::span<TwelveBitsReader> readers, std::int64_t count,
+                                 const Body& body) {
+  jit::vir::Builder& b = readers[0].b_;
+  const Reg low_nibbles = b.splat_bits(0x0f0f0f0f);
+  // Bit 16 * i + s is set if step s of reader i is in 16 bits. Shifted by one after each of 16
+  // steps, no reader's bits come to be those of the one below.
+  Reg flags;
+  for (std::size_t i = 0; i < readers.size(); ++i) {
+    TwelveBitsReader& reader = readers[i];
+    if (!reader.once_) b.assign(reader.step_, reader.stretch_);
+    reader.table_ = b.broadcast_16_bytes(b.at(reader.record_));
+    reader.low_nibbles_ = low_nibbles;
+    const Reg own = b.load_gpr(Element::u16, b.at(reader.record_, twelve_bits::kFlagsOffset));
+    flags = i == 0 ? own : b.add(flags, b.shift_left(own, 16 * static_cast<int>(i)));
+  }
+  const auto step = [&](std::size_t i, bool plain, int length) {
+    body(i, plain, length);
+    b.add_to(readers[i].step_, plain ? twelve_bits::kPlainStepBytes : twelve_bits::kStepBytes);
+  };
   const auto either = [&](int length) {
-    b_.if_nonzero(
-        b_.bit_and(flags, 1), [&] { step(true, length, body); },
-        [&] { step(false, length, body); });
+    for (std::size_t i = 0; i < readers.size(); ++i) {
+      b.if_nonzero(
+          b.bit_and(flags, std::int64_t{1} << (16 * i)), [&] { step(i, true, length); },
+          [&] { step(i, false, length); });
+    }
   };
   const std::int64_t steps = count / kStepLength;
   if (steps > 0) {
     // Few stretches have a step in 16 bits: the others run without a branch per step.
-    b_.if_nonzero(
+    b.if_nonzero(
         flags,
         [&] {
-          b_.loop(b_.constant(steps), [&] {
+          b.loop(b.constant(steps), [&] {
             either(kStepLength);
-            b_.assign(flags, b_.shift_right(flags, 1));
+            b.assign(flags, b.shift_right(flags, 1));
           });
         },
-        [&] { b_.loop(b_.constant(steps), [&] { step(false, kStepLength, body); }); });
+        [&] {
+          b.loop(b.constant(steps), [&] {
+            for (std::size_t i = 0; i < readers.size(); ++i) step(i, false, kStepLength);
+          });
+        });
   }
   if (count % kStepLength != 0) either(static_cast<int>(count % kStepLength));
-}
-
-void TwelveBitsReader::step(bool plain, int length, const std::function<void(bool, int)>& body) {
-  body(plain, length);
-  b_.add_to(step_, plain ? twelve_bits::kPlainStepBytes : twelve_bits::kStepBytes);
 }
 
 void TwelveBitsReader::prefetch(std::int64_t distance, int level) {
@@ -79,7 +96,7 @@ void TwelveBitsReader::unpack_stretch(
     std::int64_t count, Reg to, std::int64_t step_bytes, std::int64_t distance,
     const std::function<void(int pair, int vector, Reg pairs)>& store) {
   const int vectors = kPairBytes / b_.vector_bytes();
-  each_step(count, [&](bool plain, int) {
+  each_step({this, 1}, count, [&](std::size_t, bool plain, int) {
     prefetch(distance, 1);
     for (int half = 0; half < 2; ++half) {
       for (int vector = 0; vector < vectors; ++vector) {

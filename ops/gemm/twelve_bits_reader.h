@@ -6,8 +6,10 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 
 #include "jit/vir/builder.h"
 
@@ -21,13 +23,15 @@ class TwelveBitsReader {
 
   // At the first stretch of k of a panel, which has 128 of them.
   void begin_panel(Reg packed, Reg panel, std::int64_t k);
-  // Around each_step, which a stretch has once or more.
-  void begin_stretch();
+  // Around each_step, which a stretch has once, or more often, which costs a register.
+  void begin_stretch(bool once = false);
   void end_stretch();
 
-  // The steps of the stretch's first `count` of k, as often as wanted: body(whether the step is in
-  // 16 bits, its k) is emitted for both forms, in a loop and for a rest of fewer than 8.
-  void each_step(std::int64_t count, const std::function<void(bool plain, int length)>& body);
+  // The steps of the stretch's first `count` of k, of several panels in turns, as often as wanted:
+  // body(whose step it is, whether it is in 16 bits, its k) is emitted for both forms, in a loop
+  // and for a rest of fewer than 8.
+  using Body = std::function<void(std::size_t reader, bool plain, int length)>;
+  static void each_step(std::span<TwelveBitsReader> readers, std::int64_t count, const Body& body);
   // In such a body: asks for what follows `distance` bytes behind the step; 0: does not.
   void prefetch(std::int64_t distance, int level);
   // In such a body: the weights of k 4 * half and 4 * half + 1, and of the two behind them, of the
@@ -43,11 +47,10 @@ class TwelveBitsReader {
                       const std::function<void(int pair, int vector, Reg pairs)>& store);
 
  private:
-  void step(bool plain, int length, const std::function<void(bool, int)>& body);
-
   jit::vir::Builder& b_;
   Reg record_, stretch_;  // addresses of the stretch's record and steps
-  Reg step_;              // address
+  Reg step_;              // address; the stretch's own if it has each_step once
+  bool once_ = false;
   Reg table_, low_nibbles_;
 };
 
