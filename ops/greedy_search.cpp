@@ -81,6 +81,15 @@ std::int64_t GreedySearch::largest(const char* row) {
   return std::isnan(last) || last > static_cast<double>(*most) ? there : here;
 }
 
+// What is no token of the vocabulary never comes.
+void GreedySearch::forbid(std::span<const std::int64_t> tokens, char* row) const {
+  for (std::int64_t token : tokens) {
+    if (token < 0 || token >= vocabulary_) continue;
+    write_scalar(logits_, row + token * size_in_bytes(logits_),
+                 -std::numeric_limits<double>::infinity());
+  }
+}
+
 // Logits of [sequences][tokens of one] into memory_.
 Status GreedySearch::step(const GreedyArguments& arguments, std::span<const std::int64_t> tokens,
                           std::span<const std::int64_t> positions, std::int64_t sequences) {
@@ -142,8 +151,9 @@ Result<std::vector<std::int64_t>> GreedySearch::run(const GreedyArguments& argum
     for (bool goes_on = true; goes_on;) {
       for (std::int64_t i = 0; i < sequences; ++i) {
         const auto at = static_cast<std::size_t>(i);
-        const std::int64_t row = i + right;  // guesses are of one sequence
-        tokens[at] = finished[at] ? arguments.pad : largest(memory_.data() + row * row_bytes);
+        char* row = memory_.data() + (i + right) * row_bytes;  // guesses are of one sequence
+        if (taken + right < arguments.least_tokens) forbid(arguments.end_tokens, row);
+        tokens[at] = finished[at] ? arguments.pad : largest(row);
         positions[at] += 1;
         found.push_back(tokens[at]);
       }

@@ -31,6 +31,7 @@ struct GreedyArguments {
   std::span<const std::int64_t> end_tokens = {};  // a sequence is finished behind one of these
   std::span<const bool> finished = {};            // [sequences]: from the beginning
   std::int64_t pad = 0;                           // the tokens of finished sequences
+  std::int64_t least_tokens = 0;  // of a sequence: as many come before an end token may
   // After either of them no other step begins; there is always one.
   std::int64_t most_tokens = 1;  // of a sequence
   std::chrono::nanoseconds budget{0};
@@ -60,6 +61,7 @@ class GreedySearch {
         vocabulary_(vocabulary),
         all_logits_(all_logits) {}
   std::int64_t largest(const char* row);
+  void forbid(std::span<const std::int64_t> tokens, char* row) const;
   Status step(const GreedyArguments& arguments, std::span<const std::int64_t> tokens,
               std::span<const std::int64_t> positions, std::int64_t sequences);
 

@@ -163,6 +163,29 @@ TEST(GreedySearch, FinishedSequencesAreFilledUp) {
   EXPECT_EQ(*search->run(arguments), (Tokens{1, 2, 2})) << "one step at least, and no more";
 }
 
+TEST(GreedySearch, AnEndTokenComesAfterTheLeastTokens) {
+  Table table = ring();
+  table.set(2, 0, 5);  // the second best
+  Program program = table.program();
+  auto search = GreedySearch::make(program);
+  ASSERT_TRUE(search.ok());
+  const Tokens tokens{0}, positions{5}, ends{3, -1, 4};
+  const bool finished[] = {false};
+  GreedyArguments arguments{.tokens = tokens,
+                            .positions = positions,
+                            .end_tokens = ends,
+                            .finished = finished,
+                            .most_tokens = 100,
+                            .budget = std::chrono::hours(1)};
+  for (const auto& [least, found] : {std::pair<int, Tokens>{2, {1, 2, 3}},
+                                     {3, {1, 2, 0, 1, 2, 3}},
+                                     {5, {1, 2, 0, 1, 2, 3}},
+                                     {6, {1, 2, 0, 1, 2, 0, 1, 2, 3}}}) {
+    arguments.least_tokens = least;
+    EXPECT_EQ(*search->run(arguments), found) << least;
+  }
+}
+
 TEST(GreedySearch, GuessesChangeNoToken) {
   // A long way that comes back to itself, so that some guesses are right and some are not.
   Table table(DataType::f32, 40);

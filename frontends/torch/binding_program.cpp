@@ -95,8 +95,9 @@ Status run(Program& program, const StepCall& call) {
 // step(). Raises where a step alone would say why.
 Tokens greedy_search(Program& program, const Tokens& tokens, const Tokens& positions,
                      const std::vector<std::int64_t>& caches, const Tokens& end_tokens,
-                     const std::vector<bool>& finished, std::int64_t pad, std::int64_t most_tokens,
-                     double seconds, int threads, ops::PromptLookup* lookup) {
+                     const std::vector<bool>& finished, std::int64_t pad, std::int64_t least_tokens,
+                     std::int64_t most_tokens, double seconds, int threads,
+                     ops::PromptLookup* lookup) {
   nb::gil_scoped_release unlocked;
   const Result<HeldCaches> held = hold(caches);
   if (!held) throw CoreError(held.error().message);
@@ -112,6 +113,7 @@ Tokens greedy_search(Program& program, const Tokens& tokens, const Tokens& posit
        .end_tokens = end_tokens,
        .finished = std::span(flags.get(), finished.size()),
        .pad = pad,
+       .least_tokens = least_tokens,
        .most_tokens = most_tokens,
        .budget = std::chrono::nanoseconds(static_cast<std::int64_t>(seconds * 1e9)),
        .host = program.host ? &program.host : nullptr,
@@ -228,7 +230,7 @@ void bind_program(nb::module_& module) {
       .def("set_host",
            [](Program& self, const nb::object& host) { self.host = host_function(host); })
       .def("greedy_search", &greedy_search, "tokens"_a, "positions"_a, "caches"_a, "end_tokens"_a,
-           "finished"_a, "pad"_a, "most_tokens"_a, "seconds"_a, "threads"_a,
+           "finished"_a, "pad"_a, "least_tokens"_a, "most_tokens"_a, "seconds"_a, "threads"_a,
            "lookup"_a = nb::none())
       .def_prop_ro("alike_tokens", [](const Program& self) { return self.alike_tokens(); })
       .def("prepare",

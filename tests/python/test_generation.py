@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
 
@@ -150,7 +157,7 @@ def test_streaming(models: Any, prepared: list[int], capsys: pytest.CaptureFixtu
         streams.append(kept.got)
         assert [token for piece in kept.got for token in piece] == tokens.reshape(-1).tolist()
     assert streams[0] == streams[1]
-    assert prepared.count(1) == 22  # a streamer of the user's own may look at the model
+    assert prepared.count(1) == 11 + 1  # transformers' loop, and our first step
     texts = []
     for each in models:
         prepared.clear()
@@ -168,12 +175,92 @@ class Seven(LogitsProcessor):
         return scores
 
 
+class LastAsWell(StoppingCriteria):
+    """Ends behind a token."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        assert scores is None
+        return input_ids[:, -1] == 7
+
+
+def test_code_of_the_users_own_runs_between_our_steps(models: Any, prepared: list[int]) -> None:
+    model, optimized = models
+    for arguments in (
+        {"logits_processor": LogitsProcessorList([Seven()])},
+        {"stopping_criteria": StoppingCriteriaList([LastAsWell()])},
+    ):
+        wanted = generated(model, prompt(), **arguments)
+        prepared.clear()
+        assert torch.equal(generated(optimized, prompt(), **arguments), wanted)
+        assert prepared == [9, 1]
+
+
+class Meddler(Kept):
+    """Changes a model when it gets the fourth piece, the third token."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self._change = change
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if len(self.got) == 4:
+            self._change()
+
+
+def scale(model: Any, _: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= -3
+
+
+def replace(model: Any, _: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(-2 * layer.weight.detach())
+
+
+def hook(model: Any, _: Any) -> None:
+    def negate(module: Any, args: Any, output: Any) -> Any:
+        output.logits = -output.logits
+        return output
+
+    model.register_forward_hook(negate)
+
+
+@pytest.mark.parametrize("change", [scale, replace, hook])
+def test_a_change_between_two_steps_is_seen(change: Any, prepared: list[int]) -> None:
+    got = []
+    for optimize in (False, True):
+        model = tiny_llama()
+        if optimize:
+            model = tilewright.llm.optimize(model)
+        prepared.clear()
+        cache = DynamicCache()
+        meddler = Meddler(lambda model=model, cache=cache: change(model, cache))
+        got.append(generated(model, prompt(), streamer=meddler, past_key_values=cache))
+    assert torch.equal(got[0], got[1])
+    # Made ready anew once, or called by steps from there.
+    assert prepared == [9, 1, 1] if change is not hook else prepared[:4] == [9, 1, 1, 1]
+    assert not torch.equal(got[0], generated(tiny_llama(), prompt())), "the change shows"
+
+
+def test_a_least_number_of_tokens_is_kept_in_the_core(models: Any, searches: list[int]) -> None:
+    model, optimized = models
+    free = generated(model, **padded(3))[:, 7:]
+    ends = {"eos_token_id": [int(free[0, 2]), int(free[2, 9])], "pad_token_id": 0}
+    for least in ({"min_new_tokens": 6}, {"min_length": 12, "min_new_tokens": 2}):
+        wanted = generated(model, **padded(3), **ends, **least, max_new_tokens=20)
+        searches.clear()
+        given = generated(optimized, **padded(3), **ends, **least, max_new_tokens=20)
+        assert torch.equal(given, wanted)
+        assert sum(searches) == wanted.shape[1] - 7 - 2
+        assert not torch.equal(wanted, generated(model, **padded(3), **ends, max_new_tokens=20))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         {"num_beams": 3},
         {"prompt_lookup_num_tokens": 2, "repetition_penalty": 1.2},
-        {"logits_processor": LogitsProcessorList([Seven()])},
         {"use_cache": False},
         {"prefill_chunk_size": 3},
     ],

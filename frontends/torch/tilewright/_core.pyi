@@ -102,6 +102,7 @@ class Program:
         end_tokens: Sequence[int],
         finished: Sequence[bool],
         pad: int,
+        least_tokens: int,
         most_tokens: int,
         seconds: float,
         threads: int,

@@ -55,6 +55,7 @@ class Prepared:
     captured: CapturedModel
     executable: Executable
     caches: list[int]  # handles of the blocks of the cache's layers
+    length: int  # of the cache, in tokens: of what was executed
 
 
 class Decoder(InstalledForward):
@@ -231,6 +232,7 @@ class Decoder(InstalledForward):
             batch, tokens = step.input_ids.shape
             inputs, symbols = [step.input_ids, step.position_ids], {"b": batch, "s": tokens}
             logits = self._ran(prepared.executable, inputs, symbols, prepared.caches, tokens == 1)
+            prepared.length += tokens
             if step.logits_to_keep > 1:
                 logits = logits[:, -step.logits_to_keep :]
             return logits
@@ -251,6 +253,25 @@ class Decoder(InstalledForward):
         self.calls += 1
         self.tokens += inputs[0].numel()
         return logits
+
+    def is_still(self, prepared: Prepared) -> bool:
+        """Whether it may go on: nobody has changed the model, nor what its cache holds."""
+        with self._lock:
+            try:
+                self._check_state()
+            except NotRunnableError:
+                return False
+            step = prepared.step
+            ready = self._ready.known(step.cache)
+            current = self.model_programs.untouched(1 if step.logits_to_keep == 1 else 0)
+            return (
+                ready is not None
+                and ready.caches == prepared.caches
+                and ready.is_still(step.cache)
+                and current is not None
+                and current[1] is prepared.executable
+                and bool(step.cache.layers[0].get_seq_length() == prepared.length)
+            )
 
     def go_on(self, prepared: Prepared, input_ids: torch.Tensor) -> torch.Tensor:
         """After `execute`, and as that, with the next token [batch, 1] of each sequence."""
@@ -293,6 +314,7 @@ class Decoder(InstalledForward):
                     ends.tokens,
                     ends.finished or [False] * len(tokens),
                     ends.pad,
+                    ends.least_tokens,
                     most_tokens,
                     seconds,
                     core.threads(),
@@ -302,6 +324,7 @@ class Decoder(InstalledForward):
                 raise NotRunnableError(f"the search failed: {error}") from None
             rows = torch.tensor(found).view(-1, len(tokens))
             step.position_ids = positions + (len(rows) - 1)
+            prepared.length += len(rows)
             self.calls += len(rows)
             self.tokens += rows.numel()
             return rows
@@ -312,7 +335,8 @@ class Decoder(InstalledForward):
         key = 1 if logits_to_keep == 1 else 0
         captured, executable = self.model_programs.get(input_ids.shape[1] > 1, key)
         step, ready = self._prepare(arguments, input_ids, logits_to_keep, captured, executable)
-        return Prepared(step, captured, executable, ready.caches)
+        past = step.cache.layers[0].get_seq_length()
+        return Prepared(step, captured, executable, ready.caches, past)
 
     def _check_rotary(self, position_ids: torch.Tensor) -> None:
         if self._growing is None:

@@ -8,9 +8,10 @@ cache, positions one further, and the same operations on the logits, so tokens a
 are those of transformers' own loop. Prompt lookup is greedy search with guesses, which the core
 makes and checks (ops/prompt_lookup.h); its tokens are those of greedy search, in every dtype: the
 prompt is computed by itself, and a step has no more guesses than leave the bits as they are.
-(transformers appends the first guesses to the prompt, which may round otherwise.) Whatever
-else is asked for, or could see or change a step (beams, assistants, hooks, callbacks of the user's
-own), goes to transformers' loop.
+(transformers appends the first guesses to the prompt, which may round otherwise.) Code of the
+user's own that runs between steps (a streamer, a processor, a criterion) may change the model or
+the cache: after it both are looked at, and what changed is prepared anew. Whatever else is asked
+for (beams, assistants), and a model with hooks, goes to transformers' loop.
 
 Thread-safe: each step takes its turn. Tested by tests/python/test_generation.py.
 """
@@ -26,6 +27,10 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 from transformers.generation import utils
+from transformers.generation.logits_process import (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from tilewright import _core
@@ -109,12 +114,13 @@ class Generate:
     ) -> torch.Tensor:
         """As GenerationMixin._sample, for what `_is_plain` let through."""
         stops = _Stops(stopping_criteria, generation_config._pad_token_tensor)
-        searches = not generation_config.do_sample and not logits_processor and stops.usual
-        lookup = _lookup(generation_config) if searches and len(input_ids) == 1 else None
+        ends_from = _ends_from(logits_processor, stops)
+        searches = not generation_config.do_sample and stops.usual and ends_from is not None
+        finds = searches and not logits_processor and len(input_ids) == 1
+        lookup = _lookup(generation_config) if finds else None
         modes = ("greedy_search", "sample") if lookup is None else ("assisted_generation",)
         if not (
-            _is_known(streamer, logits_processor, stopping_criteria)
-            and _only_logits_leave(model)
+            _only_logits_leave(model)
             and generation_config.get_generation_mode() in modes
         ):
             name = utils.GENERATION_MODES_MAPPING[generation_config.get_generation_mode()]
@@ -129,6 +135,7 @@ class Generate:
             )
             return result
         steps = _Steps(self._decoder, model_kwargs, lookup)
+        watched = not _is_known(streamer, logits_processor, stopping_criteria)
 
         def choose(logits: torch.Tensor) -> torch.Tensor:
             scores = logits_processor(input_ids, logits.to(copy=True, dtype=torch.float32))
@@ -147,9 +154,14 @@ class Generate:
                     streamer.put(tokens)
             if done:
                 break
+            if watched:
+                steps.look_again()
             # A streamer shows each token when it is there.
             seconds = _SEARCH_SECONDS if streamer is None else 0.0
-            chosen = steps.search(input_ids, stops, seconds) if searches else []
+            chosen = []
+            if searches:
+                ends = stops.ends(max(0, (ends_from or 0) - input_ids.shape[1]))
+                chosen = steps.search(input_ids, stops.left(input_ids.shape[1]), ends, seconds)
             if not chosen:
                 chosen = [choose(steps.next(input_ids))]
         if streamer is not None:
@@ -175,7 +187,7 @@ class _Stops:
         ]
         self._length = min(lengths) if usual and lengths else 0
         self.usual = self._length > 0
-        self._end_tokens = {
+        self.end_tokens = {
             int(token)
             for each in criteria
             if isinstance(each, EosTokenCriteria)
@@ -186,10 +198,11 @@ class _Stops:
         """How many tokens may follow before `all_done` has to look. REQUIRES: usual"""
         return self._length - length
 
-    def ends(self) -> Ends:
-        """REQUIRES: usual"""
+    def ends(self, least_tokens: int) -> Ends:
+        """With as many tokens before an end may come. REQUIRES: usual"""
         finished = [] if self._unfinished is None else (self._unfinished == 0).tolist()
-        return Ends(sorted(self._end_tokens), 0 if self._pad is None else int(self._pad), finished)
+        pad = 0 if self._pad is None else int(self._pad)
+        return Ends(sorted(self.end_tokens), pad, finished, least_tokens)
 
     def padded(self, tokens: torch.Tensor) -> torch.Tensor:
         if not self._ends or self._unfinished is None:
@@ -198,7 +211,7 @@ class _Stops:
 
     def all_done(self, input_ids: torch.Tensor, tokens: torch.Tensor) -> bool:
         """input_ids end with `tokens`."""
-        if input_ids.shape[1] < self._length and self._end_tokens.isdisjoint(tokens.tolist()):
+        if input_ids.shape[1] < self._length and self.end_tokens.isdisjoint(tokens.tolist()):
             return False  # those that are finished stay so, and not all are
         if self._unfinished is None:
             self._unfinished = torch.ones(len(tokens), dtype=torch.long)
@@ -218,6 +231,7 @@ class _Steps:
         self._outputs: Any = None  # of the last call of the model
         self._behind = 0  # calls that model_kwargs do not know of
         self._prepared: Any = None
+        self._seen = False  # by hooks: then only whole calls of the model will do
 
     def prefill(self, input_ids: torch.Tensor, generation_config: Any) -> torch.Tensor:
         model: Any = self._model
@@ -228,8 +242,18 @@ class _Steps:
         self._behind = 1
         return self._last_logits()
 
+    def look_again(self) -> None:
+        """After code that may have changed the model or the cache."""
+        self._seen = not _only_logits_leave(self._model)
+        if self._prepared is not None and (
+            self._seen or not self._decoder.is_still(self._prepared)
+        ):
+            self._prepared = None
+
     def next(self, input_ids: torch.Tensor) -> torch.Tensor:
         """After the last of input_ids [batch, tokens]."""
+        if self._seen:
+            return self._call(self._inputs(input_ids))
         try:
             if self._prepared is not None:
                 logits = self._decoder.go_on(self._prepared, input_ids[:, -1:])
@@ -246,16 +270,18 @@ class _Steps:
             self._prepared = None
         return self._call(self._inputs(input_ids))
 
-    def search(self, input_ids: torch.Tensor, stops: _Stops, seconds: float) -> list[torch.Tensor]:
-        """The tokens [batch] of some greedy steps after input_ids; none where only `next` can."""
+    def search(
+        self, input_ids: torch.Tensor, most: int, ends: Ends, seconds: float
+    ) -> list[torch.Tensor]:
+        """The tokens [batch] of some greedy steps after input_ids, at most so many; none where only
+        `next` can."""
         if self._prepared is None:
             return []
-        most = max(1, stops.left(input_ids.shape[1]))
         if self._lookup is not None:
             self._lookup.set_text(input_ids[0].tolist())
         try:
             rows = self._decoder.search(
-                self._prepared, input_ids[:, -1], stops.ends(), most, seconds, self._lookup
+                self._prepared, input_ids[:, -1], ends, max(1, most), seconds, self._lookup
             )
         except NotRunnableError:
             return []  # the next step says what is wrong, if it is
@@ -285,6 +311,22 @@ class _Steps:
     def _last_logits(self) -> torch.Tensor:
         logits: torch.Tensor = self._outputs.logits[:, -1]
         return logits
+
+
+def _ends_from(processors: Any, stops: _Stops) -> int | None:
+    """The length from which on a sequence may end, if that is all that the processors decide."""
+    length = 0
+    for each in processors:
+        if type(each) is MinLengthLogitsProcessor:
+            least = each.min_length
+        elif type(each) is MinNewTokensLengthLogitsProcessor:
+            least = each.prompt_length_to_skip + each.min_new_tokens
+        else:
+            return None
+        if stops.end_tokens != {int(token) for token in each.eos_token_id.reshape(-1)}:
+            return None
+        length = max(length, least)
+    return length
 
 
 def _lookup(generation_config: Any) -> _core.PromptLookup | None:

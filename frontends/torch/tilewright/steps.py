@@ -53,6 +53,7 @@ class Ends:
     tokens: list[int]
     pad: int
     finished: list[bool]  # per sequence, or empty: none
+    least_tokens: int = 0  # that come before one of `tokens` may
 
 
 def checked(arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
