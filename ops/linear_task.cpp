@@ -345,7 +345,8 @@ class TileRun {
 
   bool is_in_range(std::int64_t rows) const {
     if (task_.tiles->arithmetic != Arithmetic::split_tiles) return true;
-    const auto* magnitudes = reinterpret_cast<const std::uint32_t*>(frame_.packed + offsets_.magnitudes);
+    const auto* magnitudes =
+        reinterpret_cast<const std::uint32_t*>(frame_.packed + offsets_.magnitudes);
     const auto count = static_cast<std::size_t>(rows * kMagnitudeBytes / 4);
     return in_range({magnitudes, count}, task_.tiles->largest_weight, task_.spec.k);
   }
@@ -492,11 +493,10 @@ bool packs(const LinearTask& task, std::int64_t rows) {
 ScratchSizes scratch_of(const LinearTask& task, const Frame& frame) {
   const std::int64_t rows = frame.dim(task.rows);
   if (task.experts) {
-    return {.thread_bytes =
-                (rows * 8 + 63) / 64 * 64 +
-                task.variants[0].rows *
-                    (row_bytes(task.spec) + padded_bytes(task.spec.n, task.spec.output)) +
-                partial_sums_bytes(task.variants[0].rows) + unpacked_bytes()};
+    return {.thread_bytes = (rows * 8 + 63) / 64 * 64 +
+                            task.variants[0].rows * (row_bytes(task.spec) +
+                                                     padded_bytes(task.spec.n, task.spec.output)) +
+                            partial_sums_bytes(task.variants[0].rows) + unpacked_bytes()};
   }
   if (!uses_tiles(task, rows)) return vector_scratch(task, rows);
   const std::int64_t chunk = tile_chunk_rows(task, rows);

@@ -37,11 +37,11 @@ struct Frame {
   std::span<const std::int64_t> dims;  // by DimIndex
   std::span<char* const> buffers;      // base addresses
   std::span<KvCache* const> caches;
-  std::atomic<const char*>* problem;   // first error found by a task (a static string)
-  Barrier* barrier;                    // of the team
+  std::atomic<const char*>* problem;    // first error found by a task (a static string)
+  Barrier* barrier;                     // of the team
   std::span<char* const> scratch = {};  // one per thread
-  char* packed = nullptr;              // shared by all threads (linear_task.h)
-  char* parts = nullptr;               // likewise (attention_task.h)
+  char* packed = nullptr;               // shared by all threads (linear_task.h)
+  char* parts = nullptr;                // likewise (attention_task.h)
   // How many parts of an item are done; all zero between tasks.
   std::span<std::atomic<std::int32_t>> parts_done = {};
 

@@ -119,10 +119,7 @@ class Generate:
         finds = searches and not logits_processor and len(input_ids) == 1
         lookup = _lookup(generation_config) if finds else None
         modes = ("greedy_search", "sample") if lookup is None else ("assisted_generation",)
-        if not (
-            _only_logits_leave(model)
-            and generation_config.get_generation_mode() in modes
-        ):
+        if not (_only_logits_leave(model) and generation_config.get_generation_mode() in modes):
             name = utils.GENERATION_MODES_MAPPING[generation_config.get_generation_mode()]
             result: torch.Tensor = getattr(type(model), name)(
                 model,
