@@ -11,7 +11,7 @@
 // of y do not depend on any of this, but on whether the rows are so many that tiles multiply them
 // (gemm/arithmetic.h).
 //
-// Tested by program_test and task_test.
+// Tested by program_test, task_test and shared_packing_test.
 #pragma once
 
 #include <algorithm>
