@@ -1,4 +1,4 @@
-// See scratch.h. Tested by program_test and task_test.
+// See scratch.h. Tested by program_test, task_test and shared_packing_test.
 #include "ops/scratch.h"
 
 #include <algorithm>

@@ -3,7 +3,7 @@
 //
 // It belongs to a program and grows to the largest run so far; nothing in it outlives a task.
 //
-// Tested by program_test and task_test.
+// Tested by program_test, task_test and shared_packing_test.
 #pragma once
 
 #include <atomic>
