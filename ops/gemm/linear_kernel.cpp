@@ -133,7 +133,7 @@ class LinearBuilder {
   // would spill, and a spill anywhere costs the inner loop three of its registers.
   void emit_panels(int streams) {
     // A single stretch's sums need no memory before the epilogue. With many blocks the last one
-    // asks for rows, too, and is written beside the others.
+    // asks for rows and finishes them, and is written beside the others.
     const bool all_alike = !spec_.many_blocks && spec_.k > kPartialSumLength;
     const std::int64_t stretches = (all_alike ? spec_.k : spec_.k - 1) / kPartialSumLength;
     const std::int64_t rest = spec_.k - stretches * kPartialSumLength;
