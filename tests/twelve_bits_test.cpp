@@ -137,5 +137,25 @@ TEST(TwelveBits, HoldNormalWeightsInLittleMore) {
   EXPECT_LT(static_cast<double>(packed.bytes.size()), 0.77 * rows * k * 2);
 }
 
+// A stretch takes over the table of the one before only where its own would hold no more weights.
+TEST(TwelveBits, TablesDoNotSufferFromTheirNeighbours) {
+  Random random(5);
+  const std::int64_t rows = 32, k = 128, stretches = 16;
+  Bits all(static_cast<std::size_t>(rows * k * stretches));
+  std::int64_t alone = 0;
+  for (std::int64_t stretch = 0; stretch < stretches; ++stretch) {
+    // Neighbours that share most, some or none of their high bytes.
+    const double deviation = std::ldexp(0.02, static_cast<int>(stretch * stretch % 7));
+    const Bits values = made(rows * k, [&](std::int64_t) { return normal(random, deviation); });
+    for (std::int64_t i = 0; i < rows * k; ++i) {
+      const std::int64_t at = (i / k * stretches + stretch) * k + i % k;
+      all[static_cast<std::size_t>(at)] = values[static_cast<std::size_t>(i)];
+    }
+    alone += std::ssize(Packed(values, rows, k).bytes) - 64;  // its entry
+  }
+  const std::int64_t entry = (twelve_bits::entry_bytes(k * stretches) + 63) / 64 * 64;
+  EXPECT_EQ(std::ssize(Packed(all, rows, k * stretches).bytes), entry + alone);
+}
+
 }  // namespace
 }  // namespace tilewright::ops

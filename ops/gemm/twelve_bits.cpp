@@ -27,9 +27,13 @@ std::int64_t block_in_pairs(std::int64_t half, std::int64_t block) {
   return (pair * kPanelColumns + columns) * 2;
 }
 
-// The commonest high bytes of a stretch. All of it is counted: of a quarter, the last places of the
-// table went to the wrong ones, and a fourth of the steps of normal weights stayed in 16 bits.
-std::array<std::uint8_t, kTableBytes> choose_table(std::span<const std::uint16_t> weights) {
+using ByteTable = std::array<std::uint8_t, kTableBytes>;
+using ByteCounts = std::array<int, 256>;
+
+// How often each high byte is met in a stretch. All of it is counted: of a quarter, the last places
+// of the table went to the wrong ones, and a fourth of the steps of normal weights stayed in 16
+// bits.
+ByteCounts count_high_bytes(std::span<const std::uint16_t> weights) {
   // Four weights per load, each with counters of its own: equal ones do not wait for each other.
   std::array<std::array<std::uint16_t, 256>, 4> counts{};
   for (std::size_t i = 0; i < weights.size(); i += 4) {
@@ -40,18 +44,60 @@ std::array<std::uint8_t, kTableBytes> choose_table(std::span<const std::uint16_t
     ++counts[2][four >> 40 & 0xff];
     ++counts[3][four >> 56];
   }
-  const auto count = [&](std::uint8_t byte) {
-    return counts[0][byte] + counts[1][byte] + counts[2][byte] + counts[3][byte];
-  };
+  ByteCounts sums;
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    sums[i] = counts[0][i] + counts[1][i] + counts[2][i] + counts[3][i];
+  }
+  return sums;
+}
+
+int count_of(const ByteTable& table, const ByteCounts& counts) {
+  return std::accumulate(table.begin(), table.end(), 0,
+                         [&](int sum, std::uint8_t byte) { return sum + counts[byte]; });
+}
+
+ByteTable commonest_bytes(const ByteCounts& counts) {
   std::array<std::uint8_t, 256> order;
   std::iota(order.begin(), order.end(), std::uint8_t{0});
-  const auto end = std::partition(order.begin(), order.end(), count);
+  const auto end = std::partition(order.begin(), order.end(),
+                                  [&](std::uint8_t byte) { return counts[byte] > 0; });
   std::sort(order.begin(), end, [&](std::uint8_t a, std::uint8_t b) {
-    return std::pair(count(b), a) < std::pair(count(a), b);
+    return std::pair(counts[b], a) < std::pair(counts[a], b);
   });
-  std::array<std::uint8_t, kTableBytes> table;
+  ByteTable table;
   std::copy_n(order.begin(), table.size(), table.begin());
+  std::ranges::sort(table);
   return table;
+}
+
+// A table whose bytes of positive weights follow one another, and then those of negative ones.
+ByteTable byte_runs(int positive, int largest_positive, int largest_negative) {
+  ByteTable table;
+  for (int i = 0; i < kTableBytes; ++i) {
+    const int byte = i < positive ? largest_positive - positive + 1 + i
+                                  : largest_negative - (kTableBytes - 1 - i);
+    table[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(byte);
+  }
+  return table;
+}
+
+// The table of a stretch: runs if they hold as many weights as the commonest bytes, because runs
+// are packed in a third of the time (class Runs) and mostly fit the next stretch, too.
+ByteTable choose_table(const ByteCounts& counts) {
+  const ByteTable commonest = commonest_bytes(counts);
+  constexpr int kSign = 0x80;
+  const auto largest = [&](int end) {
+    int byte = end - 1;
+    while (byte > end - kSign && counts[static_cast<std::size_t>(byte)] == 0) --byte;
+    return std::max(byte, end - kSign + kTableBytes);
+  };
+  const int positive = largest(kSign), negative = largest(2 * kSign);
+  const int covered = count_of(commonest, counts);
+  for (int count : {8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15}) {
+    const ByteTable runs = byte_runs(count, positive, negative);
+    if (count_of(runs, counts) == covered) return runs;
+  }
+  return commonest;
 }
 
 // Sixteen weights, as the two vectors of bytes that they are.
@@ -67,14 +113,14 @@ Bytes load_bytes(const std::uint16_t* first, const std::uint16_t* second) {
           _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8))};
 }
 
-// A table, each of its bytes in all 16 places: one comparison finds it among 16 high bytes. A
+__m128i all_places(std::uint8_t byte) { return _mm_set1_epi8(static_cast<char>(byte)); }
+
+// A table of any bytes, each in all 16 places: one comparison finds it among 16 high bytes. A
 // scalar look-up in 256 bytes took two to three times as long.
 class Table {
  public:
-  explicit Table(const std::byte* record) {
-    for (std::size_t i = 0; i < kTableBytes; ++i) {
-      bytes_[i] = _mm_set1_epi8(static_cast<char>(record[i]));
-    }
+  explicit Table(const std::uint8_t* table) {
+    for (std::size_t i = 0; i < kTableBytes; ++i) bytes_[i] = all_places(table[i]);
   }
 
   // All ones where a high byte is in the table.
@@ -87,9 +133,9 @@ class Table {
   // Of high bytes in the table.
   __m128i places(__m128i high) const {
     __m128i places = _mm_setzero_si128();
-    for (std::size_t i = 0; i < kTableBytes; ++i) {
-      const __m128i here = _mm_set1_epi8(static_cast<char>(i));
-      places = _mm_or_si128(places, _mm_and_si128(_mm_cmpeq_epi8(high, bytes_[i]), here));
+    for (std::uint8_t i = 0; i < kTableBytes; ++i) {
+      const __m128i here = _mm_cmpeq_epi8(high, bytes_[i]);
+      places = _mm_or_si128(places, _mm_and_si128(here, all_places(i)));
     }
     return places;
   }
@@ -97,6 +143,62 @@ class Table {
  private:
   __m128i bytes_[kTableBytes];  // std::array would lose the type's alignment attribute
 };
+
+// A table as byte_runs() makes it: a place is a difference.
+class Runs {
+ public:
+  static bool fits(const std::uint8_t* table) {
+    const int positive = count_positive(table);
+    return positive > 0 && positive < kTableBytes && table[positive - 1] - table[0] < positive &&
+           table[kTableBytes - 1] - table[positive] < kTableBytes - positive;
+  }
+
+  explicit Runs(const std::uint8_t* table) {
+    const int positive = count_positive(table);
+    first_ = all_places(table[0]);
+    last_ = all_places(static_cast<std::uint8_t>(positive - 1));
+    // What a negative weight has instead, as differences: choosing is one `and` and one `xor`.
+    first_change_ = _mm_xor_si128(first_, all_places(table[positive]));
+    last_change_ =
+        _mm_xor_si128(last_, all_places(static_cast<std::uint8_t>(kTableBytes - positive - 1)));
+    negative_place_ = all_places(static_cast<std::uint8_t>(positive));
+  }
+
+  __m128i contains(__m128i high) const {
+    const __m128i negative = is_negative(high), distance = from_first(high, negative);
+    const __m128i last = _mm_xor_si128(last_, _mm_and_si128(negative, last_change_));
+    return _mm_cmpeq_epi8(_mm_min_epu8(distance, last), distance);
+  }
+
+  __m128i places(__m128i high) const {
+    const __m128i negative = is_negative(high);
+    return _mm_add_epi8(from_first(high, negative), _mm_and_si128(negative, negative_place_));
+  }
+
+ private:
+  static int count_positive(const std::uint8_t* table) {
+    return static_cast<int>(
+        std::count_if(table, table + kTableBytes, [](std::uint8_t byte) { return byte < 0x80; }));
+  }
+  static __m128i is_negative(__m128i high) { return _mm_cmpgt_epi8(_mm_setzero_si128(), high); }
+  __m128i from_first(__m128i high, __m128i negative) const {
+    return _mm_sub_epi8(high, _mm_xor_si128(first_, _mm_and_si128(negative, first_change_)));
+  }
+
+  __m128i first_, first_change_, last_, last_change_, negative_place_;
+};
+
+// Calls visit with the table that begins at `record`, sorted, as the kind that it is.
+template <class Visit>
+void with_table(const std::byte* record, Visit&& visit) {
+  std::array<std::uint8_t, kTableBytes> table;
+  std::memcpy(table.data(), record, table.size());
+  if (Runs::fits(table.data())) {
+    visit(Runs(table.data()));
+  } else {
+    visit(Table(table.data()));
+  }
+}
 
 const std::byte* record_of(const std::byte* entry, std::int64_t stretch) {
   return entry + kRecordsOffset + stretch * kRecordBytes;
@@ -123,7 +225,8 @@ std::int64_t steps_bytes(const std::byte* entry, std::int64_t k) {
   return bytes;
 }
 
-bool fits(const std::uint16_t* step, const Table& table) {
+template <class AnyTable>
+bool fits(const std::uint16_t* step, const AnyTable& table) {
   __m128i all = _mm_set1_epi8(-1);
   for (std::int64_t i = 0; i < kStepWeights; i += kVectorBytes) {
     all = _mm_and_si128(all, table.contains(load_bytes(step + i, step + i + 8).high));
@@ -131,7 +234,20 @@ bool fits(const std::uint16_t* step, const Table& table) {
   return _mm_movemask_epi8(all) == 0xffff;
 }
 
-void pack_step(const std::uint16_t* pairs, const Table& table, std::byte* step) {
+// The flags of a record: which steps of a stretch have a high byte that its table has not.
+std::uint16_t find_plain(std::span<const std::uint16_t> weights, const std::byte* record) {
+  std::uint16_t flags = 0;
+  with_table(record, [&](const auto& table) {
+    for (std::size_t step = 0; step < weights.size() / kStepWeights; ++step) {
+      const bool plain = !fits(&weights[step * kStepWeights], table);
+      flags |= static_cast<std::uint16_t>(plain << step);
+    }
+  });
+  return flags;
+}
+
+template <class AnyTable>
+void pack_step(const std::uint16_t* pairs, const AnyTable& table, std::byte* step) {
   for (std::int64_t i = 0; i < kHalfBytes; i += kVectorBytes) {
     const std::int64_t block = i / kBlockWeights;
     __m128i places[2];
@@ -182,14 +298,17 @@ void Packer::inspect(std::int64_t panel, const std::uint16_t* pairs) {
     const std::int64_t steps = std::min(kStretchSteps, step_count(k_) - first);
     const std::span weights(pairs + first * kStepWeights,
                             static_cast<std::size_t>(steps * kStepWeights));
-    const auto table = choose_table(weights);
-    std::memcpy(record, table.data(), table.size());
-    const Table known(record);
-    std::uint16_t flags = 0;
-    for (std::int64_t step = 0; step < steps; ++step) {
-      if (!fits(weights.data() + step * kStepWeights, known)) {
-        flags |= static_cast<std::uint16_t>(1u << step);
-      }
+    // The table of the stretch before is as good as any if all steps fit it, and counting takes
+    // most of the time.
+    std::uint16_t flags = 1;
+    if (first > 0) {
+      std::memcpy(record, record - kRecordBytes, kTableBytes);
+      flags = find_plain(weights, record);
+    }
+    if (flags != 0) {
+      const auto table = choose_table(count_high_bytes(weights));
+      std::memcpy(record, table.data(), table.size());
+      flags = find_plain(weights, record);
     }
     std::memcpy(record + kFlagsOffset, &flags, sizeof flags);
     record += kRecordBytes;
@@ -211,18 +330,19 @@ void Packer::pack(std::int64_t panel, const std::uint16_t* pairs, std::byte* pac
   std::byte* to = packed + steps_offset(from);
   for (std::int64_t first = 0; first < step_count(k_); first += kStretchSteps) {
     const std::byte* record = record_of(from, first / kStretchSteps);
-    const Table table(record);
-    for (std::int64_t step = first; step < std::min(first + kStretchSteps, step_count(k_));
-         ++step) {
-      const std::uint16_t* weights = pairs + step * kStepWeights;
-      if (is_plain(record, step)) {
-        std::memcpy(to, weights, kPlainStepBytes);
-        to += kPlainStepBytes;
-      } else {
-        pack_step(weights, table, to);
-        to += kStepBytes;
+    with_table(record, [&](const auto& table) {
+      for (std::int64_t step = first; step < std::min(first + kStretchSteps, step_count(k_));
+           ++step) {
+        const std::uint16_t* weights = pairs + step * kStepWeights;
+        if (is_plain(record, step)) {
+          std::memcpy(to, weights, kPlainStepBytes);
+          to += kPlainStepBytes;
+        } else {
+          pack_step(weights, table, to);
+          to += kStepBytes;
+        }
       }
-    }
+    });
   }
 }
 
