@@ -193,6 +193,7 @@ class LinearBuilder {
     if (unpacks()) emit_unpack(stretch.count);
     sums_ = b_.arg(LinearArgs::partial_sums);
     if (asks_by_block()) ahead_ = b_.add(weights_[0], stretch_bytes());
+    if (asks_by_turn()) ahead_ = readers_[0].next_stretch(spec_.prefetch);
     std::optional<PanelRows> output;  // of many blocks: each is finished beside the next's products
     if (spec_.many_blocks && stretch.last) output.emplace(b_, spec_, panel());
     const auto emit_block = [&] {
@@ -224,7 +225,8 @@ class LinearBuilder {
   void emit_unpack(std::int64_t count) {
     const Reg to = b_.copy(b_.arg(LinearArgs::unpacked));
     weights_[0] = b_.arg(LinearArgs::unpacked);
-    if (!widens()) return readers_[0].unpack_stretch(count, to, prefetch_distance());
+    const std::int64_t distance = asks_by_turn() ? 0 : prefetch_distance();
+    if (!widens()) return readers_[0].unpack_stretch(count, to, distance);
     if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
     if (spec_.twelve_bits) {
       return readers_[0].unpack_stretch(
@@ -334,6 +336,7 @@ class LinearBuilder {
     const std::int64_t turns = steps / unroll();
     if (turns > 0) {
       b_.loop(b_.constant(turns), [&] {
+        if (part == 0 && asks_by_turn()) prefetch_turn();
         each_stream([&] {
           for (int u = 0; u < unroll(); ++u) emit_step(part, u, step_length());
         });
@@ -436,6 +439,18 @@ class LinearBuilder {
 
   void prefetch_lines() {
     const int lines = static_cast<int>(stretch_bytes() / kLineBytes / kBlocksPerStretch);
+    for (int line = 0; line < lines; ++line) b_.prefetch(b_.at(ahead_, line * kLineBytes), 1);
+    b_.add_to(ahead_, lines * kLineBytes);
+  }
+
+  // Unpacking for few blocks would ask for a stretch as fast as it reads one, and wait: a core has
+  // so many requests at once, and memory nothing to do during the products. So these ask.
+  bool asks_by_turn() const { return unpacks() && !spec_.many_blocks && spec_.prefetch > 0; }
+
+  void prefetch_turn() {
+    const std::int64_t turns = kPartialSumLength / (unroll() * step_length());
+    const std::int64_t stretch = twelve_bits::kStretchSteps * twelve_bits::kStepBytes;
+    const int lines = static_cast<int>((stretch / kLineBytes + turns - 1) / turns);
     for (int line = 0; line < lines; ++line) b_.prefetch(b_.at(ahead_, line * kLineBytes), 1);
     b_.add_to(ahead_, lines * kLineBytes);
   }

@@ -1,6 +1,8 @@
 // See twelve_bits_reader.h. Tested by linear_test.
 #include "ops/gemm/twelve_bits_reader.h"
 
+#include <algorithm>
+
 #include "ops/gemm/twelve_bits.h"
 
 namespace tilewright::ops {
@@ -30,6 +32,11 @@ void TwelveBitsReader::begin_stretch(bool once) {
 void TwelveBitsReader::end_stretch() {
   if (!once_) b_.assign(stretch_, step_);
   b_.add_to(record_, twelve_bits::kRecordBytes);
+}
+
+jit::vir::Reg TwelveBitsReader::next_stretch(std::int64_t distance) const {
+  const std::int64_t stretch = twelve_bits::kStretchSteps * twelve_bits::kStepBytes;
+  return b_.add(stretch_, std::max<std::int64_t>(distance - stretch, 0));
 }
 
 void TwelveBitsReader::each_step(std::span<TwelveBitsReader> readers, std::int64_t count,

@@ -32,6 +32,9 @@ class TwelveBitsReader {
   // and for a rest of fewer than 8.
   using Body = std::function<void(std::size_t reader, bool plain, int length)>;
   static void each_step(std::span<TwelveBitsReader> readers, std::int64_t count, const Body& body);
+  // Between stretches: `distance` bytes behind the beginning of the stretch before, or where the
+  // next one begins if that is farther.
+  Reg next_stretch(std::int64_t distance) const;
   // In such a body: asks for what follows `distance` bytes behind the step; 0: does not.
   void prefetch(std::int64_t distance, int level);
   // In such a body: the weights of k 4 * half and 4 * half + 1, and of the two behind them, of the
