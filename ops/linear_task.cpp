@@ -127,10 +127,9 @@ class LinearRun {
     if (panels_.begin == panels_.end) return;
     // Rows that need several kernels take the panels one by one: each is still in cache for the
     // next kernel, where a second pass over all of them would read the weights from memory again.
-    const bool one_kernel = rows % task_.variants[0].rows == 0 ||
-                            std::any_of(task_.variants.begin(), task_.variants.end(),
-                                        [&](const auto& variant) { return variant.rows == rows; });
-    const std::int64_t panels_at_once = one_kernel ? panels_.end - panels_.begin : 1;
+    int kernels = 0;
+    for_row_blocks(task_, rows, pack, [&](const auto&, std::int64_t, std::int64_t) { ++kernels; });
+    const std::int64_t panels_at_once = kernels == 1 ? panels_.end - panels_.begin : 1;
     arguments_[LinearArgs::panel_count] = panels_at_once;
     for (std::int64_t panel = panels_.begin; panel < panels_.end; panel += panels_at_once) {
       arguments_[LinearArgs::panel_begin] = panel;

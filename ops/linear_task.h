@@ -36,12 +36,26 @@ inline std::int64_t rows_in_pieces(const LinearTask& task, std::int64_t rows) {
   return blocks >= task.many_blocks && !task.experts ? blocks * task.many.rows : 0;
 }
 
+// The kernel whose blocks cover `rows` rows, no more of them than the largest one needs; or null.
+// 16 rows are twice 8: 12 and 4 would unpack the weights twice.
+template <class Task>
+auto* even_variant(Task& task, std::int64_t rows) {
+  const std::int64_t most = task.variants.front().rows, blocks = (rows + most - 1) / most;
+  const auto found = std::ranges::find_if(
+      task.variants, [&](const auto& variant) { return variant.rows * blocks == rows; });
+  return found == task.variants.end() ? nullptr : &*found;
+}
+
 // Calls part(variant, first row, blocks of variant.rows rows) for parts that cover `rows` rows of
 // a chunk, whose x is packed or not.
 template <class Task, class Part>
 void for_row_blocks(Task& task, std::int64_t rows, bool packed, Part&& part) {
   std::int64_t first = packed ? rows_in_pieces(task, rows) : 0;
   if (first > 0) part(task.many, std::int64_t{0}, first / task.many.rows);
+  if (first == rows) return;
+  if (auto* even = first == 0 ? even_variant(task, rows) : nullptr) {
+    return part(*even, std::int64_t{0}, rows / even->rows);
+  }
   for (auto& variant : task.variants) {
     const std::int64_t blocks = (rows - first) / variant.rows;
     if (blocks > 0) part(variant, first, blocks);

@@ -35,8 +35,8 @@ int streams(LinearKernel spec, int rows, const Choices& choices) {
 std::int64_t prefetch(const LinearKernel& spec, int rows, const Choices& choices) {
   if (spec.twelve_bits) return choices.prefetch_twelve_bits;
   if (spec.weight == graph::DataType::f16) return choices.prefetch_f16;
-  const bool short_loop = rows == 1 && spec.weight == graph::DataType::f32;
-  const bool by_hardware = short_loop || streams(spec, rows, choices) > 1;
+  const bool short_loop = spec.weight == graph::DataType::f32;
+  const bool by_hardware = rows == 1 && (short_loop || streams(spec, rows, choices) > 1);
   return by_hardware ? choices.prefetch_row : choices.prefetch;
 }
 

@@ -138,18 +138,23 @@ TEST_P(Linear, BitsDoNotDependOnHowWorkIsCut) {
 TEST_P(Linear, BitsDoNotDependOnStreams) {
   std::size_t turn = 0;
   const std::vector<ops::Epilogue> all = epilogues();
-  for (std::int64_t n : {32, 64, 70, 130}) {
-    for (std::int64_t k : {1, 2, 31, 128, 259}) {
-      LinearKernel spec = kernel(1, n, k);
-      if (spec.streams == 1) return;
-      spec.epilogue = all[turn++ % all.size()];
-      const Problem several(spec, 1, Fill::normal, 11, GuardedRows::Flush::end);
-      spec.streams = 1;
-      const Problem one(spec, 1, Fill::normal, 11, GuardedRows::Flush::end);
-      one.run(Engine::interpreter);
-      for (Engine engine : engines(spec)) {
-        several.run(engine);
-        EXPECT_EQ(several.results(), one.results()) << name(engine) << " n=" << n << " k=" << k;
+  for (int rows : {1, 2, 3, 4}) {
+    for (std::int64_t n : {32, 64, 70, 130}) {
+      for (std::int64_t k : {1, 2, 31, 128, 259}) {
+        LinearKernel spec = kernel(rows, n, k);
+        if (spec.streams == 1) continue;
+        spec.epilogue = all[turn++ % all.size()];
+        for (std::int64_t blocks : {1, 2}) {
+          spec.streams = 1;
+          const Problem one(spec, blocks, Fill::normal, 11, GuardedRows::Flush::end);
+          one.run(Engine::interpreter);
+          spec.streams = ops::kMostStreams;
+          const Problem several(spec, blocks, Fill::normal, 11, GuardedRows::Flush::end);
+          for (Engine engine : engines(spec)) {
+            several.run(engine);
+            EXPECT_EQ(several.results(), one.results()) << name(engine) << " " << print(spec);
+          }
+        }
       }
     }
   }

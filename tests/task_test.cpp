@@ -187,7 +187,31 @@ TEST(LinearTask, FourBlocksOfRowsArePacked) {
   EXPECT_EQ(calls(24), (std::vector{0, 0, 0, 1})) << "seven panels do not pay for a copy";
   task.x_type = graph::DataType::bf16;
   EXPECT_EQ(calls(1), (std::vector{3, 0, 0, 1})) << "16 bits are widened once";
-  EXPECT_EQ(calls(5), (std::vector{3, 0, 0, 7})) << "many blocks of one row: no kernel for many";
+  EXPECT_EQ(calls(5), (std::vector{3, 0, 0, 1})) << "many blocks of one row: no kernel for many";
+}
+
+TEST(LinearTask, BlocksAreAlikeIfThatTakesNoMoreOfThem) {
+  LinearTask task{};
+  task.variants = {{12, nullptr}, {8, nullptr}, {5, nullptr}, {4, nullptr}, {1, nullptr}};
+  task.many = {12, nullptr};
+  task.many_blocks = 4;
+  const auto blocks = [&](std::int64_t rows, bool packed) {
+    std::vector<std::array<std::int64_t, 3>> parts;
+    ops::for_row_blocks(task, rows, packed,
+                        [&](const auto& variant, std::int64_t first, std::int64_t count) {
+                          parts.push_back({variant.rows, first, count});
+                        });
+    return parts;
+  };
+  using Parts = std::vector<std::array<std::int64_t, 3>>;
+  EXPECT_EQ(blocks(16, false), (Parts{{8, 0, 2}}));
+  EXPECT_EQ(blocks(10, false), (Parts{{8, 0, 1}, {1, 8, 2}})) << "twice 5 are two blocks, not one";
+  EXPECT_EQ(blocks(15, false), (Parts{{12, 0, 1}, {1, 12, 3}})) << "three blocks of 5 are more";
+  EXPECT_EQ(blocks(24, false), (Parts{{12, 0, 2}}));
+  EXPECT_EQ(blocks(40, true), (Parts{{12, 0, 3}, {4, 36, 1}}));
+  EXPECT_EQ(blocks(60, true), (Parts{{12, 0, 5}}));
+  EXPECT_EQ(blocks(64, true), (Parts{{12, 0, 5}, {4, 60, 1}})) << "what lies in pieces stays";
+  EXPECT_EQ(blocks(0, false), Parts{});
 }
 
 // --- tasks whose kernels the interpreter runs

@@ -59,6 +59,9 @@ constexpr int kMostRowsInRegisters = 4;
 
 constexpr std::int64_t kMostPrefetch = 1 << 20;
 
+// Rows that several streams may have: the sums of two panels in registers.
+int most_rows_in_streams(int lanes) { return lanes == 16 ? 4 : 1; }
+
 // Of many, so many blocks together ask for a stretch of weights.
 constexpr int kBlocksPerStretch = 21;
 
@@ -78,16 +81,16 @@ class LinearBuilder {
   jit::vir::Function run() && {
     panels_left_ = b_.arg(LinearArgs::panel_count);
     if (spec_.streams > 1) {
-      half_ = b_.shift_right(panels_left_, 1);
+      const Reg pairs = half();
       // Several blocks would find one panel in cache, but not two.
       b_.if_nonzero(b_.add(b_.arg(LinearArgs::block_count), -1),
-                    [&] { b_.assign(half_, b_.constant(0)); });
-      const Reg pairs = b_.copy(half_);
+                    [&] { b_.assign(pairs, b_.constant(0)); });
       b_.loop(pairs, [&] {
         emit_panels(kMostStreams);
         b_.add_to(panels_left_, -1);
       });
-      b_.assign(panels_left_, b_.sub(panels_left_, half_));
+      const Reg done = b_.sub(b_.arg(LinearArgs::panel_count), panels_left_);
+      b_.assign(panels_left_, b_.sub(panels_left_, done));
     }
     b_.loop(panels_left_, [&] { emit_panels(1); });
     return std::move(b_).finish();
@@ -141,14 +144,14 @@ class LinearBuilder {
     readers_.clear();
     if (spec_.twelve_bits) {
       for (int i = 0; i < streams; ++i) {
-        const Reg index = i == 0 ? panel() : b_.add(panel(), half_);
+        const Reg index = i == 0 ? panel() : b_.add(panel(), half());
         readers_.emplace_back(b_).begin_panel(b_.arg(LinearArgs::weight), index, spec_.k);
       }
     } else {
       const Reg weight = b_.add(b_.arg(LinearArgs::weight), b_.mul(panel(), panel_bytes()));
       if (widens()) stored_ = weight;
       for (std::size_t i = 0; i < weights_.size(); ++i) {
-        weights_[i] = i == 0 ? weight : b_.add(weight, b_.mul(half_, panel_bytes()));
+        weights_[i] = i == 0 ? weight : b_.add(weight, b_.mul(half(), panel_bytes()));
       }
     }
     if (stretches > 0) {
@@ -168,7 +171,7 @@ class LinearBuilder {
     if (streams == 1) return finish();
     b_.loop(b_.constant(streams), [&] {
       finish();
-      b_.assign(index, b_.add(index, half_));
+      b_.assign(index, b_.add(index, half()));
     });
   }
 
@@ -177,6 +180,10 @@ class LinearBuilder {
     const Reg end = b_.add(b_.arg(LinearArgs::panel_begin), b_.arg(LinearArgs::panel_count));
     return b_.sub(end, panels_left_);
   }
+
+  // Panels of each of two streams. Computed again each time: nothing long-lived has a register to
+  // spare.
+  Reg half() { return b_.shift_right(b_.arg(LinearArgs::panel_count), 1); }
 
   struct Stretch {
     std::int64_t count;  // of k
@@ -191,9 +198,8 @@ class LinearBuilder {
     const bool one_block = weights_.size() > 1;
     for (TwelveBitsReader& reader : readers_) reader.begin_stretch(one_block);
     if (unpacks()) emit_unpack(stretch.count);
-    sums_ = b_.arg(LinearArgs::partial_sums);
+    if (!one_block) sums_ = b_.arg(LinearArgs::partial_sums);
     if (asks_by_block()) ahead_ = b_.add(weights_[0], stretch_bytes());
-    if (asks_by_turn()) ahead_ = readers_[0].next_stretch(spec_.prefetch);
     std::optional<PanelRows> output;  // of many blocks: each is finished beside the next's products
     if (spec_.many_blocks && stretch.last) output.emplace(b_, spec_, panel());
     const auto emit_block = [&] {
@@ -201,6 +207,7 @@ class LinearBuilder {
       if (output) output->ask(b_.constant(rows_));
       for (int part = 0; part < part_count(); ++part) {
         emit_products(part, stretch.count);
+        if (one_block) sums_ = b_.arg(LinearArgs::partial_sums);
         const Reg one = stretch.add ? b_.splat(1.0f) : Reg{};
         each_sum(part, [&](std::size_t row, std::size_t j, Address sum) {
           if (stretch.add) b_.fma_load(accumulators_[row][j], one, sum);
@@ -336,12 +343,13 @@ class LinearBuilder {
     const std::int64_t turns = steps / unroll();
     if (turns > 0) {
       b_.loop(b_.constant(turns), [&] {
-        if (part == 0 && asks_by_turn()) prefetch_turn();
+        if (part == 0 && asks_by_turn()) readers_[0].ask_for_next(lines_of_turn(), spec_.prefetch);
         each_stream([&] {
           for (int u = 0; u < unroll(); ++u) emit_step(part, u, step_length());
         });
         advance_k(unroll() * step_length());
       });
+      if (part == 0 && asks_by_turn()) readers_[0].ask_again(turns * lines_of_turn());
     }
     const int rest = static_cast<int>(steps % unroll());
     each_stream([&] {
@@ -360,7 +368,8 @@ class LinearBuilder {
 
   // The sum of a row of x and the part's vector j, of the stream at hand.
   Reg accumulator(int row, std::size_t j) const {
-    return accumulators_[static_cast<std::size_t>(row) + stream_][j];
+    return accumulators_[stream_ * static_cast<std::size_t>(rows_) + static_cast<std::size_t>(row)]
+                        [j];
   }
 
   // A vector of weights at a time: its pairs, x and all accumulators just fit AVX2's registers.
@@ -447,12 +456,11 @@ class LinearBuilder {
   // so many requests at once, and memory nothing to do during the products. So these ask.
   bool asks_by_turn() const { return unpacks() && !spec_.many_blocks && spec_.prefetch > 0; }
 
-  void prefetch_turn() {
+  // Of a turn of the inner loop: in 128 of k a stretch is asked for.
+  std::int64_t lines_of_turn() const {
     const std::int64_t turns = kPartialSumLength / (unroll() * step_length());
     const std::int64_t stretch = twelve_bits::kStretchSteps * twelve_bits::kStepBytes;
-    const int lines = static_cast<int>((stretch / kLineBytes + turns - 1) / turns);
-    for (int line = 0; line < lines; ++line) b_.prefetch(b_.at(ahead_, line * kLineBytes), 1);
-    b_.add_to(ahead_, lines * kLineBytes);
+    return (stretch / kLineBytes + turns - 1) / turns;
   }
 
   // How far ahead of the loads the weights are asked for: a choice of speed (ops/choices.def), but
@@ -544,7 +552,6 @@ class LinearBuilder {
   Builder b_;
   int vectors_;               // accumulators of a row in one part
   Reg panels_left_;           // the next one included; with two streams of the first half
-  Reg half_;                  // with two streams: panels of each
   std::vector<Reg> weights_;  // the stretch of each panel at hand, mostly one, then moved along k
   std::vector<TwelveBitsReader> readers_;  // likewise, of weights in 12 bits
   std::size_t stream_ = 0;                 // which of them
@@ -578,7 +585,8 @@ int max_rows(int lanes) { return lanes == 16 ? 12 : 6; }
 
 bool reads_several_panels(const LinearKernel& spec) {
   const bool has_registers = !spec.twelve_bits || spec.lanes == 16;
-  return !is_tiled(spec.arithmetic) && spec.rows == 1 && !spec.many_blocks && has_registers;
+  return !is_tiled(spec.arithmetic) && spec.rows <= most_rows_in_streams(spec.lanes) &&
+         !spec.many_blocks && has_registers;
 }
 
 std::int64_t panel_columns() { return kPanelColumns; }
@@ -586,7 +594,8 @@ std::int64_t panel_columns() { return kPanelColumns; }
 std::int64_t partial_sum_length() { return kPartialSumLength; }
 
 std::int64_t partial_sums_bytes(std::int64_t rows) {
-  return std::max<std::int64_t>(rows, kMostStreams) * kPartialSumsBytesPerRow;
+  const std::int64_t in_streams = kMostStreams * most_rows_in_streams(16);
+  return std::max(rows, in_streams) * kPartialSumsBytesPerRow;
 }
 
 std::int64_t unpacked_bytes() { return kPartialSumLength * kStepBytes; }

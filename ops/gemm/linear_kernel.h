@@ -60,7 +60,7 @@ struct LinearKernel {
   std::int64_t prefetch = 1024;  // so many bytes ahead, in lines; 0: not. The bits are the same
   // Not 0: into L2, and so many ahead into L1. Likewise
   std::int64_t prefetch_near = 0;
-  int streams = 1;  // panels read side by side, of one row: 1 or 2. Likewise
+  int streams = 1;  // panels read side by side, of one block: 1 or 2. Likewise
 };
 
 // Argument slots. Strides in bytes. A panel is panel_columns() columns of the packed weight.
@@ -112,9 +112,9 @@ int max_rows(int lanes);       // 6 with AVX2 (6 x 16), 12 with AVX-512 (12 x 32
 std::int64_t panel_columns();  // 32: the packed layout depends neither on lanes nor on the type
 std::int64_t panel_count(std::int64_t n);  // n rounded up
 bool is_tiled(Arithmetic arithmetic);
-// Whether there is a kernel with several streams: of one row, but with AVX2 not of weights in 12
-// bits, whose unpacking leaves no registers for the sums of two panels (through memory: 0.8 of the
-// speed).
+// Whether there is a kernel with several streams: of one row, with AVX-512 of up to four; but with
+// AVX2 not of weights in 12 bits, whose unpacking leaves no registers for the sums of two panels
+// (through memory: 0.8 of the speed). Called with several blocks it reads one stream.
 bool reads_several_panels(const LinearKernel& spec);
 std::string_view name(Arithmetic arithmetic);  // of kernels: "linear_amx_bf16"
 std::string function_name(const LinearKernel& spec);

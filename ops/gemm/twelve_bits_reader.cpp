@@ -34,10 +34,16 @@ void TwelveBitsReader::end_stretch() {
   b_.add_to(record_, twelve_bits::kRecordBytes);
 }
 
-jit::vir::Reg TwelveBitsReader::next_stretch(std::int64_t distance) const {
+void TwelveBitsReader::ask_for_next(std::int64_t lines, std::int64_t distance) {
   const std::int64_t stretch = twelve_bits::kStretchSteps * twelve_bits::kStepBytes;
-  return b_.add(stretch_, std::max<std::int64_t>(distance - stretch, 0));
+  const std::int64_t farther = std::max<std::int64_t>(distance - stretch, 0);
+  for (std::int64_t line = 0; line < lines; ++line) {
+    b_.prefetch(b_.at(stretch_, farther + line * kLineBytes), 1);
+  }
+  b_.add_to(stretch_, lines * kLineBytes);
 }
+
+void TwelveBitsReader::ask_again(std::int64_t lines) { b_.add_to(stretch_, -lines * kLineBytes); }
 
 void TwelveBitsReader::each_step(std::span<TwelveBitsReader> readers, std::int64_t count,
                                  const Body& body) {

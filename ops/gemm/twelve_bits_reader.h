@@ -32,9 +32,11 @@ class TwelveBitsReader {
   // and for a rest of fewer than 8.
   using Body = std::function<void(std::size_t reader, bool plain, int length)>;
   static void each_step(std::span<TwelveBitsReader> readers, std::int64_t count, const Body& body);
-  // Between stretches: `distance` bytes behind the beginning of the stretch before, or where the
-  // next one begins if that is farther.
-  Reg next_stretch(std::int64_t distance) const;
+  // Between stretches: asks for the next lines of the next stretch, or of what lies `distance`
+  // bytes behind the beginning of the one before, if that is farther. ask_again: from `lines`
+  // earlier. Nothing else of the reader works between the two; that costs no register.
+  void ask_for_next(std::int64_t lines, std::int64_t distance);
+  void ask_again(std::int64_t lines);
   // In such a body: asks for what follows `distance` bytes behind the step; 0: does not.
   void prefetch(std::int64_t distance, int level);
   // In such a body: the weights of k 4 * half and 4 * half + 1, and of the two behind them, of the
