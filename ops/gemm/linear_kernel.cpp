@@ -62,8 +62,8 @@ constexpr std::int64_t kMostPrefetch = 1 << 20;
 // Rows that several streams may have: the sums of two panels in registers.
 int most_rows_in_streams(int lanes) { return lanes == 16 ? 4 : 1; }
 
-// Of many, so many blocks together ask for a stretch of weights.
-constexpr int kBlocksPerStretch = 21;
+// Of many blocks, those of so many rows together ask for a stretch of weights.
+constexpr int kRowsPerStretch = 128;
 
 // Of k, in one chain of additions: a multiple of all unrolled steps. Shorter chains round less, and
 // cost more: here the sums go to memory and back once for 128 multiply-adds each.
@@ -199,11 +199,10 @@ class LinearBuilder {
     for (TwelveBitsReader& reader : readers_) reader.begin_stretch(one_block);
     if (unpacks()) emit_unpack(stretch.count);
     if (!one_block) sums_ = b_.arg(LinearArgs::partial_sums);
-    if (asks_by_block()) ahead_ = b_.add(weights_[0], stretch_bytes());
+    if (spec_.many_blocks) ahead_ = b_.copy(next_stretch());
     std::optional<PanelRows> output;  // of many blocks: each is finished beside the next's products
     if (spec_.many_blocks && stretch.last) output.emplace(b_, spec_, panel());
     const auto emit_block = [&] {
-      if (asks_by_block()) prefetch_lines();
       if (output) output->ask(b_.constant(rows_));
       for (int part = 0; part < part_count(); ++part) {
         emit_products(part, stretch.count);
@@ -232,18 +231,14 @@ class LinearBuilder {
   void emit_unpack(std::int64_t count) {
     const Reg to = b_.copy(b_.arg(LinearArgs::unpacked));
     weights_[0] = b_.arg(LinearArgs::unpacked);
-    const std::int64_t distance = asks_by_turn() ? 0 : prefetch_distance();
-    if (!widens()) return readers_[0].unpack_stretch(count, to, distance);
+    if (!widens()) return readers_[0].unpack_stretch(count, to, 0);
     if (spec_.weight == DataType::bf16) odd_mask_ = b_.splat_bits(0xffff0000u);
     if (spec_.twelve_bits) {
       return readers_[0].unpack_stretch(
-          count, to, 2 * twelve_bits::kPlainStepBytes, prefetch_distance(),
+          count, to, 2 * twelve_bits::kPlainStepBytes, 0,
           [&](int pair, int vector, Reg loaded) { store_widened(to, pair, vector, loaded); });
     }
     b_.loop(b_.constant((count + 1) / 2), [&] {
-      for (int line = 0; line < kStepBytes; line += kLineBytes) {
-        b_.prefetch(b_.at(stored_, prefetch_distance() + line), 1);
-      }
       for (int vector = 0; vector < panel_vectors(); ++vector) {
         store_widened(to, 0, vector,
                       b_.load(Element::i32, b_.at(stored_, vector * b_.vector_bytes())));
@@ -343,13 +338,13 @@ class LinearBuilder {
     const std::int64_t turns = steps / unroll();
     if (turns > 0) {
       b_.loop(b_.constant(turns), [&] {
-        if (part == 0 && asks_by_turn()) readers_[0].ask_for_next(lines_of_turn(), spec_.prefetch);
+        if (part == 0) ask_for_lines();
         each_stream([&] {
           for (int u = 0; u < unroll(); ++u) emit_step(part, u, step_length());
         });
         advance_k(unroll() * step_length());
       });
-      if (part == 0 && asks_by_turn()) readers_[0].ask_again(turns * lines_of_turn());
+      if (part == 0 && asks_for_one_block()) readers_[0].ask_again(turns * lines_of_turn());
     }
     const int rest = static_cast<int>(steps % unroll());
     each_stream([&] {
@@ -441,47 +436,52 @@ class LinearBuilder {
     }
   }
 
-  // With many blocks the panel's stretch stays in L1 for all but the first, and the next stretch
-  // has the time of all of them to reach L2: each block asks for some of it. That is 1.06 to 1.12
-  // times as fast as asking for all of it in each block.
-  bool asks_by_block() const { return spec_.many_blocks && !unpacks(); }
-
-  void prefetch_lines() {
-    const int lines = static_cast<int>(stretch_bytes() / kLineBytes / kBlocksPerStretch);
-    for (int line = 0; line < lines; ++line) b_.prefetch(b_.at(ahead_, line * kLineBytes), 1);
-    b_.add_to(ahead_, lines * kLineBytes);
+  // Who reads weights from end to end asks for them as far ahead as spec_.prefetch says. Who reads
+  // a stretch at once and then multiplies for long, asks for the next one meanwhile, a few lines in
+  // each turn: a core has so many requests at once, and memory nothing to do during the products.
+  // - Unpacking for a block of 5 to 12 rows, which had asked as it read: 1.2 to 1.4 times as fast.
+  // - Many blocks, which find the stretch in L1 after the first. Each asks for some of the next,
+  //   and more blocks than one stretch needs for those behind it. Asking at the beginning of a
+  //   block, and for fewer lines, was 0.92 as fast with 128 rows and 0.99 with 512.
+  void ask_for_lines() {
+    if (asks_for_one_block()) return readers_[0].ask_for_next(lines_of_turn(), spec_.prefetch);
+    if (!spec_.many_blocks) return;
+    for (std::int64_t line = 0; line < lines_of_turn(); ++line) {
+      b_.prefetch(b_.at(ahead_, line * kLineBytes), 1);
+    }
+    b_.add_to(ahead_, lines_of_turn() * kLineBytes);
   }
 
-  // Unpacking for few blocks would ask for a stretch as fast as it reads one, and wait: a core has
-  // so many requests at once, and memory nothing to do during the products. So these ask.
-  bool asks_by_turn() const { return unpacks() && !spec_.many_blocks && spec_.prefetch > 0; }
+  bool asks_for_one_block() const { return unpacks() && !spec_.many_blocks && spec_.prefetch > 0; }
 
-  // Of a turn of the inner loop: in 128 of k a stretch is asked for.
   std::int64_t lines_of_turn() const {
+    const std::int64_t twelve = twelve_bits::kStretchSteps * twelve_bits::kStepBytes;
+    const std::int64_t lines = (spec_.twelve_bits ? twelve : stretch_bytes()) / kLineBytes;
     const std::int64_t turns = kPartialSumLength / (unroll() * step_length());
-    const std::int64_t stretch = twelve_bits::kStretchSteps * twelve_bits::kStepBytes;
-    return (stretch / kLineBytes + turns - 1) / turns;
+    const std::int64_t blocks = spec_.many_blocks ? kRowsPerStretch / rows_ : 1;
+    return (lines + turns * blocks - 1) / (turns * blocks);
   }
 
-  // How far ahead of the loads the weights are asked for: a choice of speed (ops/choices.def), but
-  // where a stretch is unpacked for many blocks.
-  std::int64_t prefetch_distance() const {
-    return spec_.many_blocks ? stretch_bytes() : spec_.prefetch;
+  // Where the stretch behind the one at hand, which is unpacked if it has to be, is stored.
+  Reg next_stretch() {
+    if (spec_.twelve_bits) return readers_[0].next_stretch();
+    return widens() ? stored_ : b_.add(weights_[0], stretch_bytes());
   }
 
-  // ask(bytes ahead, level of cache above L1) for what comes from memory, and for what L2 has.
+  // ask(bytes ahead, level of cache above L1) for what comes from memory, and for what L2 has. How
+  // far ahead of the loads is a choice of speed (ops/choices.def).
   template <class Ask>
   void ask_ahead(const Ask& ask) const {
-    if (prefetch_distance() == 0) return;
+    if (spec_.prefetch == 0) return;
     const bool twice = spec_.prefetch_near > 0;
-    ask(prefetch_distance(), twice ? 1 : 0);
+    ask(spec_.prefetch, twice ? 1 : 0);
     if (twice) ask(spec_.prefetch_near, 0);
   }
 
   // The first part asks for the whole line run: two parts with every other line each would both
   // miss the stream that the hardware looks for.
   void prefetch_step(int part, int step) {
-    if (part != 0 || unpacks() || asks_by_block()) return;
+    if (part != 0 || unpacks() || spec_.many_blocks) return;
     ask_ahead([&](std::int64_t distance, int level) {
       for (int line = 0; line < kStepBytes; line += kLineBytes) {
         b_.prefetch(b_.at(weights_[stream_], step * kStepBytes + distance + line), level);

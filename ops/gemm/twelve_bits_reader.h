@@ -32,7 +32,9 @@ class TwelveBitsReader {
   // and for a rest of fewer than 8.
   using Body = std::function<void(std::size_t reader, bool plain, int length)>;
   static void each_step(std::span<TwelveBitsReader> readers, std::int64_t count, const Body& body);
-  // Between stretches: asks for the next lines of the next stretch, or of what lies `distance`
+  // Between stretches: where the next one begins. To be copied, not to be moved.
+  Reg next_stretch() const { return stretch_; }
+  // Likewise: asks for the next lines of the next stretch, or of what lies `distance`
   // bytes behind the beginning of the one before, if that is farther. ask_again: from `lines`
   // earlier. Nothing else of the reader works between the two; that costs no register.
   void ask_for_next(std::int64_t lines, std::int64_t distance);
@@ -44,7 +46,8 @@ class TwelveBitsReader {
   std::array<Reg, 2> pairs(bool plain, int half, int vector);
 
   // The next stretch's first `count` of k, in steps of 8, as the 16-bit layout has them: written to
-  // `to`, which is moved behind them. Asks for what follows `distance` bytes behind each step.
+  // `to`, which is moved behind them. Asks for what follows `distance` bytes behind each step; 0:
+  // does not.
   void unpack_stretch(std::int64_t count, Reg to, std::int64_t distance);
   // The same in another layout, whose steps are step_bytes: store(pair of the step, vector of
   // columns, the pairs).
