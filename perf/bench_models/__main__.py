@@ -202,11 +202,13 @@ def start(
     prompt: Annotated[int, typer.Option(help="tokens of the prompt")] = 16,
     rounds: Annotated[int, typer.Option(help="starts of each kind")] = 5,
     threads: Annotated[int, typer.Option()] = 2,
+    names: Annotated[str, typer.Option("--systems", help="others, beside ours")] = "",
     output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
 ) -> None:
     """From nothing to the first token: captured or from a plan, weights packed or mapped."""
     import tempfile
 
+    from bench_models import cells, table
     from bench_models import start as starting
 
     record = _new_record()
@@ -216,11 +218,18 @@ def start(
                 found = starting.measure(
                     name, kind, prompt, rounds, threads, Path(cache) / "cache", _say
                 )
+                cell = cells.Cell(name, kind, prompt, 1, 1)
+                caches = Path(cache) / "others"
+                others = starting.peers(_split(names), cell, rounds, threads, caches, _say)
             record[f"{name} {kind}"] = found
+            record[f"{name} {kind}, others"] = others
             title = f"{name}, {kind}, {prompt} tokens, ms"
             print(title.ljust(44) + "".join(f"{k:>18}" for k in found))
             for part, values in starting.rows(found):
                 print(f"  {part:42}" + "".join(f"{value:18.1f}" for value in values))
+            print(f"{name}, {kind}, process start to first token, s".ljust(54) + "  cold  warm")
+            for system, cold, warm in starting.beside(found, others):
+                print(f"  {system:50}{table.seconds(cold):>8}{table.seconds(warm):>6}")
     _keep(record, output)
 
 

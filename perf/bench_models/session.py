@@ -133,7 +133,7 @@ def start(plan: Plan, name: str, cell: Cell, directory: Path, prompts: Any) -> R
     return row
 
 
-def _warm_start(plan: Plan, row: Row, cell: Cell, directory: Path, prompts: Any) -> None:
+def warm_start(plan: Plan, row: Row, cell: Cell, directory: Path, prompts: Any) -> None:
     """A fresh process with the caches of the first."""
     caches = plan.caches / f"{places.slug(row.name)}-{cell.model}-{cell.dtype}"
     try:
@@ -397,7 +397,7 @@ def run_session(
                 for row in rows:
                     if row.worker is not None and not row.reason:
                         plan.say(f"warm start of {row.name} ...")
-                        _warm_start(plan, row, first, directory, text.prompts_of(first, directory))
+                        warm_start(plan, row, first, directory, text.prompts_of(first, directory))
         yield records
     if plan.kept_caches is None:
         shutil.rmtree(plan.caches, ignore_errors=True)

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_models import models, places
+from bench_models import models, places, session, text
+from bench_models.cells import Cell
 
 # What each kind sets, and whether its cache has plans.
 KINDS = {
@@ -84,6 +85,55 @@ def measure(
         raise RuntimeError(f"the first token differs: {sorted(tokens)}")
     assert not any(s["packed"] for s in found["planned, mapped"]), "a weight was not kept"
     return found
+
+
+def peers(
+    systems: list[str],
+    cell: Cell,
+    rounds: int,
+    threads: int,
+    caches: Path,
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """What other systems need, from process start to the first token, in seconds: "cold" with empty
+    caches, once, and "warm" after that, `rounds` times; or the "reason" why not. What a system
+    converts once (models of OpenVINO and llama.cpp) is in neither."""
+    directory = models.directory_of(cell.model)
+    prompts = text.prompts_of(cell, directory)
+    plan = session.Plan(systems, threads, kept_caches=caches, say=say)
+    found: dict[str, dict[str, Any]] = {}
+    for name in systems:
+        row = session.start(plan, name, cell, directory, prompts)
+        if row.worker is None:
+            found[name] = {"reason": row.reason}
+            continue
+        row.worker.close()
+        entry = found[name] = {"cold": row.start["cold"], "warm": []}
+        for number in range(rounds):
+            say(f"{cell.model} {cell.dtype}: {name}, warm, {number + 1} of {rounds}")
+            session.warm_start(plan, row, cell, directory, prompts)
+            entry["warm"].append(row.start["warm"])
+    return found
+
+
+def beside(
+    found: dict[str, list[dict[str, Any]]], others: dict[str, dict[str, Any]]
+) -> list[tuple[str, float | None, float | None]]:
+    """(system, cold seconds, warm seconds), from process start to the first token: medians, ours
+    first; None where it could not. Ours is cold without a plan and with nothing packed."""
+
+    def total(starts: list[dict[str, Any]]) -> float | None:
+        totals = [start["total"] for start in starts if "total" in start]
+        return statistics.median(totals) if totals else None
+
+    def ours(kind: str) -> float | None:
+        milliseconds = total(found[kind])
+        return None if milliseconds is None else 1e-3 * milliseconds
+
+    return [("tilewright", ours("captured, packed"), ours("planned, mapped"))] + [
+        (name, total([entry.get("cold", {})]), total(entry.get("warm", [])))
+        for name, entry in others.items()
+    ]
 
 
 def rows(found: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[float]]]:

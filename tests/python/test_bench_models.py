@@ -483,6 +483,21 @@ def test_a_start_is_split_without_a_rest(tmp_path: Path) -> None:
     assert rows["total - sum"] == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
+def test_starts_of_others_stand_beside_ours(bench: Path) -> None:
+    from bench_models import start
+
+    cell = cells.Cell("tiny", "fp32", 8, 1, 1)
+    said: list[str] = []
+    others = start.peers(["eager", "zentorch"], cell, 2, 1, bench / "others", said.append)
+    assert "bench setup zentorch" in others["zentorch"]["reason"]
+    assert len(others["eager"]["warm"]) == 2
+    ours = {"captured, packed": [{"total": 3000.0}], "planned, mapped": [{"total": 2000.0}]}
+    tilewright, eager, zentorch = start.beside(ours, others)
+    assert tilewright == ("tilewright", 3.0, 2.0)
+    assert eager[1] == others["eager"]["cold"]["total"] and eager[2]
+    assert zentorch == ("zentorch", None, None)
+
+
 def test_the_kernels_of_a_model_are_counted_and_their_time_is_kept(tmp_path: Path) -> None:
     """One real process that emits a tiny model's kernels."""
     from bench_models import kernel_cache
