@@ -11,6 +11,8 @@ namespace {
 
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kHugePage = 2u << 20;
+constexpr std::size_t kAheadPart = 12;
+constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE of Linux 5.14
 
 std::size_t round_up(std::size_t bytes, std::size_t multiple) {
   return (bytes + multiple - 1) / multiple * multiple;
@@ -44,9 +46,25 @@ void WeightMemory::reserve(std::size_t bytes) {
   next_ = map(bytes);
   if (next_ == nullptr) return;
   end_ = next_ + bytes;
+  const std::size_t ahead = bytes / kAheadPart / kHugePage * kHugePage;
+  if (ahead == 0) return;
+  stop_ = false;
+  present_ = 0;
+  asking_.begin([this, ahead, begin = next_] {
+    for (std::size_t at = 0; at < ahead && !stop_; at += kHugePage) {
+      if (madvise(begin + at, kHugePage, kPopulateWrite) != 0) return;
+      present_ = at + kHugePage;
+    }
+  });
+}
+
+void WeightMemory::stop_asking() {
+  stop_ = true;
+  asking_.join();
 }
 
 WeightBytes WeightMemory::allocate(std::size_t bytes) {
+  stop_asking();
   const std::size_t size = round_up(std::max(bytes, std::size_t{1}), kPage);
   if (size <= reserved_bytes()) {
     char* memory = next_;
@@ -57,6 +75,7 @@ WeightBytes WeightMemory::allocate(std::size_t bytes) {
 }
 
 void WeightMemory::settle() {
+  stop_asking();
   if (next_ != end_) munmap(next_, reserved_bytes());
   next_ = end_ = nullptr;
 }

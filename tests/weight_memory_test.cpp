@@ -53,6 +53,35 @@ TEST(WeightMemory, PiecesAreZeroedAndApart) {
   }
 }
 
+bool is_present(const char* memory) {
+  unsigned char resident = 0;
+  return mincore(const_cast<char*>(memory), 1, &resident) == 0 && (resident & 1) != 0;
+}
+
+TEST(WeightMemory, ATwelfthIsAskedForAhead) {
+  WeightMemory memory;
+  memory.reserve(96 * kMegabyte);
+  for (int i = 0; i < 5000 && memory.present_bytes() < 8 * kMegabyte; ++i) usleep(1000);
+  if (memory.present_bytes() == 0) GTEST_SKIP() << "this kernel has no MADV_POPULATE_WRITE";
+  EXPECT_EQ(memory.present_bytes(), 8 * kMegabyte);
+  const WeightBytes piece = memory.allocate(16 * kMegabyte);
+  for (std::size_t at = 0; at < 16; ++at) {
+    EXPECT_EQ(is_present(piece.get() + at * kMegabyte), at < 8) << at << " MB";
+  }
+}
+
+// Neither who packs at once nor who ends early waits for it, or loses what was written.
+TEST(WeightMemory, AskingAheadStopsAtOnce) {
+  for (int i = 0; i < 20; ++i) {
+    WeightMemory memory;
+    memory.reserve(1024 * kMegabyte);
+    if (i % 2 == 0) continue;
+    const WeightBytes piece = memory.allocate(kMegabyte);
+    EXPECT_LT(memory.present_bytes(), 85 * kMegabyte);
+    expect_zeroed_and_fill(piece.get(), kMegabyte, 'x');
+  }
+}
+
 TEST(WeightMemory, WhatIsLeftGoesBack) {
   WeightMemory memory;
   memory.reserve(32 * kMegabyte);
