@@ -58,11 +58,19 @@ bool is_present(const char* memory) {
   return mincore(const_cast<char*>(memory), 1, &resident) == 0 && (resident & 1) != 0;
 }
 
+// MADV_POPULATE_WRITE of Linux 5.14, tried on a page of its own: what is tested must not decide.
+bool kernel_populates() {
+  void* page = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const bool populates = madvise(page, 4096, 23) == 0;
+  munmap(page, 4096);
+  return populates;
+}
+
 TEST(WeightMemory, ATwelfthIsAskedForAhead) {
+  if (!kernel_populates()) GTEST_SKIP() << "this kernel has no MADV_POPULATE_WRITE";
   WeightMemory memory;
   memory.reserve(96 * kMegabyte);
   for (int i = 0; i < 5000 && memory.present_bytes() < 8 * kMegabyte; ++i) usleep(1000);
-  if (memory.present_bytes() == 0) GTEST_SKIP() << "this kernel has no MADV_POPULATE_WRITE";
   EXPECT_EQ(memory.present_bytes(), 8 * kMegabyte);
   const WeightBytes piece = memory.allocate(16 * kMegabyte);
   for (std::size_t at = 0; at < 16; ++at) {

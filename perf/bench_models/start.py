@@ -2,7 +2,8 @@
 
 Every start is a process of its own that reads the checkpoint, optimises it and makes one token; the
 page cache and the kernels in the cache are warm. The kinds of start take turns, so that what the
-machine does meanwhile meets all of them. Tested by tests/python/test_bench_models.py.
+machine does meanwhile meets all of them. Other systems' starts can stand beside. Tested by
+tests/python/test_bench_models.py.
 """
 
 from __future__ import annotations
