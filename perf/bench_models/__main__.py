@@ -203,6 +203,7 @@ def start(
     rounds: Annotated[int, typer.Option(help="starts of each kind")] = 5,
     threads: Annotated[int, typer.Option()] = 2,
     names: Annotated[str, typer.Option("--systems", help="others, beside ours")] = "",
+    pause: Annotated[float, typer.Option(help="seconds before each start")] = 6.0,
     output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
 ) -> None:
     """From nothing to the first token: captured or from a plan, weights packed or mapped."""
@@ -216,7 +217,7 @@ def start(
         for kind in _split(dtype):
             with tempfile.TemporaryDirectory(prefix="start-", dir=places.home()) as cache:
                 found = starting.measure(
-                    name, kind, prompt, rounds, threads, Path(cache) / "cache", _say
+                    name, kind, prompt, rounds, threads, Path(cache) / "cache", pause, _say
                 )
                 cell = cells.Cell(name, kind, prompt, 1, 1)
                 caches = Path(cache) / "others"

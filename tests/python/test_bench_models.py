@@ -481,6 +481,9 @@ def test_a_start_is_split_without_a_rest(tmp_path: Path) -> None:
     rows = dict(start.rows({"packed": [made, made], "mapped": [made]}))
     assert rows["total"] == [made["total"]] * 2
     assert rows["total - sum"] == pytest.approx([0.0, 0.0], abs=1e-6)
+    given = sum(made["parts"][name] for name in ("interpreter", "imports", "read checkpoint"))
+    beyond = rows["beyond imports and reading"]
+    assert beyond == pytest.approx([made["total"] - given] * 2) and given > 0
 
 
 def test_starts_of_others_stand_beside_ours(bench: Path) -> None:
