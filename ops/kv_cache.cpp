@@ -1,7 +1,6 @@
 // KvCache: see kv_cache.h. Tested by kv_cache_test.
 #include "ops/kv_cache.h"
 
-#include <cstdlib>
 #include <cstring>
 
 #include "jit/base/eight_bits.h"
@@ -63,15 +62,13 @@ Status KvCache::reserve(std::int64_t tokens) {
   bool grown = false;
   for (auto& sequence : blocks_) {
     while (sequence.size() < wanted) {
-      const auto size = static_cast<std::size_t>((2 * block_bytes() + 63) / 64 * 64);
-      void* memory = std::aligned_alloc(64, size);
-      if (memory == nullptr) {
+      const auto size = static_cast<std::size_t>(2 * block_bytes());
+      BlockBytes memory = allocate_block(size);
+      if (!memory) {
         rebuild_tables();
         return Error{"out of memory for the key/value cache"};
       }
-      // Zeroed so that no kernel can ever meet a NaN in a token that was not written.
-      std::memset(memory, 0, size);
-      sequence.push_back(Block{{static_cast<char*>(memory), std::free}});
+      sequence.push_back(Block{std::move(memory)});
       grown = true;
     }
   }

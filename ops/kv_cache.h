@@ -23,6 +23,7 @@
 
 #include "graph/type.h"
 #include "jit/base/result.h"
+#include "ops/block_memory.h"
 #include "ops/ragged_rows.h"
 
 namespace tilewright::ops {
@@ -118,7 +119,7 @@ class KvCache {
   bool of_pages() const { return pages_.page_tokens != 0; }
   std::int64_t row_bytes() const { return head_dim_ * graph::size_in_bytes(dtype_); }
   struct Block {
-    std::unique_ptr<char, void (*)(void*)> memory;  // K then V
+    BlockBytes memory;  // K then V
   };
   std::int64_t block_bytes() const { return kv_heads_ * head_stride(); }
   char* token_in(void* const* blocks, std::int64_t token) const;

@@ -162,6 +162,7 @@ Status Lowering::lower_attention(const graph::Node& node) {
 
   AttentionTask task;
   task.spec.lanes = target_.lanes();
+  task.spec.prefetch_level = static_cast<int>(options_.choices.prefetch_keys_level);
   task.spec.group = static_cast<int>(shape[1].constant() / kv_heads.constant());
   task.spec.head_dim = static_cast<int>(shape[3].constant());
   task.spec.input = type(query).dtype;

@@ -40,6 +40,11 @@ char* map(std::size_t bytes) {
 
 void Unmap::operator()(char* memory) const { munmap(memory, bytes); }
 
+WeightBytes map_huge(std::size_t bytes) {
+  const std::size_t size = round_up(bytes, kPage);
+  return {map(size), Unmap{size}};
+}
+
 void WeightMemory::reserve(std::size_t bytes) {
   bytes = round_up(bytes, kHugePage);
   if (bytes == 0 || next_ != nullptr) return;
@@ -71,7 +76,7 @@ WeightBytes WeightMemory::allocate(std::size_t bytes) {
     next_ = memory + size;
     return {memory, Unmap{size}};
   }
-  return {map(size), Unmap{size}};
+  return map_huge(size);
 }
 
 void WeightMemory::settle() {

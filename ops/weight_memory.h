@@ -24,6 +24,9 @@ struct Unmap {
 };
 using WeightBytes = std::unique_ptr<char, Unmap>;
 
+// Zeroed, page-aligned memory of its own; from 2 MB on in huge pages. Null: out of memory.
+WeightBytes map_huge(std::size_t bytes);
+
 class WeightMemory {
  public:
   WeightMemory() = default;

@@ -437,6 +437,21 @@ TEST_P(Attention, BitsDoNotDependOnBlocks) {
   }
 }
 
+// Where keys are asked for into changes the code, and no bit of what it computes.
+TEST_P(Attention, BitsDoNotDependOnTheLevelOfPrefetches) {
+  AttentionKernel near = kernel(3, 64), far = near;
+  far.prefetch_level = 1;
+  const Target target = target_with_lanes(near.lanes);
+  EXPECT_NE(jit::emit(build(far), target)->bytes, jit::emit(build(near), target)->bytes);
+  Problem problem(near, {4, 61, 16}, 6, GuardedRows::Flush::end);
+  Problem other(far, {4, 61, 16}, 6, GuardedRows::Flush::end);
+  for (Engine engine : engines(near.lanes)) {
+    problem.run(engine);
+    other.run(engine);
+    EXPECT_EQ(other.results(), problem.results()) << name(engine);
+  }
+}
+
 TEST_P(Attention, LargeScoresDoNotOverflow) {
   const AttentionKernel spec = kernel(1, 16);
   Problem problem(spec, {0, 20, 8}, 8, GuardedRows::Flush::end);
@@ -487,6 +502,8 @@ TEST(AttentionSupported, SaysWhyNot) {
   EXPECT_EQ(supported(spec).error().message, "attention in i8");
   spec.cache = spec.input = DataType::i16;
   EXPECT_EQ(supported(spec).error().message, "attention in i16");
+  spec.prefetch_level = 2;
+  EXPECT_EQ(supported(spec).error().message, "keys asked for into level 2");
 }
 
 TEST(AttentionPrint, TellsEveryFieldApart) {
@@ -494,6 +511,10 @@ TEST(AttentionPrint, TellsEveryFieldApart) {
   spec.group = 3;
   spec.mask = MaskKind::boolean;
   EXPECT_EQ(print(spec), "attention lanes=8 group=3 head_dim=64 input=f32 cache=f32 mask=boolean");
+  spec.prefetch_level = 1;
+  EXPECT_EQ(print(spec),
+            "attention lanes=8 group=3 head_dim=64 input=f32 cache=f32 mask=boolean "
+            "prefetch_level=1");
 }
 
 }  // namespace

@@ -56,7 +56,7 @@ TEST(Choices, ARowIsFoundByVendorFamilyModelAndStepping) {
   EXPECT_EQ(milan.choices.row_blocks(8), (std::vector<int>{6, 5, 4, 3, 2, 1}));
   const CpuModel others[] = {{"GenuineIntel", 0x19, 0x01, 1},
                              {"AuthenticAMD", 0x17, 0x01, 1},
-                             {"AuthenticAMD", 0x19, 0x10, 1},
+                             {"AuthenticAMD", 0x19, 0x20, 1},
                              {"AuthenticAMD", 0x19, 0x01, 16},
                              {"", 0, 0, 0}};
   for (const CpuModel& cpu : others) {
@@ -307,12 +307,14 @@ TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
       R"({"prefetch_twelve_bits": 0, "twelve_bits_from": 0})",
       R"({"twelve_bits_from": 0})",
       R"({"twelve_bits_percent": 75, "twelve_bits_from": 0})",
+      R"({"prefetch_keys_level": 1})",
       R"({"few_queries": 3})",
       R"({"fp32_products": 6})",
   };
-  const std::set<std::string> in_code = {"row_blocks_avx2", "prefetch",    "prefetch_row",
-                                         "prefetch_near",   "streams_row", "prefetch_twelve_bits",
-                                         "twelve_bits_from"};
+  const std::set<std::string> in_code = {"row_blocks_avx2",  "prefetch",
+                                         "prefetch_row",     "prefetch_near",
+                                         "streams_row",      "prefetch_twelve_bits",
+                                         "twelve_bits_from", "prefetch_keys_level"};
   for (const ChoiceRow& row : rows({})) {
     const bool is_tried = std::ranges::any_of(changes, [&](std::string_view change) {
       return change.find('"' + std::string(row.name) + '"') != std::string_view::npos;

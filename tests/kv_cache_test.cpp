@@ -33,6 +33,38 @@ TEST(KvCache, WriteThenReadAcrossBlocks) {
   EXPECT_EQ(read_values, values);
 }
 
+TEST(BlockMemory, BlocksAreZeroedAndApartAndComeBack) {
+  constexpr std::size_t bytes = 96'000;  // 21 of a slab
+  std::vector<BlockBytes> blocks;
+  for (int i = 0; i < 50; ++i) {
+    blocks.push_back(allocate_block(bytes));
+    ASSERT_TRUE(blocks.back());
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(blocks.back().get()) % 64, 0u);
+    EXPECT_EQ(std::count(blocks.back().get(), blocks.back().get() + bytes, 0), bytes);
+    std::fill_n(blocks.back().get(), bytes, static_cast<char>(i + 1));
+  }
+  for (int i = 0; i < 50; ++i) {
+    const char* block = blocks[static_cast<std::size_t>(i)].get();
+    EXPECT_EQ(std::count(block, block + bytes, static_cast<char>(i + 1)), bytes) << i;
+  }
+  const std::size_t before = slab_bytes();
+  blocks.clear();
+  EXPECT_EQ(slab_bytes(), before);  // idle, for the next sequence
+  const BlockBytes again = allocate_block(bytes);
+  EXPECT_EQ(std::count(again.get(), again.get() + bytes, 0), bytes);
+  EXPECT_EQ(slab_bytes(), before);
+}
+
+TEST(BlockMemory, NoMoreThanSixtyFourMegabytesStayIdle) {
+  constexpr std::size_t megabyte = 1u << 20;
+  std::vector<BlockBytes> blocks;
+  for (int i = 0; i < 400; ++i) blocks.push_back(allocate_block(megabyte / 2));
+  EXPECT_GE(slab_bytes(), 200 * megabyte);
+  blocks.clear();
+  EXPECT_LE(slab_bytes(), 64 * megabyte);
+  EXPECT_FALSE(allocate_block(std::size_t{1} << 60));
+}
+
 TEST(KvCache, TablesFindEveryTokenOfEveryHead) {
   KvCache cache(2, 3, 4, graph::DataType::f32);
   const std::int64_t length = KvCache::block_tokens + 3;

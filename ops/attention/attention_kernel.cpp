@@ -9,7 +9,9 @@
 //
 // A key's score and a column's sum are added in the same order wherever the key lies in its block.
 // Fetching ahead costs a prefetch per line: cold keys and values of 570 tokens took 33 us a head of
-// 64 (group of 3, Zen 3) where computing took 12 and reading 12.
+// 64 (group of 3, Zen 3) where computing took 12 and reading 12. What is asked for into L1 waits
+// for the few requests that a core may have there: into L2 is 1.2 to 1.3 times as fast on Zen 4
+// (perf/results/attention-zen4.md).
 //
 // Tested by attention_test.
 #include "ops/attention/attention_kernel.h"
@@ -155,7 +157,9 @@ class AttentionBuilder {
   // The lines of one token's keys or values from `address` on.
   void prefetch_token(Reg address) {
     const int bytes = spec_.head_dim * static_cast<int>(size_in_bytes(spec_.cache));
-    for (int line = 0; line < bytes; line += 64) b_.prefetch(b_.at(address, line));
+    for (int line = 0; line < bytes; line += 64) {
+      b_.prefetch(b_.at(address, line), spec_.prefetch_level);
+    }
   }
 
   void begin_part() {
@@ -509,12 +513,16 @@ std::string print(const AttentionKernel& spec) {
   if (spec.softcap) text += " softcap";
   if (spec.slopes) text += " slopes";
   if (spec.sinks) text += " sinks";
+  if (spec.prefetch_level > 0) text += fmt::format(" prefetch_level={}", spec.prefetch_level);
   return text;
 }
 
 Status supported(const AttentionKernel& spec) {
   if (spec.lanes != 8 && spec.lanes != 16) return Error{fmt::format("{} lanes", spec.lanes)};
   if (spec.group < 1 || spec.head_dim < 1) return Error{"attention without heads or head_dim"};
+  if (spec.prefetch_level < 0 || spec.prefetch_level > 1) {
+    return Error{fmt::format("keys asked for into level {}", spec.prefetch_level)};
+  }
   for (DataType type : {spec.input, spec.cache}) {
     const bool is_float = type == DataType::f32 || type == DataType::bf16 || type == DataType::f16;
     if (!is_float && (type != DataType::i8 || type == spec.input)) {

@@ -43,9 +43,10 @@ struct AttentionKernel {
   graph::DataType input = graph::DataType::f32;  // q and output: f32, bf16, f16
   graph::DataType cache = graph::DataType::f32;  // k and v: f32, bf16, f16, i8
   MaskKind mask = MaskKind::none;
-  bool softcap = false;  // scores become cap * tanh(score / cap), before the mask
-  bool slopes = false;   // ALiBi: slope * (key - origin) is added to a score, a slope per head
-  bool sinks = false;    // a score per head that takes part in the softmax and has no value
+  bool softcap = false;    // scores become cap * tanh(score / cap), before the mask
+  bool slopes = false;     // ALiBi: slope * (key - origin) is added to a score, a slope per head
+  bool sinks = false;      // a score per head that takes part in the softmax and has no value
+  int prefetch_level = 0;  // keys and values are asked for into L1, or 1: into L2. The same bits
 
   bool has_scales() const { return cache == graph::DataType::i8; }
 };

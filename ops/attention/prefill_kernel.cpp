@@ -443,6 +443,7 @@ std::int64_t prefill_scratch_bytes(const PrefillKernel& spec, int strips) {
 std::string print(const PrefillKernel& spec) {
   AttentionKernel any_group = spec.attention;
   any_group.group = 1;
+  any_group.prefetch_level = 0;
   const char* arithmetic = spec.arithmetic == Arithmetic::dot     ? "avx512_bf16_"
                            : spec.arithmetic == Arithmetic::tiles ? "amx_bf16_"
                                                                   : "";
