@@ -388,7 +388,12 @@ Queries queries_of(const AttentionTask& task, const Frame& frame, std::int64_t s
   const KvCache* cache = cache_of(task, frame);
   if (cache == nullptr || !cache->ragged()) {
     const std::int64_t queries = frame.dim(task.queries);
-    return {sequence, 0, queries, queries};
+    if (cache == nullptr) return {sequence, 0, queries, queries};
+    // Alone, it would have come without the padding on its left.
+    const std::int64_t first = cache->first_keys()[static_cast<std::size_t>(sequence)];
+    const std::int64_t padding =
+        std::clamp<std::int64_t>(first - cache->length(sequence), 0, queries);
+    return {sequence, 0, queries, queries - padding};
   }
   const auto& ragged = cache->rows().sequences[static_cast<std::size_t>(sequence)];
   // One row is taken for a step of decode. It may be the last of a prompt, and the first few may be

@@ -119,6 +119,26 @@ TEST(AttentionTask, MoreThanAFewQueriesFillTiles) {
   }
 }
 
+// A short prompt that is padded to a long one's length meets the kernel that it would meet alone:
+// where the other multiplies by vdpbf16ps or AMX, a model's tokens depended on who shared its
+// batch.
+TEST(AttentionTask, PaddingDoesNotMakeAFewQueriesMany) {
+  const Kernel token = counting<tokens>(), merge = counting<merged>(), tile = counting_strips();
+  AttentionTask task = causal_attention(token, merge, tile);
+  task.cache = 0;
+  for (const auto& [padding, by_token] : {std::pair(14, 16), {13, 0}, {30, 0}}) {
+    KvCache cache(2, 2, 64, graph::DataType::f32);
+    ASSERT_TRUE(cache.set_first_keys(std::array<std::int64_t, 2>{padding, 0}).ok());
+    KvCache* const caches[] = {&cache};
+    Setting setting({0, 2, 2, 30});
+    setting.frame.caches = caches;
+    tokens = strips = 0;
+    ops::run(task, setting.frame, 0, 1);
+    EXPECT_EQ(tokens, 2 * by_token) << padding;
+    EXPECT_EQ(strips, 2 * 4 * (padding == 13 ? 2 : 1)) << padding;
+  }
+}
+
 // 300 rows of each of two heads are 13 strips: four tiles, as long as that is enough for threads.
 TEST(AttentionTask, ThreadsGetAFewTilesEach) {
   const Kernel token = counting<tokens>(), merge = counting<merged>(), tile = counting_strips();
