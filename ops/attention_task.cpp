@@ -95,29 +95,21 @@ class QueryRows {
 
 std::int64_t parts_of(std::int64_t keys) { return (keys + kPartKeys - 1) / kPartKeys; }
 
-// Tokens that go one at a time: the most keys of one, and how many they are.
+// Of the sequences whose tokens go one at a time: the most keys of a token, and the most tokens.
 struct FewQueries {
   std::int64_t keys = 0, queries = 0;
 };
 
-FewQueries few_queries(const AttentionTask& task, const Frame& frame, std::int64_t sequence) {
-  const Queries queries = queries_of(task, frame, sequence);
-  if (fills_tiles(task, queries)) return {};
-  FewQueries few{0, queries.count};
-  for (std::int64_t query = 0; query < queries.count; ++query) {
-    const KeyRange keys = keys_of(task, frame, queries.batch, queries.first + query);
-    few.keys = std::max(few.keys, keys.count);
-  }
-  return few;
-}
-
-// Of all sequences the most.
 FewQueries few_queries(const AttentionTask& task, const Frame& frame) {
   FewQueries most;
   for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
-    const FewQueries few = few_queries(task, frame, sequence);
-    most.queries = std::max(most.queries, few.queries);
-    most.keys = std::max(most.keys, few.keys);
+    const Queries queries = queries_of(task, frame, sequence);
+    if (fills_tiles(task, queries)) continue;
+    most.queries = std::max(most.queries, queries.count);
+    for (std::int64_t query = 0; query < queries.count; ++query) {
+      const KeyRange keys = keys_of(task, frame, queries.batch, queries.first + query);
+      most.keys = std::max(most.keys, keys.count);
+    }
   }
   return most;
 }
@@ -133,30 +125,6 @@ class Parts {
   // they are merged.
   std::int64_t items() const { return sequence_count(task_, frame_) * kv_heads_ * parts_; }
   std::int64_t bytes() const { return items() * queries_ * part_bytes_; }
-
-  // A thread's, with about as many keys as the others': the last part of a head is short. Of 576
-  // keys of three heads, two threads would have 1088 and 640 by the number of parts.
-  WorkRange share(int thread, int threads) const {
-    const std::int64_t sequences = sequence_count(task_, frame_);
-    std::int64_t all = 0, before = 0, item = 0;
-    for (std::int64_t i = 0; i < sequences; ++i) {
-      all += kv_heads_ * few_queries(task_, frame_, i).keys;
-    }
-    WorkRange range{0, 0};
-    for (std::int64_t i = 0; i < sequences; ++i) {
-      const std::int64_t of_head = few_queries(task_, frame_, i).keys;
-      for (std::int64_t part = 0; part < kv_heads_ * parts_; ++part, ++item) {
-        const std::int64_t left = of_head - part % parts_ * kPartKeys;
-        const std::int64_t keys = std::clamp<std::int64_t>(left, 0, kPartKeys);
-        // By the item's middle. An owner's number never falls, so each item is in one share.
-        const std::int64_t owner = (2 * before + keys) * threads / (2 * all + 1);
-        if (owner < thread) range.begin = item + 1;
-        if (owner <= thread) range.end = item + 1;
-        before += keys;
-      }
-    }
-    return range;
-  }
 
   void run(std::int64_t item) {
     const std::int64_t head = item / parts_ % kv_heads_, sequence = item / parts_ / kv_heads_;
@@ -243,7 +211,7 @@ class Parts {
 
 void run_parts(const AttentionTask& task, const Frame& frame, int thread, int threads) {
   Parts parts(task, frame, frame.scratch[static_cast<std::size_t>(thread)]);
-  const WorkRange range = parts.share(thread, threads);
+  const WorkRange range = share(parts.items(), thread, threads);
   for (std::int64_t item = range.begin; item < range.end; ++item) parts.run(item);
 }
 

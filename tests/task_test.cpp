@@ -29,21 +29,11 @@ namespace {
 
 // How often the stand-ins were called.
 int tokens, merged, tiles, strips, copies, in_pieces, many_blocks, few_blocks;
-std::int64_t keys;
 
 template <int& count>
 Kernel counting() {
   Kernel kernel;
   kernel.function = [](const std::int64_t*) { ++count; };
-  return kernel;
-}
-
-Kernel counting_keys() {
-  Kernel kernel;
-  kernel.function = [](const std::int64_t* arguments) {
-    ++tokens;
-    keys += arguments[AttentionArgs::key_count];
-  };
   return kernel;
 }
 
@@ -155,10 +145,9 @@ TEST(AttentionTask, ThreadsGetAFewTilesEach) {
   }
 }
 
-// 3 heads of 600 keys are 9 parts, whoever computes them; a token is merged once. Threads have
-// about as many keys each, not parts, of which every third is short.
+// 3 heads of 600 keys are 9 parts, whoever computes them; a token is merged once.
 TEST(AttentionTask, ThreadsShareTheParts) {
-  const Kernel token = counting_keys(), merge = counting<merged>();
+  const Kernel token = counting<tokens>(), merge = counting<merged>();
   for (const int threads : {1, 2, 4, 16}) {
     const Setting setting({0, 1, 3, 2, 600});
     AttentionTask task{};
@@ -172,18 +161,16 @@ TEST(AttentionTask, ThreadsShareTheParts) {
     task.q = task.k = task.v = task.output = operand();
     EXPECT_EQ(scratch_of(task, setting.frame).counters, 3);
     EXPECT_EQ(scratch_of(task, setting.frame).part_bytes, 3 * 2 * 3 * PartLayout(task.spec).bytes);
-    std::vector<std::int64_t> shares;
+    std::vector<int> shares;
     tokens = merged = 0;
     for (int thread = threads; thread-- > 0;) {
-      keys = 0;
+      const int before = tokens;
       ops::run(task, setting.frame, thread, threads);
-      shares.push_back(keys);
+      shares.push_back(tokens - before);
     }
     EXPECT_EQ(tokens, 9 * 2);
     EXPECT_EQ(merged, 3 * 2);
-    // Two tokens' keys, and half a part at either end of a share.
-    const std::int64_t fair = threads == 1 ? 1800 : 1800 / threads + kPartKeys / 2;
-    EXPECT_LE(std::ranges::max(shares), 2 * fair + (threads > 2 ? kPartKeys : 0)) << threads;
+    EXPECT_LE(std::ranges::max(shares), 2 * ((9 + threads - 1) / threads));
     for (const auto& done : setting.frame.parts_done) EXPECT_EQ(done, 0);
   }
 }
