@@ -236,7 +236,7 @@ def experiments(lanes: int, tiles: bool) -> list[Experiment]:
                 for wide in (4, 2)  # 81 and 87.5 % of the size in 16 bits
             ],
         ),
-        Experiment("prefetch_keys_level", [1], [Attention(1, 32768)]),
+        Experiment("prefetch_keys_level", [0, 1], [Attention(1, 32768)]),
         Experiment("few_queries", [32, 64], [Attention(queries, 1024) for queries in (24, 48)]),
     ]
     if lanes == 16:
