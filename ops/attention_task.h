@@ -6,7 +6,8 @@
 // into parts (attention_kernel.h), which are shared out among threads: 3 heads on 2 threads were
 // done as 2 and 1. Who finishes the last part of a sequence's head merges all of them. In a ragged
 // step (ragged_rows.h) each sequence goes as it would alone, so it gets the bits that it gets
-// alone; several rows of one are a piece of its prompt, which goes as the prompt would.
+// alone; several rows of one are a piece of its prompt, which goes as the prompt would. Padding on
+// the left of a sequence does not count as queries, for the same reason.
 //
 // Tested by program_test and task_test.
 #pragma once
