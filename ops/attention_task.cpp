@@ -105,7 +105,7 @@ FewQueries few_queries(const AttentionTask& task, const Frame& frame) {
   for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
     const Queries queries = queries_of(task, frame, sequence);
     if (fills_tiles(task, queries)) continue;
-    most.queries = std::max(most.queries, queries.count);
+    most.queries = std::max(most.queries, queries.count - queries.padding());
     for (std::int64_t query = 0; query < queries.count; ++query) {
       const KeyRange keys = keys_of(task, frame, queries.batch, queries.first + query);
       most.keys = std::max(most.keys, keys.count);
@@ -175,13 +175,14 @@ class Parts {
     const KeysAndValues cached(task_, frame_, sequence, head);
     cached.give<AttentionArgs>(part_args_);
     if (task_.spec.slopes) part_args_[AttentionArgs::slopes] = numbers(task_.slopes, head);
-    for (std::int64_t query = 0; query < queries.count; ++query) {
+    for (std::int64_t query = queries.padding(); query < queries.count; ++query) {
       const std::int64_t batch = queries.batch, row = queries.first + query;
       const KeyRange keys = keys_of(task_, frame_, batch, row);
       const std::int64_t before = index * kPartKeys;
       if (keys.count <= before) continue;
       part_args_[AttentionArgs::q] = argument(rows_.q(batch, first_head, row));
-      part_args_[AttentionArgs::part] = argument(part(sequence, head, query, index));
+      part_args_[AttentionArgs::part] =
+          argument(part(sequence, head, query - queries.padding(), index));
       part_args_[AttentionArgs::mask] = argument(rows_.mask(batch, first_head, row));
       part_args_[AttentionArgs::origin] = keys.first;
       part_args_[AttentionArgs::first_key] = keys.first + before;
@@ -194,7 +195,8 @@ class Parts {
     if (task_.spec.sinks) merge_args_[MergeArgs::sinks] = numbers(task_.sinks, head);
     for (std::int64_t query = 0; query < queries.count; ++query) {
       const std::int64_t batch = queries.batch, row = queries.first + query;
-      merge_args_[MergeArgs::parts] = argument(part(sequence, head, query, 0));
+      merge_args_[MergeArgs::parts] =
+          argument(part(sequence, head, std::max<std::int64_t>(query - queries.padding(), 0), 0));
       merge_args_[MergeArgs::part_count] = parts_of(keys_of(task_, frame_, batch, row).count);
       merge_args_[MergeArgs::output] = argument(rows_.output(batch, head * task_.spec.group, row));
       task_.merge->function(merge_args_);

@@ -27,6 +27,9 @@ struct Queries {
   std::int64_t batch, first, count;
   std::int64_t at_once;  // alone, they would be the last of so many: chooses the kernel
   std::int64_t last() const { return first + count - 1; }
+  // How many of them, at the beginning, are no tokens but fill the batch's shape: their output is
+  // 0.
+  std::int64_t padding() const { return count > at_once ? count - at_once : 0; }
 };
 std::int64_t sequence_count(const AttentionTask& task, const Frame& frame);
 Queries queries_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence);

@@ -122,9 +122,14 @@ TEST(AttentionTask, PaddingDoesNotMakeAFewQueriesMany) {
     KvCache* const caches[] = {&cache};
     Setting setting({0, 2, 2, 30});
     setting.frame.caches = caches;
-    tokens = strips = 0;
+    // Of padding there are no parts: it may be thousands of rows.
+    EXPECT_EQ(scratch_of(task, setting.frame).part_bytes,
+              2 * 2 * by_token * 3 * PartLayout(task.spec).bytes)
+        << padding;
+    tokens = strips = merged = 0;
     ops::run(task, setting.frame, 0, 1);
     EXPECT_EQ(tokens, 2 * by_token) << padding;
+    EXPECT_EQ(merged, padding == 13 ? 0 : 2 * 30) << padding;  // zeros for the padding
     EXPECT_EQ(strips, 2 * 4 * (padding == 13 ? 2 : 1)) << padding;
   }
 }
