@@ -57,39 +57,15 @@ bool read_rung(const json& value, std::string& to) {
   return Target::ladder(to).ok();
 }
 
-void add_blocks(std::vector<int>& blocks, const std::vector<int>& more) {
-  blocks.insert(blocks.end(), more.begin(), more.end());
-  std::ranges::sort(blocks, std::greater<>());
-  blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
-}
-
-// A rung that was asked for by its name stands for all CPUs that have it. Rows whose kernels differ
-// in more than can be had side by side are others.
+// A rung that was asked for by its name stands for all CPUs that have it: the rule's, and each
+// row's.
 Decision choices_for_a_rung(IsaMask isa) {
-  std::vector<Choices> rows;
-  for (const CpuRow& row : kCpus) rows.push_back(*changed({}, row.choices));
-  Decision decision{serving(rows), fmt::format("all rows, for {}", isa_mask_name(isa)), ""};
-  const Choices& all = decision.choices;
-  for (Choices& row : rows) {
-    row.row_blocks_avx2 = all.row_blocks_avx2;
-    row.row_blocks_avx512 = all.row_blocks_avx512;
-    row.fp32_products = all.fp32_products;
-    if (row != all) decision.others.push_back(std::move(row));
-  }
+  Decision decision{Choices(), fmt::format("all rows, for {}", isa_mask_name(isa)), ""};
+  for (const CpuRow& row : kCpus) decision.others.push_back(*changed({}, row.choices));
   return decision;
 }
 
 }  // namespace
-
-Choices serving(std::span<const Choices> rows) {
-  Choices all;
-  for (const Choices& row : rows) {
-    add_blocks(all.row_blocks_avx2, row.row_blocks_avx2);
-    add_blocks(all.row_blocks_avx512, row.row_blocks_avx512);
-    all.fp32_products = std::max(all.fp32_products, row.fp32_products);
-  }
-  return all;
-}
 
 Decision choices_for(const CpuModel& cpu, IsaMask isa) {
   if (cpu.vendor == "generic") return choices_for_a_rung(isa);

@@ -9,7 +9,6 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -41,10 +40,6 @@ struct Decision {
 
 // The row that fits, or the rule.
 Decision choices_for(const CpuModel& cpu, IsaMask isa);
-
-// The rule's choices with what each of `rows` has kernels for beside it: all blocks of rows, and
-// the most products.
-Choices serving(std::span<const Choices> rows);
 
 // `choices` but for those that a JSON object names, as {"prefetch": 512}. Error: no such choice, or
 // a value out of range, and which.

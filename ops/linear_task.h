@@ -36,14 +36,30 @@ inline std::int64_t rows_in_pieces(const LinearTask& task, std::int64_t rows) {
   return blocks >= task.many_blocks && !task.experts ? blocks * task.many.rows : 0;
 }
 
-// The kernel whose blocks cover `rows` rows, no more of them than the largest one needs; or null.
-// 16 rows are twice 8: 12 and 4 would unpack the weights twice.
+// The variant whose blocks are as many as the largest one needs, and alike: 16 rows are twice 8,
+// where at most 12 fit a block. Or null.
 template <class Task>
 auto* even_variant(Task& task, std::int64_t rows) {
   const std::int64_t most = task.variants.front().rows, blocks = (rows + most - 1) / most;
   const auto found = std::ranges::find_if(
       task.variants, [&](const auto& variant) { return variant.rows * blocks == rows; });
   return found == task.variants.end() ? nullptr : &*found;
+}
+
+// The kernel of `rows` rows that do not lie in pieces: one for all of them, because a second one
+// would read the weights again, from L2. Not of experts, who get any number of rows: null if there
+// is no such kernel.
+template <class Task>
+auto* whole_variant(Task& task, std::int64_t rows) {
+  if (auto* even = even_variant(task, rows)) return even;
+  const auto largest = std::ranges::find_if(
+      task.variants, [&](const auto& variant) { return variant.rows <= rows; });
+  const std::int64_t block = largest->rows;
+  if (rows % block == 0) return &*largest;
+  const auto found = std::ranges::find_if(task.with_rest, [&](const auto& variant) {
+    return variant.rows == block && variant.rest == rows % block;
+  });
+  return found == task.with_rest.end() ? nullptr : &*found;
 }
 
 // Calls part(variant, first row, blocks of variant.rows rows) for parts that cover `rows` rows of
@@ -53,8 +69,8 @@ void for_row_blocks(Task& task, std::int64_t rows, bool packed, Part&& part) {
   std::int64_t first = packed ? rows_in_pieces(task, rows) : 0;
   if (first > 0) part(task.many, std::int64_t{0}, first / task.many.rows);
   if (first == rows) return;
-  if (auto* even = first == 0 ? even_variant(task, rows) : nullptr) {
-    return part(*even, std::int64_t{0}, rows / even->rows);
+  if (auto* whole = whole_variant(task, rows - first)) {
+    return part(*whole, first, (rows - first) / whole->rows);
   }
   for (auto& variant : task.variants) {
     const std::int64_t blocks = (rows - first) / variant.rows;
@@ -114,6 +130,7 @@ void for_needed_variants(Task& task, std::int64_t rows, Visit&& visit) {
 template <class Visit>
 void for_all_variants(LinearTask& task, Visit&& visit) {
   for (LinearTask::Variant& variant : task.variants) visit(variant);
+  for (LinearTask::Variant& variant : task.with_rest) visit(variant);
   if (!task.experts) visit(task.many);
   if (!task.tiles) return;
   for (LinearTask::Variant& variant : task.tiles->variants) visit(variant);

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "ops/gemm/arithmetic.h"
 #include "ops/gemm/linear_kernel.h"
@@ -32,9 +33,17 @@ int streams(LinearKernel spec, int rows, const Choices& choices) {
   return gains && reads_several_panels(spec) ? static_cast<int>(choices.streams_row) : 1;
 }
 
+// Rows of a block that are bound by memory, so that the hardware, which reads ahead of the loads,
+// keeps it busy.
+int most_rows_by_hardware(int lanes) { return lanes == 16 ? 6 : 4; }
+
 std::int64_t prefetch(const LinearKernel& spec, int rows, const Choices& choices) {
   if (spec.twelve_bits) return choices.prefetch_twelve_bits;
-  if (spec.weight == graph::DataType::f16) return choices.prefetch_f16;
+  const bool is_f16 = spec.weight == graph::DataType::f16;
+  if (rows > most_rows_by_hardware(spec.lanes)) {
+    return is_f16 ? std::max(choices.prefetch_f16, choices.prefetch_block) : choices.prefetch_block;
+  }
+  if (is_f16) return choices.prefetch_f16;
   const bool short_loop = spec.weight == graph::DataType::f32;
   const bool by_hardware = rows == 1 && (short_loop || streams(spec, rows, choices) > 1);
   return by_hardware ? choices.prefetch_row : choices.prefetch;
@@ -48,6 +57,21 @@ std::int64_t most_rows_of_tiles(const TilePack& pack) {
   return std::clamp<std::int64_t>(rows / block * block, 2 * block, 16 * block);
 }
 
+// Of the largest blocks any number of rows may remain; fewer rows than one of those are cut into
+// the largest blocks that they fill.
+void add_rests(LinearTask& task) {
+  std::int64_t end = std::numeric_limits<std::int64_t>::max();  // of rows that are cut so
+  for (LinearTask::Variant variant : task.variants) {
+    variant.streams = 1;
+    const int block = variant.rows;
+    for (variant.rest = 1; variant.rest < std::min<std::int64_t>(block, end - block);
+         ++variant.rest) {
+      task.with_rest.push_back(variant);
+    }
+    end = block;
+  }
+}
+
 // The kernels of a task, for people.
 std::string describe(const LinearTask& task) {
   std::string text = print(task.spec);
@@ -58,8 +82,8 @@ std::string describe(const LinearTask& task) {
 
 }  // namespace
 
-// Blocks of rows that kernels exist for, largest first. Fewer kernels than one per remainder
-// (emission time), and any number of rows is covered: 5 = 4 + 1.
+// Blocks of rows that kernels exist for, largest first, and what may remain behind blocks of them.
+// Any number of rows is covered: 5 = 4 + 1, 17 = 8 + 8 + 1.
 void Lowering::add_kernels(LinearTask& task) {
   const Choices& choices = options_.choices;
   const ArithmeticChoice choice =
@@ -70,6 +94,7 @@ void Lowering::add_kernels(LinearTask& task) {
     task.variants.push_back(
         {rows, nullptr, prefetch(task.spec, rows, choices), streams(task.spec, rows, choices)});
   }
+  if (!task.experts) add_rests(task);
   task.many = {task.variants.front().rows};
   task.spec.prefetch = task.variants.back().prefetch;
   task.spec.prefetch_near = choices.prefetch_near;

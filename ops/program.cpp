@@ -112,6 +112,7 @@ Status reserve_caches(const State& state, std::span<KvCache* const> caches,
 void request_kernel(State& state, const LinearTask& linear, LinearTask::Variant& variant) {
   LinearKernel spec = linear.spec;
   spec.rows = variant.rows;
+  spec.rest = variant.rest;
   spec.prefetch = variant.prefetch;
   spec.streams = variant.streams;
   spec.many_blocks = &variant == &linear.many;

@@ -80,6 +80,7 @@ struct LinearTask {
     const Kernel* kernel = nullptr;  // until a run needs it
     std::int64_t prefetch = 0;       // as the kernel's
     int streams = 1;                 // likewise
+    int rest = 0;                    // likewise
     bool tiles = false;
   };
   // Many rows, where tiles multiply them.
@@ -90,7 +91,8 @@ struct LinearTask {
     std::int64_t most_rows = 0;            // multiplied at once: their x stays in L2
     float largest_weight = 0;              // of |w|, where x is fp32
   };
-  std::vector<Variant> variants;   // rows descending, the last has 1
+  std::vector<Variant> variants;   // rows descending, the last has 1; none has a rest
+  std::vector<Variant> with_rest;  // for rows that no number of blocks of one variant covers
   Variant many;                    // blocks of as many rows as the first
   const Kernel* copy = nullptr;    // rows of x to packed x
   const Kernel* pieces = nullptr;  // the same for `many`

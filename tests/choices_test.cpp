@@ -27,27 +27,14 @@ namespace fs = std::filesystem;
 
 const CpuModel kMilan{"AuthenticAMD", 0x19, 0x01, 1};
 
-TEST(ChoicesFor, ARungHasTheKernelsOfEveryRow) {
+TEST(ChoicesFor, ARungHasTheRuleAndEveryRow) {
   const Target rung = *Target::for_rung("avx2");
-  const Choices all = choices_for(rung.cpu, rung.isa).choices;
-  const std::vector<int>& blocks = all.row_blocks_avx2;
-  const CpuModel zen3{"AuthenticAMD", 0x19, 1, 1};
-  for (const Choices& choices : {Choices(), choices_for(zen3, rung.isa).choices}) {
-    for (int rows : choices.row_blocks_avx2) EXPECT_EQ(std::ranges::count(blocks, rows), 1);
-    EXPECT_GE(all.fp32_products, choices.fp32_products);
+  const Decision decision = choices_for(rung.cpu, rung.isa);
+  EXPECT_EQ(decision.choices, Choices{});
+  const CpuModel zen3{"AuthenticAMD", 0x19, 1, 1}, zen4{"AuthenticAMD", 0x19, 0x11, 1};
+  for (const CpuModel& cpu : {zen3, zen4}) {
+    EXPECT_EQ(std::ranges::count(decision.others, choices_for(cpu, rung.isa).choices), 1);
   }
-  EXPECT_TRUE(std::ranges::is_sorted(blocks, std::greater<>()));
-}
-
-TEST(Choices, WhatServesAllRowsHasTheBlocksOfEachAndTheMostProducts) {
-  const std::vector<Choices> rows = {*changed({}, R"({"fp32_products": 3})"),
-                                     *changed({}, R"({"row_blocks_avx512": [9, 4, 1]})"),
-                                     *changed({}, R"({"fp32_products": 6})"), Choices{}};
-  Choices expected;
-  expected.row_blocks_avx512 = {12, 9, 8, 4, 2, 1};
-  expected.fp32_products = 6;
-  EXPECT_EQ(serving(rows), expected);
-  EXPECT_EQ(serving({}), Choices{});
 }
 
 TEST(Choices, ARowIsFoundByVendorFamilyModelAndStepping) {
@@ -302,6 +289,7 @@ TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
       R"({"prefetch": 512})",
       R"({"prefetch_f16": 512})",
       R"({"prefetch_near": 1536})",
+      R"({"prefetch_block": 512})",
       R"({"prefetch_row": 512})",
       R"({"streams_row": 1})",
       R"({"prefetch_twelve_bits": 0, "twelve_bits_from": 0})",
@@ -311,10 +299,10 @@ TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
       R"({"few_queries": 3})",
       R"({"fp32_products": 6})",
   };
-  const std::set<std::string> in_code = {"row_blocks_avx2",  "prefetch",
-                                         "prefetch_row",     "prefetch_near",
-                                         "streams_row",      "prefetch_twelve_bits",
-                                         "twelve_bits_from", "prefetch_keys_level"};
+  const std::set<std::string> in_code = {
+      "row_blocks_avx2",      "prefetch",         "prefetch_block",
+      "prefetch_row",         "prefetch_near",    "streams_row",
+      "prefetch_twelve_bits", "twelve_bits_from", "prefetch_keys_level"};
   for (const ChoiceRow& row : rows({})) {
     const bool is_tried = std::ranges::any_of(changes, [&](std::string_view change) {
       return change.find('"' + std::string(row.name) + '"') != std::string_view::npos;

@@ -74,14 +74,15 @@ inline std::vector<Engine> engines(const LinearKernel& spec) {
   return tilewright::engines(spec.lanes);
 }
 
-// One problem: operands of M = blocks * rows rows in guarded memory. The last block of tiles is not
-// full.
+// One problem: operands of M = blocks * rows + rest rows in guarded memory. The last block of tiles
+// is not full.
 struct Problem {
   Problem(LinearKernel kernel, std::int64_t block_count, Fill fill, unsigned seed,
           GuardedRows::Flush flush, const std::function<void(Problem&)>& change = {})
       : spec(std::move(kernel)),
         blocks(block_count),
-        m(block_count * spec.rows - (is_tiled(spec.arithmetic) && block_count > 0 ? 5 : 0)) {
+        m(block_count * spec.rows + spec.rest -
+          (is_tiled(spec.arithmetic) && block_count > 0 ? 5 : 0)) {
     Random random(seed);
     w = guarded(spec.n, spec.k, spec.weight, flush);
     x_type = input_type(spec);
@@ -97,8 +98,8 @@ struct Problem {
     residual = guarded(m, outputs(), spec.output, flush);
     fill_rows(*bias, spec.output, 1, spec.n, fill, random);
     fill_rows(*residual, spec.output, m, outputs(), fill, random);
-    partial_sums = guarded(1, ops::partial_sums_bytes(blocks * spec.rows) / 4, DataType::f32,
-                           GuardedRows::Flush::end);
+    partial_sums = guarded(1, ops::partial_sums_bytes(blocks * spec.rows + spec.rest) / 4,
+                           DataType::f32, GuardedRows::Flush::end);
     if (spec.twelve_bits && fill == Fill::normal) scatter_outsiders();
     if (change) change(*this);
     std::vector<ops::WeightBlock> stacked{{w->row(0), spec.n, w->stride()}};

@@ -132,6 +132,37 @@ TEST_P(Linear, BitsDoNotDependOnHowWorkIsCut) {
       EXPECT_EQ(problem.results(), wanted) << name(engine) << " rows=" << rows;
     }
   }
+  for (const auto& [rows, rest] : {std::pair{5, 2}, {8, 4}, {7, 5}}) {
+    if (rows > ops::max_rows(whole.lanes)) continue;
+    LinearKernel spec = whole;
+    spec.rows = rows;
+    spec.rest = rest;
+    spec.streams = 1;
+    const Problem problem(spec, 12 / rows, Fill::normal, 11, GuardedRows::Flush::end);
+    for (Engine engine : engines(spec)) {
+      problem.run(engine);
+      EXPECT_EQ(problem.results(), wanted) << name(engine) << " " << rows << " + " << rest;
+    }
+  }
+}
+
+// A smaller block behind the others, or behind none.
+TEST_P(Linear, MatchesTheBoundsWithASmallerLastBlock) {
+  const std::vector<ops::Epilogue> all = epilogues();
+  std::size_t turn = 0;
+  for (int rows = 2; rows <= ops::max_rows(GetParam().lanes); ++rows) {
+    for (int rest = 1; rest < rows; ++rest) {
+      LinearKernel spec = kernel(rows, 33, std::array{3, 128, 259}[turn / 3 % 3]);
+      spec.epilogue = all[turn % all.size()];
+      if (spec.epilogue.gated) spec.n *= 2;
+      spec.output = kFloats[turn % 3];
+      spec.streams = 1;
+      spec.rest = rest;
+      check(spec, static_cast<std::int64_t>(turn % 3), static_cast<unsigned>(turn));
+      if (HasFatalFailure()) return;
+      ++turn;
+    }
+  }
 }
 
 // Panels side by side and one after the other, an odd one alone.
@@ -234,9 +265,14 @@ TEST_P(Linear, InnerLoopsDoNotSpill) {
           }
           spec.epilogue = each;
           spec.output = output;
-          const auto code = jit::emit(build(spec), target_with_lanes(spec.lanes));
-          ASSERT_TRUE(code.ok()) << print(spec) << ": " << code.error().message;
-          EXPECT_EQ(code->spills, 0) << print(spec);
+          for (int rest : {0, 1, rows - 1}) {
+            if (rest > 0 && (rest >= rows || spec.many_blocks)) continue;
+            spec.rest = rest;
+            if (rest > 0) spec.streams = 1;
+            const auto code = jit::emit(build(spec), target_with_lanes(spec.lanes));
+            ASSERT_TRUE(code.ok()) << print(spec) << ": " << code.error().message;
+            EXPECT_EQ(code->spills, 0) << print(spec);
+          }
         }
       }
     }
@@ -383,6 +419,14 @@ TEST(LinearSupported, SaysWhyNot) {
   EXPECT_TRUE(supported(bad).ok());
   bad.rows = 2;
   EXPECT_EQ(supported(bad).error().message, "2 panels side by side");
+  bad.streams = 1;
+  bad.rest = 1;
+  EXPECT_TRUE(supported(bad).ok());
+  bad.many_blocks = true;
+  EXPECT_EQ(supported(bad).error().message, "a block of 1 rows behind others");
+  bad.many_blocks = false;
+  bad.rest = 2;
+  EXPECT_EQ(supported(bad).error().message, "a block of 2 rows behind others");
 }
 
 // One chain of additions over all of k would round about twice as much.

@@ -239,6 +239,29 @@ TEST(LinearTask, BlocksAreAlikeIfThatTakesNoMoreOfThem) {
   EXPECT_EQ(blocks(0, false), Parts{});
 }
 
+// The weights of rows that no kernel's blocks cover pass by once, too.
+TEST(LinearTask, OneKernelCoversAnyNumberOfRowsBelowMany) {
+  LinearTask task{};
+  task.variants = {{8}, {5}, {1}};
+  for (int rest = 1; rest < 8; ++rest) task.with_rest.push_back({.rows = 8, .rest = rest});
+  for (int rest = 1; rest < 3; ++rest) task.with_rest.push_back({.rows = 5, .rest = rest});
+  task.many = {8};
+  task.many_blocks = 4;
+  for (std::int64_t rows = 1; rows < 64; ++rows) {
+    for (bool packed : {false, true}) {
+      std::int64_t covered = 0, kernels = 0;
+      ops::for_row_blocks(task, rows, packed,
+                          [&](const auto& variant, std::int64_t first, std::int64_t count) {
+                            EXPECT_EQ(first, covered) << rows;
+                            covered += count * variant.rows + variant.rest;
+                            ++kernels;
+                          });
+      EXPECT_EQ(covered, rows);
+      EXPECT_LE(kernels, packed && rows >= 32 && rows % 8 != 0 ? 2 : 1) << rows;
+    }
+  }
+}
+
 // --- tasks whose kernels the interpreter runs
 
 using graph::DataType;

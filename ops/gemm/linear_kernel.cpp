@@ -72,10 +72,8 @@ constexpr std::int64_t kPartialSumLength = 128;
 class LinearBuilder {
  public:
   explicit LinearBuilder(const LinearKernel& spec)
-      : spec_(spec), rows_(spec.rows), b_(function_name(spec), spec.lanes, LinearArgs::count) {
-    const int most = is_f32() ? 12 : 8;
-    vectors_ = panel_vectors();
-    while (vectors_ * rows_ > most && vectors_ > 2) vectors_ /= 2;
+      : spec_(spec), b_(function_name(spec), spec.lanes, LinearArgs::count) {
+    begin_blocks(spec.rows);
   }
 
   jit::vir::Function run() && {
@@ -100,7 +98,8 @@ class LinearBuilder {
   // Whether a stretch is written to scratch before blocks of rows meet it: as fp32, or in 16 bits.
   bool widens() const { return spec_.many_blocks && spec_.weight != DataType::f32 && !dots(); }
   bool unpacks() const {
-    return widens() || (spec_.twelve_bits && (rows_ > kMostRowsInRegisters || spec_.many_blocks));
+    return widens() ||
+           (spec_.twelve_bits && (spec_.rows > kMostRowsInRegisters || spec_.many_blocks));
   }
   // As the products read them.
   bool is_f32() const { return spec_.weight == DataType::f32 || widens(); }
@@ -110,6 +109,14 @@ class LinearBuilder {
   std::int64_t panel_bytes() const { return packed_bytes(kPanelColumns, spec_.k, spec_.weight); }
   int pointer_count() const {
     return spec_.many_blocks ? 1 : (rows_ + kRowsPerPointer - 1) / kRowsPerPointer;
+  }
+
+  // What follows is for blocks of so many rows.
+  void begin_blocks(int rows) {
+    rows_ = rows;
+    const int most = is_f32() ? 12 : 8;
+    vectors_ = panel_vectors();
+    while (vectors_ * rows_ > most && vectors_ > 2) vectors_ /= 2;
   }
 
   // The panel's vectors that a part computes. Gated: the gates' in the first half of the list, the
@@ -165,9 +172,7 @@ class LinearBuilder {
     if (rest > 0) emit_stretch({rest, stretches > 0, true}, b_.constant(stretches));
     if (spec_.many_blocks) return;
     const Reg index = panel(), sums = b_.arg(LinearArgs::partial_sums);
-    const auto finish = [&] {
-      PanelRows(b_, spec_, index).finish(b_.mul(b_.arg(LinearArgs::block_count), rows_), sums);
-    };
+    const auto finish = [&] { PanelRows(b_, spec_, index).finish(row_count(), sums); };
     if (streams == 1) return finish();
     b_.loop(b_.constant(streams), [&] {
       finish();
@@ -184,6 +189,12 @@ class LinearBuilder {
   // Panels of each of two streams. Computed again each time: nothing long-lived has a register to
   // spare.
   Reg half() { return b_.shift_right(b_.arg(LinearArgs::panel_count), 1); }
+
+  // Of a call.
+  Reg row_count() {
+    const Reg rows = b_.mul(b_.arg(LinearArgs::block_count), spec_.rows);
+    return spec_.rest > 0 ? b_.add(rows, spec_.rest) : rows;
+  }
 
   struct Stretch {
     std::int64_t count;  // of k
@@ -222,6 +233,11 @@ class LinearBuilder {
       emit_block();
     } else {
       b_.loop(b_.arg(LinearArgs::block_count), emit_block);
+    }
+    if (spec_.rest > 0) {
+      begin_blocks(spec_.rest);
+      emit_block();
+      begin_blocks(spec_.rows);
     }
     if (unpacks()) return;
     for (TwelveBitsReader& reader : readers_) reader.end_stretch();
@@ -264,7 +280,8 @@ class LinearBuilder {
   void clear_sums() {
     Reg zero = b_.zero();
     sums_ = b_.arg(LinearArgs::partial_sums);
-    b_.loop(b_.mul(b_.arg(LinearArgs::block_count), sum_rows()), [&] {
+    const auto streams = static_cast<std::int64_t>(weights_.size());
+    b_.loop(streams > 1 ? b_.mul(row_count(), streams) : row_count(), [&] {
       for (int i = 0; i < panel_vectors(); ++i) b_.store(Element::f32, sum_address(0, i), zero);
       b_.add_to(sums_, kPartialSumsBytesPerRow);
     });
@@ -338,13 +355,13 @@ class LinearBuilder {
     const std::int64_t turns = steps / unroll();
     if (turns > 0) {
       b_.loop(b_.constant(turns), [&] {
-        if (part == 0) ask_for_lines();
+        if (asks(part)) ask_for_lines();
         each_stream([&] {
           for (int u = 0; u < unroll(); ++u) emit_step(part, u, step_length());
         });
         advance_k(unroll() * step_length());
       });
-      if (part == 0 && asks_for_one_block()) readers_[0].ask_again(turns * lines_of_turn());
+      if (asks(part) && asks_for_one_block()) readers_[0].ask_again(turns * lines_of_turn());
     }
     const int rest = static_cast<int>(steps % unroll());
     each_stream([&] {
@@ -372,7 +389,7 @@ class LinearBuilder {
     const std::vector<int> columns = part_vectors(part);
     TwelveBitsReader::each_step(readers_, count, [&](std::size_t reader, bool plain, int length) {
       stream_ = reader;
-      if (part == 0) {
+      if (asks(part)) {
         ask_ahead(
             [&](std::int64_t distance, int level) { readers_[stream_].prefetch(distance, level); });
       }
@@ -479,9 +496,11 @@ class LinearBuilder {
   }
 
   // The first part asks for the whole line run: two parts with every other line each would both
-  // miss the stream that the hardware looks for.
+  // miss the stream that the hardware looks for. The last, smaller block finds all asked for.
+  bool asks(int part) const { return part == 0 && rows_ == spec_.rows; }
+
   void prefetch_step(int part, int step) {
-    if (part != 0 || unpacks() || spec_.many_blocks) return;
+    if (!asks(part) || unpacks() || spec_.many_blocks) return;
     ask_ahead([&](std::int64_t distance, int level) {
       for (int line = 0; line < kStepBytes; line += kLineBytes) {
         b_.prefetch(b_.at(weights_[stream_], step * kStepBytes + distance + line), level);
@@ -548,9 +567,9 @@ class LinearBuilder {
   }
 
   const LinearKernel& spec_;
-  int rows_;  // of a block
   Builder b_;
-  int vectors_;               // accumulators of a row in one part
+  int rows_;                  // of the block at hand
+  int vectors_;               // accumulators of its rows in one part, each
   Reg panels_left_;           // the next one included; with two streams of the first half
   std::vector<Reg> weights_;  // the stretch of each panel at hand, mostly one, then moved along k
   std::vector<TwelveBitsReader> readers_;  // likewise, of weights in 12 bits
@@ -631,6 +650,7 @@ std::string print(const LinearKernel& spec) {
     text += fmt::format(" near={}", spec.prefetch_near);
   }
   if (spec.streams > 1) text += fmt::format(" streams={}", spec.streams);
+  if (spec.rest > 0) text += fmt::format(" rest={}", spec.rest);
   return text;
 }
 
@@ -646,6 +666,10 @@ Status supported(const LinearKernel& spec) {
   if (tiled ? spec.rows != kTileRows && spec.rows != 2 * kTileRows
             : spec.rows < 1 || spec.rows > max_rows(spec.lanes)) {
     return Error{fmt::format("a block of {} rows", spec.rows)};
+  }
+  if (spec.rest < 0 || spec.rest >= spec.rows ||
+      (spec.rest > 0 && (tiled || spec.many_blocks || spec.streams > 1))) {
+    return Error{fmt::format("a block of {} rows behind others", spec.rest)};
   }
   if (spec.n < 1 || spec.k < 1) return Error{"an empty weight"};
   for (std::int64_t ahead : {spec.prefetch, spec.prefetch_near}) {

@@ -50,6 +50,7 @@ struct LinearKernel {
   Arithmetic arithmetic = Arithmetic::fma;
   int lanes = 8;              // fp32 lanes of a vector
   int rows = 1;               // rows of a block: 1..max_rows(lanes); tiles: 16 or 32
+  int rest = 0;               // rows of one smaller block behind the others; 0: there is none
   std::int64_t n = 0, k = 0;  // of the packed weight (both gate and up counted when gated)
   graph::DataType weight = graph::DataType::f32;  // f32, bf16, f16: as stored; arithmetic is fp32
   bool twelve_bits = false;                       // the weight is bf16 stored as twelve_bits.h says
@@ -74,8 +75,8 @@ struct LinearKernel {
 // + i % P, and x_row_stride is not read. One stream through memory, where rows one below the other
 // are `rows` short ones: with a turn of the loop as long as a piece, 1.05 to 1.11 times the speed.
 // The kernel computes, for each panel in [panel_begin, panel_begin + panel_count) and each of
-// block_count blocks of `rows` rows, its piece of y. Panels are the outer loop, so that the weights
-// are read from memory once.
+// block_count blocks of `rows` rows and one of `rest`, its piece of y. Panels are the outer loop,
+// so that the weights are read from memory once.
 struct LinearArgs {
   enum Slot {
     x,

@@ -34,7 +34,7 @@ class Reference {
     const std::int64_t columns = spec_.epilogue.gated ? spec_.n / 2 : spec_.n;
     const std::int64_t width = spec_.epilogue.gated ? panel_columns() / 2 : panel_columns();
     const std::int64_t begin = args_[LinearArgs::panel_begin];
-    const std::int64_t rows = args_[LinearArgs::block_count] * spec_.rows;
+    const std::int64_t rows = args_[LinearArgs::block_count] * spec_.rows + spec_.rest;
     for (std::int64_t p = begin; p < begin + args_[LinearArgs::panel_count]; ++p) {
       for (std::int64_t c = 0; c < width && p * width + c < columns; ++c) {
         for (std::int64_t row = 0; row < rows; ++row) {

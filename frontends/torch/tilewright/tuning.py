@@ -164,7 +164,12 @@ def experiments(lanes: int, tiles: bool) -> list[Experiment]:
 
     blocks: dict[int, list[list[int]]] = {
         8: [[6, 4, 2, 1], [6, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1]],
-        16: [[12, 8, 4, 2, 1], [12, 8, 6, 4, 3, 2, 1], [12, 10, 8, 6, 5, 4, 3, 2, 1]],
+        16: [
+            [12, 8, 4, 2, 1],
+            [12, 8, 6, 4, 3, 2, 1],
+            [12, 10, 8, 6, 5, 4, 3, 2, 1],
+            [8, 7, 6, 5, 4, 3, 2, 1],
+        ],
     }
     most = blocks[lanes][0][0]
     found = [
@@ -172,12 +177,14 @@ def experiments(lanes: int, tiles: bool) -> list[Experiment]:
             f"row_blocks_avx{2 if lanes == 8 else 512}",
             blocks[lanes],
             [
-                *(layers(rows, 2048, 2048) for rows in (3, 4, 5)),
+                *(layers(rows, 2048, 2048) for rows in (3, 4, 5, 4 * most)),
                 layers(3, 2048, 2048, bf16),
                 layers(3, 2048, 2048, bf16, fixed=COMPACT, name="in 12 bits"),
             ],
         ),
-        Experiment("many_blocks", [2, 3, 8], [layers(n * most, 2048, 2048) for n in (2, 3, 6)]),
+        Experiment(
+            "many_blocks", [2, 3, 8, 16], [layers(n * most, 2048, 2048) for n in (2, 3, 6, 12)]
+        ),
         Experiment(
             "pack_panels", [3, 16], [layers(16 * most, 2048, n, values=MEGA) for n in (128, 256)]
         ),
@@ -195,6 +202,11 @@ def experiments(lanes: int, tiles: bool) -> list[Experiment]:
             "prefetch",
             [0, 512, 2048, 4096, 8192],
             [layers(4, 2048, 2048, bf16), layers(4, 2048, 2048)],
+        ),
+        Experiment(
+            "prefetch_block",
+            [0, 1024, 8192, 16384],
+            [layers(rows, 2048, 2048, dtype) for dtype in (f32, bf16) for rows in (most, 2 * most)],
         ),
         Experiment(
             "prefetch_f16",
