@@ -33,17 +33,19 @@ int streams(LinearKernel spec, int rows, const Choices& choices) {
   return gains && reads_several_panels(spec) ? static_cast<int>(choices.streams_row) : 1;
 }
 
-// Rows of a block that are bound by memory, so that the hardware, which reads ahead of the loads,
-// keeps it busy.
-int most_rows_by_hardware(int lanes) { return lanes == 16 ? 6 : 4; }
+// Rows of a block that are bound by memory: the hardware, which reads ahead of the loads, keeps it
+// busy.
+int most_rows_by_hardware(const LinearKernel& spec) {
+  if (spec.twelve_bits) return 3;
+  return spec.lanes == 16 ? 6 : 4;
+}
 
 std::int64_t prefetch(const LinearKernel& spec, int rows, const Choices& choices) {
-  if (spec.twelve_bits) return choices.prefetch_twelve_bits;
   const bool is_f16 = spec.weight == graph::DataType::f16;
-  if (rows > most_rows_by_hardware(spec.lanes)) {
-    return is_f16 ? std::max(choices.prefetch_f16, choices.prefetch_block) : choices.prefetch_block;
-  }
-  if (is_f16) return choices.prefetch_f16;
+  const std::int64_t least = rows > most_rows_by_hardware(spec) ? choices.prefetch_block : 0;
+  if (spec.twelve_bits) return std::max(choices.prefetch_twelve_bits, least);
+  if (is_f16) return std::max(choices.prefetch_f16, least);
+  if (rows > most_rows_by_hardware(spec)) return choices.prefetch_block;
   const bool short_loop = spec.weight == graph::DataType::f32;
   const bool by_hardware = rows == 1 && (short_loop || streams(spec, rows, choices) > 1);
   return by_hardware ? choices.prefetch_row : choices.prefetch;

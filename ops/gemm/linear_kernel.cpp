@@ -53,9 +53,11 @@ constexpr int kRowsPerPointer = 3;
 // registers; with more rows the x come one at a time.
 constexpr int kFewRows = 3;
 
-// A block of up to so many rows unpacks weights of 12 bits in registers. Larger blocks need those
-// for their sums, and multiply enough for the way through memory to pay.
-constexpr int kMostRowsInRegisters = 4;
+// Up to so many rows unpack weights of 12 bits in registers, beside the products. Larger blocks
+// need those for their sums, and several blocks are better off with what was unpacked once: two of
+// 8 rows run at 0.75 of that.
+int most_rows_in_registers(int lanes) { return lanes == 16 ? 8 : 4; }
+constexpr int kMostRowsInRegistersOfSeveral = 4;
 
 constexpr std::int64_t kMostPrefetch = 1 << 20;
 
@@ -74,6 +76,7 @@ class LinearBuilder {
   explicit LinearBuilder(const LinearKernel& spec)
       : spec_(spec), b_(function_name(spec), spec.lanes, LinearArgs::count) {
     begin_blocks(spec.rows);
+    in_registers_ = !spec.many_blocks && spec.rows <= kMostRowsInRegistersOfSeveral;
   }
 
   jit::vir::Function run() && {
@@ -90,16 +93,25 @@ class LinearBuilder {
       const Reg done = b_.sub(b_.arg(LinearArgs::panel_count), panels_left_);
       b_.assign(panels_left_, b_.sub(panels_left_, done));
     }
-    b_.loop(panels_left_, [&] { emit_panels(1); });
+    const auto panels = [&] { b_.loop(panels_left_, [&] { emit_panels(1); }); };
+    if (in_registers_ || !has_registers_for_one_block()) {
+      panels();
+    } else {
+      b_.if_nonzero(b_.add(b_.arg(LinearArgs::block_count), -1), panels, [&] {
+        in_registers_ = one_block_ = true;
+        panels();
+      });
+    }
     return std::move(b_).finish();
   }
 
  private:
   // Whether a stretch is written to scratch before blocks of rows meet it: as fp32, or in 16 bits.
   bool widens() const { return spec_.many_blocks && spec_.weight != DataType::f32 && !dots(); }
-  bool unpacks() const {
-    return widens() ||
-           (spec_.twelve_bits && (spec_.rows > kMostRowsInRegisters || spec_.many_blocks));
+  bool unpacks() const { return widens() || (spec_.twelve_bits && !in_registers_); }
+  bool has_registers_for_one_block() const {
+    return spec_.twelve_bits && spec_.rows <= most_rows_in_registers(spec_.lanes) &&
+           spec_.rest == 0 && !spec_.many_blocks;
   }
   // As the products read them.
   bool is_f32() const { return spec_.weight == DataType::f32 || widens(); }
@@ -206,7 +218,7 @@ class LinearBuilder {
   // found anew: AVX-512's twelve rows leave no register for where it is.
   void emit_stretch(const Stretch& stretch, Reg index) {
     x_ = {b_.add(b_.arg(LinearArgs::x), b_.mul(index, b_.arg(LinearArgs::x_stretch_stride)))};
-    const bool one_block = weights_.size() > 1;
+    const bool one_block = one_block_ || weights_.size() > 1;
     for (TwelveBitsReader& reader : readers_) reader.begin_stretch(one_block);
     if (unpacks()) emit_unpack(stretch.count);
     if (!one_block) sums_ = b_.arg(LinearArgs::partial_sums);
@@ -402,23 +414,40 @@ class LinearBuilder {
     advance_x(-count);
   }
 
-  // The products of k in [k, end), a half of a step.
+  // The products of k in [k, end), a half of a step. AVX-512 has registers for all vectors' pairs,
+  // so that they share the x: with 8 rows, which load one per product otherwise, 1.2 times as fast
+  // (4 rows wait for memory, and were no faster).
   void emit_twelve_bits_half(const std::vector<int>& columns, bool plain, int k, int end) {
     std::vector<Reg> x;  // of a single row, for all vectors
     for (int i = k; i < end && rows_ == 1 && !dots(); ++i) x.push_back(broadcast(0, i));
-    for (std::size_t j = 0; j < columns.size(); ++j) {
-      const std::array<Reg, 2> pairs = readers_[stream_].pairs(plain, k / kHalfLength, columns[j]);
+    const std::size_t together =
+        in_registers_ && rows_ > kMostRowsInRegistersOfSeveral ? columns.size() : 1;
+    for (std::size_t first = 0; first < columns.size(); first += together) {
+      std::vector<std::array<Reg, 2>> pairs;
+      for (std::size_t j = first; j < first + together; ++j) {
+        pairs.push_back(readers_[stream_].pairs(plain, k / kHalfLength, columns[j]));
+      }
       for (int i = k; i < end; i += dots() ? 2 : 1) {
         const auto at = static_cast<std::size_t>(i - k);
-        const Reg w = dots() ? pairs[at / 2] : widened(pairs[at / 2], at % 2 != 0);
+        std::vector<Reg> w;
+        for (const std::array<Reg, 2>& pair : pairs) {
+          w.push_back(dots() ? pair[at / 2] : widened(pair[at / 2], at % 2 != 0));
+        }
         for (int row = 0; row < rows_; ++row) {
-          if (dots()) {
-            b_.dot_bf16(accumulator(row, j), w, broadcast(row, i));
-          } else {
-            b_.fma(accumulator(row, j), rows_ == 1 ? x[at] : broadcast(row, i), w);
+          const Reg factor = x.empty() ? broadcast(row, i) : x[at];
+          for (std::size_t j = 0; j < w.size(); ++j) {
+            multiply_add(accumulator(row, first + j), w[j], factor);
           }
         }
       }
+    }
+  }
+
+  void multiply_add(Reg sum, Reg w, Reg x) {
+    if (dots()) {
+      b_.dot_bf16(sum, w, x);
+    } else {
+      b_.fma(sum, x, w);
     }
   }
 
@@ -568,6 +597,8 @@ class LinearBuilder {
 
   const LinearKernel& spec_;
   Builder b_;
+  bool in_registers_;         // where weights in 12 bits are unpacked
+  bool one_block_ = false;    // the call's only one: no registers to find the next
   int rows_;                  // of the block at hand
   int vectors_;               // accumulators of its rows in one part, each
   Reg panels_left_;           // the next one included; with two streams of the first half
