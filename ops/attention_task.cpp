@@ -60,6 +60,11 @@ struct KeysAndValues {
     arguments[Args::block_tokens] = block_tokens;
   }
 
+  const char* key(std::int64_t token) const {
+    const auto* blocks = static_cast<const char* const*>(keys);
+    return blocks[token / block_tokens] + token % block_tokens * key_stride;
+  }
+
   const void* keys;
   const void* values;
   std::int64_t key_stride, value_stride, block_tokens;
@@ -126,10 +131,13 @@ class Parts {
   std::int64_t items() const { return sequence_count(task_, frame_) * kv_heads_ * parts_; }
   std::int64_t bytes() const { return items() * queries_ * part_bytes_; }
 
-  void run(std::int64_t item) {
+  // One of the items that end before `end`, all of this thread.
+  void run(std::int64_t item, std::int64_t end) {
     const std::int64_t head = item / parts_ % kv_heads_, sequence = item / parts_ / kv_heads_;
     const Queries queries = queries_of(task_, frame_, sequence);
     if (fills_tiles(task_, queries)) return;
+    const char* next = item + 1 < end ? first_key(item + 1) : nullptr;
+    part_args_[AttentionArgs::next_key] = argument(next ? next : first_key(item));
     compute(sequence, queries, head, item % parts_);
     std::atomic<std::int32_t>& done =
         frame_.parts_done[static_cast<std::size_t>(sequence * kv_heads_ + head)];
@@ -191,6 +199,17 @@ class Parts {
     }
   }
 
+  // The first one that the item's part reads, or null if it reads none.
+  const char* first_key(std::int64_t item) const {
+    const std::int64_t head = item / parts_ % kv_heads_, sequence = item / parts_ / kv_heads_;
+    const Queries queries = queries_of(task_, frame_, sequence);
+    const std::int64_t before = item % parts_ * kPartKeys, query = queries.padding();
+    if (fills_tiles(task_, queries) || query == queries.count) return nullptr;
+    const KeyRange keys = keys_of(task_, frame_, queries.batch, queries.first + query);
+    if (keys.count <= before) return nullptr;
+    return KeysAndValues(task_, frame_, sequence, head).key(keys.first + before);
+  }
+
   void merge(std::int64_t sequence, const Queries& queries, std::int64_t head) {
     if (task_.spec.sinks) merge_args_[MergeArgs::sinks] = numbers(task_.sinks, head);
     for (std::int64_t query = 0; query < queries.count; ++query) {
@@ -214,7 +233,7 @@ class Parts {
 void run_parts(const AttentionTask& task, const Frame& frame, int thread, int threads) {
   Parts parts(task, frame, frame.scratch[static_cast<std::size_t>(thread)]);
   const WorkRange range = share(parts.items(), thread, threads);
-  for (std::int64_t item = range.begin; item < range.end; ++item) parts.run(item);
+  for (std::int64_t item = range.begin; item < range.end; ++item) parts.run(item, range.end);
 }
 
 // Rows of one sequence and key/value head: the group's heads of the first token, of the second ...

@@ -240,6 +240,7 @@ Status Lowering::lower_attention(const graph::Node& node) {
   set_layout(result, output);
   task.output = operand(output, task.spec.input);
   task.output_strides = head_strides(output);
+  task.spec.dots = scores_by_dots(target_, task.spec);
   const AttentionKernel spec = task.spec;
   const std::string specification = print(spec);
   task.kernel = kernels_->request(specification, [spec] { return build(spec); });

@@ -88,6 +88,7 @@ class Problem {
     list[AttentionArgs::block_tokens] = keys.block_tokens;
     list[AttentionArgs::first_key] = keys.first + part * keys.part;
     list[AttentionArgs::key_count] = std::min(keys.part, keys.count - part * keys.part);
+    list[AttentionArgs::next_key] = part % 2 == 0 ? 0 : k_.table();
     list[AttentionArgs::origin] = keys.first;
     list[AttentionArgs::mask] = mask->address();
     list[AttentionArgs::scale] = std::bit_cast<std::int32_t>(scale);
@@ -295,12 +296,17 @@ void expect_within_bounds(const Problem& p, std::string_view by) {
   ASSERT_TRUE(p.output->intact()) << by << ": " << print(p.spec) << " wrote between heads";
 }
 
+std::vector<Engine> engines(const AttentionKernel& spec) {
+  if (spec.dots && !Target::host().has(Isa::avx512_bf16)) return {Engine::interpreter};
+  return tilewright::engines(spec.lanes);
+}
+
 void check(const AttentionKernel& spec, const Keys& keys, unsigned seed,
            Masking masking = Masking::some) {
   ASSERT_TRUE(supported(spec).ok()) << print(spec) << ": " << supported(spec).error().message;
   for (GuardedRows::Flush flush : {GuardedRows::Flush::end, GuardedRows::Flush::start}) {
     Problem problem(spec, keys, seed, flush, masking);
-    for (Engine engine : engines(spec.lanes)) {
+    for (Engine engine : engines(spec)) {
       problem.run(engine);
       expect_within_bounds(problem, name(engine));
       if (::testing::Test::HasFatalFailure()) return;
@@ -354,8 +360,11 @@ TEST_P(Attention, MatchesTheBoundsWhereBf16ComesInPairs) {
     for (std::int64_t count : {1, 9, 70}) {
       AttentionKernel spec = kernel(3, head_dim);
       spec.input = spec.cache = DataType::bf16;
-      if (supported(spec).ok()) check(spec, {3, count, 16, 20}, turn++);
-      if (HasFatalFailure()) return;
+      for (bool dots : {false, true}) {
+        spec.dots = dots;
+        if (supported(spec).ok()) check(spec, {3, count, 16, 20}, turn++);
+        if (HasFatalFailure()) return;
+      }
     }
   }
 }
@@ -396,7 +405,7 @@ TEST_P(Attention, AllKeysMaskedWritesZeros) {
     spec.mask = mask;
     if (spec.head_dim % spec.lanes != 0) spec.head_dim = 32;
     Problem problem(spec, {2, 21, 4}, 1, GuardedRows::Flush::end, Masking::all);
-    for (Engine engine : engines(spec.lanes)) {
+    for (Engine engine : engines(spec)) {
       problem.run(engine);
       for (double value : problem.results()) EXPECT_EQ(value, 0) << name(engine);
     }
@@ -428,7 +437,7 @@ TEST_P(Attention, BitsDoNotDependOnBlocks) {
     std::vector<double> wanted;
     for (std::int64_t block_tokens : {100, 1, 3, 8, 16, 17}) {
       Problem problem(spec, {4, 61, block_tokens}, 6, GuardedRows::Flush::end);
-      for (Engine engine : engines(spec.lanes)) {
+      for (Engine engine : engines(spec)) {
         problem.run(engine);
         if (wanted.empty()) wanted = problem.results();
         EXPECT_EQ(problem.results(), wanted) << name(engine) << " block_tokens=" << block_tokens;
@@ -445,7 +454,7 @@ TEST_P(Attention, BitsDoNotDependOnTheLevelOfPrefetches) {
   EXPECT_NE(jit::emit(build(far), target)->bytes, jit::emit(build(near), target)->bytes);
   Problem problem(near, {4, 61, 16}, 6, GuardedRows::Flush::end);
   Problem other(far, {4, 61, 16}, 6, GuardedRows::Flush::end);
-  for (Engine engine : engines(near.lanes)) {
+  for (Engine engine : engines(near)) {
     problem.run(engine);
     other.run(engine);
     EXPECT_EQ(other.results(), problem.results()) << name(engine);
@@ -456,7 +465,7 @@ TEST_P(Attention, LargeScoresDoNotOverflow) {
   const AttentionKernel spec = kernel(1, 16);
   Problem problem(spec, {0, 20, 8}, 8, GuardedRows::Flush::end);
   problem.scale = 1e4f;
-  for (Engine engine : engines(spec.lanes)) {
+  for (Engine engine : engines(spec)) {
     problem.run(engine);
     expect_within_bounds(problem, name(engine));
   }
@@ -471,12 +480,15 @@ TEST_P(Attention, InnerLoopsDoNotSpill) {
           spec.input = type == DataType::i8 ? DataType::bf16 : type;
           spec.cache = type;
           spec.mask = mask;
-          if (!supported(spec).ok()) continue;
-          for (const auto& kernel : {build(spec), build_merge(spec)}) {
-            const auto code = jit::emit(kernel, target_with_lanes(spec.lanes));
-            ASSERT_TRUE(code.ok()) << print(spec) << ": " << code.error().message;
-            EXPECT_EQ(code->inner_loop_spills, 0)
-                << kernel.name << " of " << print(spec) << " spills " << code->spills;
+          for (bool dots : {false, true}) {
+            spec.dots = dots;
+            if (!supported(spec).ok()) continue;
+            for (const auto& kernel : {build(spec), build_merge(spec)}) {
+              const auto code = jit::emit(kernel, target_with_lanes(spec.lanes));
+              ASSERT_TRUE(code.ok()) << print(spec) << ": " << code.error().message;
+              EXPECT_EQ(code->inner_loop_spills, 0)
+                  << kernel.name << " of " << print(spec) << " spills " << code->spills;
+            }
           }
         }
       }
@@ -502,6 +514,12 @@ TEST(AttentionSupported, SaysWhyNot) {
   EXPECT_EQ(supported(spec).error().message, "attention in i8");
   spec.cache = spec.input = DataType::i16;
   EXPECT_EQ(supported(spec).error().message, "attention in i16");
+  spec.cache = spec.input = DataType::bf16;
+  spec.dots = true;
+  EXPECT_TRUE(supported(spec).ok());
+  spec.cache = DataType::f16;
+  EXPECT_EQ(supported(spec).error().message, "scores by vdpbf16ps of other than bf16 with AVX-512");
+  spec.dots = false;
   spec.prefetch_level = 2;
   EXPECT_EQ(supported(spec).error().message, "keys asked for into level 2");
 }
@@ -514,6 +532,10 @@ TEST(AttentionPrint, TellsEveryFieldApart) {
   spec.prefetch_level = 1;
   EXPECT_EQ(print(spec),
             "attention lanes=8 group=3 head_dim=64 input=f32 cache=f32 mask=boolean "
+            "prefetch_level=1");
+  spec.dots = true;
+  EXPECT_EQ(print(spec),
+            "attention lanes=8 group=3 head_dim=64 input=f32 cache=f32 mask=boolean dots "
             "prefetch_level=1");
 }
 

@@ -119,6 +119,7 @@ TEST(AttentionTask, PaddingDoesNotMakeAFewQueriesMany) {
   for (const auto& [padding, by_token] : {std::pair(14, 16), {13, 0}, {30, 0}}) {
     KvCache cache(2, 2, 64, graph::DataType::f32);
     ASSERT_TRUE(cache.set_first_keys(std::array<std::int64_t, 2>{padding, 0}).ok());
+    ASSERT_TRUE(cache.reserve(30).ok());
     KvCache* const caches[] = {&cache};
     Setting setting({0, 2, 2, 30});
     setting.frame.caches = caches;
@@ -147,6 +148,42 @@ TEST(AttentionTask, ThreadsGetAFewTilesEach) {
     }
     EXPECT_EQ(tiles, expected) << threads;
     EXPECT_EQ(strips, 26);
+  }
+}
+
+// What each part asks for are the keys that the thread's next one begins with.
+TEST(AttentionTask, EachPartAsksForTheNextOnesKeys) {
+  static std::vector<std::pair<const char*, const char*>> first_and_next;
+  Kernel token;
+  token.function = [](const std::int64_t* arguments) {
+    const auto* block = *reinterpret_cast<const char* const*>(arguments[AttentionArgs::k_blocks]);
+    first_and_next.emplace_back(
+        block + arguments[AttentionArgs::first_key] * arguments[AttentionArgs::k_token_stride],
+        reinterpret_cast<const char*>(arguments[AttentionArgs::next_key]));
+  };
+  const Kernel merge = counting<merged>();
+  // 3 heads of 600 keys, a token of a head 4 bytes: parts of 256, 256 and 88 keys.
+  const Setting setting({0, 1, 3, 1, 600, 1, 600});
+  AttentionTask task{};
+  task.kernel = &token;
+  task.merge = &merge;
+  task.few_queries = 16;
+  task.batch = DimIndex{1};
+  task.kv_heads = DimIndex{2};
+  task.queries = DimIndex{3};
+  task.keys = task.values_keys = DimIndex{4};
+  task.q = task.k = task.v = task.output = operand();
+  task.k.element_bytes = 4;
+  task.k_strides.token = DimIndex{5};
+  task.k_strides.head = DimIndex{6};
+  for (int thread : {0, 1}) {
+    first_and_next.clear();
+    ops::run(task, setting.frame, thread, 2);
+    ASSERT_GE(first_and_next.size(), 4u);
+    for (std::size_t i = 0; i + 1 < first_and_next.size(); ++i) {
+      EXPECT_EQ(first_and_next[i].second, first_and_next[i + 1].first) << thread << " " << i;
+    }
+    EXPECT_EQ(first_and_next.back().second, first_and_next.back().first);
   }
 }
 

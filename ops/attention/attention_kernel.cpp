@@ -115,8 +115,7 @@ class AttentionBuilder {
       const KeyBlocks::Place values{b_.copy(place.entry), b_.copy(place.token)};
       score(place, b_.copy(keys), mask);
       softmax();
-      // Fetched meanwhile: the next keys, or once more what is there.
-      Reg ahead = blocks_.address(kValues, values);
+      Reg ahead = b_.arg(AttentionArgs::next_key);  // fetched meanwhile
       b_.if_nonzero(b_.add(remaining, -1),
                     [&] { b_.assign(ahead, blocks_.address(kKeys, place)); });
       output(values, keys, ahead);
@@ -175,9 +174,10 @@ class AttentionBuilder {
     });
   }
 
-  // Vectors of bf16 that a key is read in as a whole: their even columns and their odd ones are two
-  // vectors of f32, a shift and an and, where widening takes a shuffle and a shift each. The query
-  // lies so too. Worth 1.07 of cold keys, 1.15 of warm ones (perf/results/attention-avx2.md).
+  // Vectors of bf16 that a key is read in as a whole. With vdpbf16ps they are multiplied as they
+  // are. Otherwise their even columns and their odd ones are two vectors of f32, a shift and an
+  // and, where widening takes a shuffle and a shift each. The query lies so too. Worth 1.07 of cold
+  // keys, 1.15 of warm ones (perf/results/attention-avx2.md).
   int pairs() const {
     const bool possible = spec_.input == DataType::bf16 && spec_.cache == DataType::bf16;
     return possible ? spec_.head_dim / (2 * spec_.lanes) : 0;
@@ -187,7 +187,7 @@ class AttentionBuilder {
   Reg odd_columns(Reg pairs) { return b_.vand(pairs, upper_); }
   // For odd_columns, in each phase anew: the last phase has no register left for it.
   void make_upper() {
-    if (pairs() > 0) upper_ = b_.splat_bits(0xffff0000);
+    if (pairs() > 0 && !spec_.dots) upper_ = b_.splat_bits(0xffff0000);
   }
 
   void copy_queries() {
@@ -197,6 +197,10 @@ class AttentionBuilder {
     b_.loop(b_.constant(spec_.group), [&] {
       for (int pair = 0; pair < pairs(); ++pair) {
         Reg columns = b_.load(Element::i32, b_.at(from, pair_offset(pair)));
+        if (spec_.dots) {
+          b_.store(Element::i32, query_vector(to, 2 * pair), columns);
+          continue;
+        }
         b_.store(Element::f32, query_vector(to, 2 * pair), even_columns(columns));
         b_.store(Element::f32, query_vector(to, 2 * pair + 1), odd_columns(columns));
       }
@@ -289,13 +293,7 @@ class AttentionBuilder {
       std::vector<Reg> sums;
       for (int key = 0; key < keys; ++key) sums.push_back(b_.zero());
       for (int pair = 0; pair < pairs(); ++pair) {
-        Reg even = b_.load(Element::f32, query_vector(query, 2 * pair));
-        Reg odd = b_.load(Element::f32, query_vector(query, 2 * pair + 1));
-        for (int key = 0; key < keys; ++key) {
-          Reg columns = b_.load(Element::i32, address(key, pair_offset(pair)));
-          b_.fma(sums[static_cast<std::size_t>(key)], even, even_columns(columns));
-          b_.fma(sums[static_cast<std::size_t>(key)], odd, odd_columns(columns));
-        }
+        add_pair(sums, query, pair, [&](int key) { return address(key, pair_offset(pair)); });
       }
       for (int v = 2 * pairs(); v < head_.count(); ++v) {
         Reg q = b_.load(Element::f32, query_vector(query, v));
@@ -318,6 +316,22 @@ class AttentionBuilder {
       b_.add_to(query, query_bytes(spec_));
       b_.add_to(to, kScoreBytes);
     });
+  }
+
+  template <class KeyAddress>
+  void add_pair(const std::vector<Reg>& sums, Reg query, int pair, const KeyAddress& key) {
+    Reg even = b_.load(spec_.dots ? Element::i32 : Element::f32, query_vector(query, 2 * pair)),
+        odd;
+    if (!spec_.dots) odd = b_.load(Element::f32, query_vector(query, 2 * pair + 1));
+    for (std::size_t i = 0; i < sums.size(); ++i) {
+      Reg columns = b_.load(Element::i32, key(static_cast<int>(i)));
+      if (spec_.dots) {
+        b_.dot_bf16(sums[i], columns, even);
+      } else {
+        b_.fma(sums[i], even, even_columns(columns));
+        b_.fma(sums[i], odd, odd_columns(columns));
+      }
+    }
   }
 
   std::int64_t key_offset(int vector) const {
@@ -513,6 +527,7 @@ std::string print(const AttentionKernel& spec) {
   if (spec.softcap) text += " softcap";
   if (spec.slopes) text += " slopes";
   if (spec.sinks) text += " sinks";
+  if (spec.dots) text += " dots";
   if (spec.prefetch_level > 0) text += fmt::format(" prefetch_level={}", spec.prefetch_level);
   return text;
 }
@@ -522,6 +537,10 @@ Status supported(const AttentionKernel& spec) {
   if (spec.group < 1 || spec.head_dim < 1) return Error{"attention without heads or head_dim"};
   if (spec.prefetch_level < 0 || spec.prefetch_level > 1) {
     return Error{fmt::format("keys asked for into level {}", spec.prefetch_level)};
+  }
+  if (spec.dots &&
+      (spec.lanes != 16 || spec.input != DataType::bf16 || spec.cache != DataType::bf16)) {
+    return Error{"scores by vdpbf16ps of other than bf16 with AVX-512"};
   }
   for (DataType type : {spec.input, spec.cache}) {
     const bool is_float = type == DataType::f32 || type == DataType::bf16 || type == DataType::f16;

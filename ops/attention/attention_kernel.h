@@ -46,6 +46,7 @@ struct AttentionKernel {
   bool softcap = false;    // scores become cap * tanh(score / cap), before the mask
   bool slopes = false;     // ALiBi: slope * (key - origin) is added to a score, a slope per head
   bool sinks = false;      // a score per head that takes part in the softmax and has no value
+  bool dots = false;       // scores by vdpbf16ps, of bf16 q and k: as many columns as fill vectors
   int prefetch_level = 0;  // keys and values are asked for into L1, or 1: into L2. The same bits
 
   bool has_scales() const { return cache == graph::DataType::i8; }
@@ -76,6 +77,8 @@ struct PartLayout {
 //     that block; entry 0 holds token 0; entries of blocks without keys that take part are not read
 //   block_tokens: at least 1
 //   first_key, key_count: keys [first_key, first_key + key_count) make this part
+//   next_key: what the thread reads after this part, at k_token_stride: asked for beside the last
+//     sums, and never read. Any address
 //   origin: the first key that the token sees, in whatever part (left padding, windows)
 //   mask: pointer to this query token's mask row (element 0 = key 0); heads share it
 //   scale, softcap: the floats' bits
@@ -93,6 +96,7 @@ struct AttentionArgs {
     block_tokens,
     first_key,
     key_count,
+    next_key,
     origin,
     mask,
     scale,
