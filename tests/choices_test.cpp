@@ -11,6 +11,7 @@
 #include <fstream>
 #include <functional>
 #include <map>
+#include <regex>
 #include <set>
 
 #include "cache/store.h"
@@ -205,14 +206,16 @@ TEST_F(ProfileFile, OfTheUserMayBeAbsent) {
 // Emitted code by key, of a graph with every kind of kernel that a choice reaches.
 std::map<std::string, std::vector<std::byte>> kernels(const Choices& choices, const char* rung) {
   const char* text =
-      "graph g(%x: f32[s, 64], %h: bf16[s, 64], %q: f32[1, 2, t, 16], %k: f32[1, 1, t, 16])"
-      " -> (f32[s, 32], bf16[s, 32], f32[1, 2, t, 16]) {\n"
+      "graph g(%x: f32[s, 64], %h: bf16[s, 64], %q: f32[1, 2, t, 16], %k: f32[1, 1, t, 16],"
+      " %p: bf16[1, 2, t, 64]) -> (f32[s, 32], bf16[s, 32], f32[1, 2, t, 16], bf16[1, 2, t, 64]) "
+      "{\n"
       "  %w = const \"w\" : f32[32, 64]\n"
       "  %v = const \"v\" : bf16[32, 64]\n"
       "  %y = linear(%x, %w)\n"
       "  %z = linear(%h, %v)\n"
       "  %a = attention(%q, %k, %k) {causal = true, scale = 1.0}\n"
-      "  return %y, %z, %a\n"
+      "  %b = attention(%p, %p, %p) {causal = true, scale = 1.0}\n"
+      "  return %y, %z, %a, %b\n"
       "}\n";
   std::vector<float> w(32 * 64, 0.1f);  // not exact in 16 bits
   std::vector<std::uint16_t> v(32 * 64, 0x3f80);
@@ -253,6 +256,40 @@ TEST(Choices, ARungHasTheCodeOfEveryRow) {
       }
     }
   }
+}
+
+bool is_any_key(const std::map<std::string, std::vector<std::byte>>& kernels,
+                const std::regex& pattern) {
+  return std::ranges::any_of(
+      kernels, [&](const auto& kernel) { return std::regex_search(kernel.first, pattern); });
+}
+
+// Not two of them, each of which would read the weights.
+TEST(Choices, AnyNumberOfRowsBelowManyHasOneKernel) {
+  const auto made = kernels({}, "avx2");  // blocks of 6, 4, 2 and 1, many from 24 rows on
+  for (const auto& [rows, rest] : {std::pair(1, 0),
+                                   {2, 0},
+                                   {2, 1},
+                                   {4, 0},
+                                   {4, 1},
+                                   {6, 0},
+                                   {6, 1},
+                                   {6, 2},
+                                   {6, 3},
+                                   {6, 4},
+                                   {6, 5}}) {
+    const std::string end = rest > 0 ? " rest=" + std::to_string(rest) : "";
+    EXPECT_TRUE(is_any_key(made, std::regex("linear lanes=8 rows=" + std::to_string(rows) +
+                                            " .*prefetch=[0-9]+( streams=2)?" + end + "\\b")))
+        << rows << " + " << rest;
+  }
+  EXPECT_FALSE(is_any_key(made, std::regex("rows=4 .*rest=2")));  // 6 rows are a block
+}
+
+TEST(Choices, ScoresOfBf16AreByDotsWhereThoseAreFast) {
+  const std::regex by_dots("attention lanes=16 .*input=bf16 .* dots");
+  EXPECT_TRUE(is_any_key(kernels({}, "avx512_bf16"), by_dots));
+  EXPECT_FALSE(is_any_key(kernels({}, "avx512"), by_dots));
 }
 
 // For a rung an engine compiles once for each of them.

@@ -93,6 +93,20 @@ AttentionTask causal_attention(const Kernel& token, const Kernel& merge, const K
   return task;
 }
 
+// The same with a number of keys of its own, all of which every token sees: by token only.
+AttentionTask attention_of_keys(const Kernel& token, const Kernel& merge) {
+  AttentionTask task{};
+  task.kernel = &token;
+  task.merge = &merge;
+  task.few_queries = 16;
+  task.batch = DimIndex{1};
+  task.kv_heads = DimIndex{2};
+  task.queries = DimIndex{3};
+  task.keys = task.values_keys = DimIndex{4};
+  task.q = task.k = task.v = task.output = operand();
+  return task;
+}
+
 TEST(AttentionTask, MoreThanAFewQueriesFillTiles) {
   const Kernel token = counting<tokens>(), merge = counting<merged>(), tile = counting_strips();
   AttentionTask task = causal_attention(token, merge, tile);
@@ -164,15 +178,7 @@ TEST(AttentionTask, EachPartAsksForTheNextOnesKeys) {
   const Kernel merge = counting<merged>();
   // 3 heads of 600 keys, a token of a head 4 bytes: parts of 256, 256 and 88 keys.
   const Setting setting({0, 1, 3, 1, 600, 1, 600});
-  AttentionTask task{};
-  task.kernel = &token;
-  task.merge = &merge;
-  task.few_queries = 16;
-  task.batch = DimIndex{1};
-  task.kv_heads = DimIndex{2};
-  task.queries = DimIndex{3};
-  task.keys = task.values_keys = DimIndex{4};
-  task.q = task.k = task.v = task.output = operand();
+  AttentionTask task = attention_of_keys(token, merge);
   task.k.element_bytes = 4;
   task.k_strides.token = DimIndex{5};
   task.k_strides.head = DimIndex{6};
@@ -192,15 +198,7 @@ TEST(AttentionTask, ThreadsShareTheParts) {
   const Kernel token = counting<tokens>(), merge = counting<merged>();
   for (const int threads : {1, 2, 4, 16}) {
     const Setting setting({0, 1, 3, 2, 600});
-    AttentionTask task{};
-    task.kernel = &token;
-    task.merge = &merge;
-    task.few_queries = 16;
-    task.batch = DimIndex{1};
-    task.kv_heads = DimIndex{2};
-    task.queries = DimIndex{3};
-    task.keys = task.values_keys = DimIndex{4};
-    task.q = task.k = task.v = task.output = operand();
+    const AttentionTask task = attention_of_keys(token, merge);
     EXPECT_EQ(scratch_of(task, setting.frame).counters, 3);
     EXPECT_EQ(scratch_of(task, setting.frame).part_bytes, 3 * 2 * 3 * PartLayout(task.spec).bytes);
     std::vector<int> shares;

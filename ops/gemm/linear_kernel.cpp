@@ -420,8 +420,7 @@ class LinearBuilder {
   void emit_twelve_bits_half(const std::vector<int>& columns, bool plain, int k, int end) {
     std::vector<Reg> x;  // of a single row, for all vectors
     for (int i = k; i < end && rows_ == 1 && !dots(); ++i) x.push_back(broadcast(0, i));
-    const std::size_t together =
-        in_registers_ && rows_ > kMostRowsInRegistersOfSeveral ? columns.size() : 1;
+    const std::size_t together = one_block_ ? columns.size() : 1;
     for (std::size_t first = 0; first < columns.size(); first += together) {
       std::vector<std::array<Reg, 2>> pairs;
       for (std::size_t j = first; j < first + together; ++j) {
