@@ -75,6 +75,7 @@ Result<Program> Lowering::run() {
   state_->kernels = kernels_;
   state_->profile = options_.profile;
   if (Status bound = bind_constants(); !bound) return bound.error();
+  in_place_ = options_.in_place && can_read_in_place();
   count_readers();
   bind_parameters();
   find_forwarded_values();

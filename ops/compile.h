@@ -36,6 +36,7 @@ struct CompileOptions {
   bool exact_weights = true;  // fp32 weights whose values fit 16 bits are stored in 16 bits
   std::shared_ptr<KeptWeights> kept_weights = nullptr;  // null: all are packed
   bool keep_weights = false;                            // write those that are packed
+  bool in_place = false;         // the program will run once: see Program::reads_in_place()
   bool fallback_onednn = false;  // try oneDNN before the front end's fallback
   bool profile = false;          // measure each step (RegionTime)
 };

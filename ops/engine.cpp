@@ -113,7 +113,7 @@ Result<std::string> Engine::optimize(const std::string& text) const {
 Result<Program> Engine::compile(const std::string& text,
                                 const std::map<std::string, TensorView>& constants,
                                 std::shared_ptr<WeightStore> weights, const PackedCallback& packed,
-                                bool optimized, bool keep_weights) const {
+                                bool optimized, bool keep_weights, bool in_place) const {
   if (!problem_.empty()) return Error{problem_};
   Result<graph::Graph> graph = optimized ? parsed(text) : after_passes(text);
   if (!graph) return graph.error();
@@ -123,6 +123,7 @@ Result<Program> Engine::compile(const std::string& text,
   options.exact_weights = settings.weights != WeightMode::plain;
   options.kept_weights = kept_weights_;
   options.keep_weights = keep_weights;
+  options.in_place = in_place;
   options.profile = settings.profile;
   options.fallback_onednn = settings.fallback == Fallback::onednn;
   // Prewarm for a rung, which has no weights: only the kernels of these programs are wanted.

@@ -57,12 +57,13 @@ class Engine {
   Result<std::string> optimize(const std::string& text) const;
 
   // constants, packed: see compile() in compile.h. optimized: the passes have run already.
-  // keep_weights: on disk, as far as the environment allows. Error: also problem(), before
-  // anything is packed.
+  // keep_weights: on disk, as far as the environment allows. in_place: it will run once. Error:
+  // also problem(), before anything is packed.
   Result<Program> compile(const std::string& text,
                           const std::map<std::string, TensorView>& constants,
                           std::shared_ptr<WeightStore> weights, const PackedCallback& packed = {},
-                          bool optimized = false, bool keep_weights = false) const;
+                          bool optimized = false, bool keep_weights = false,
+                          bool in_place = false) const;
 
   // Plans: what a front end made of a model, kept for later processes (cache/README.md). The key
   // says what the passes depend on, which is no Target so far, and what the front end says of the

@@ -47,12 +47,43 @@ bool shares_packing(const LinearTask& task, std::int64_t rows) {
   return packs(task, rows) && rows >= task.many_blocks * task.many.rows;
 }
 
+// Of a thread that packs a panel before it multiplies by it.
+std::int64_t panel_scratch(const LinearTask& task) {
+  const LinearKernel& spec = task.spec;
+  return task.weight->in_place ? packed_bytes(panel_columns(), spec.k, spec.weight) : 0;
+}
+
+// The panels of a weight as a thread's kernels find them.
+class Panels {
+ public:
+  // scratch: of panel_scratch() bytes, 64-byte aligned.
+  Panels(const LinearTask& task, char* scratch) : task_(task), scratch_(scratch) {}
+
+  // How many of `count` panels a kernel may be called with.
+  std::int64_t at_once(std::int64_t count) const { return task_.weight->in_place ? 1 : count; }
+
+  // What kernels take as the weight's address, for the panels from this one on.
+  std::int64_t address(std::int64_t panel) const {
+    const PackedWeight& weight = *task_.weight;
+    if (!weight.in_place) return argument(weight.data.get());
+    const graph::DataType dtype = weight.form.dtype;
+    pack_panel(weight.in_place->blocks, weight.k, dtype, dtype, weight.in_place->gated, panel,
+               scratch_);
+    return argument(scratch_) - panel * panel_scratch(task_);
+  }
+
+ private:
+  const LinearTask& task_;
+  char* scratch_;
+};
+
 // For rows by vectors. A thread's: partial sums, the weights of a stretch, x that it packs alone.
 ScratchSizes vector_scratch(const LinearTask& task, std::int64_t rows) {
   const std::int64_t chunk = chunk_rows(task, rows);
   const std::int64_t x_bytes =
       packs(task, rows) ? chunk * stretch_count(task.spec) * stretch_bytes(task.spec) : 0;
-  ScratchSizes sizes{.thread_bytes = partial_sums_bytes(chunk) + unpacked_bytes()};
+  ScratchSizes sizes{.thread_bytes =
+                         panel_scratch(task) + partial_sums_bytes(chunk) + unpacked_bytes()};
   (shares_packing(task, rows) ? sizes.packed_bytes : sizes.thread_bytes) += x_bytes;
   return sizes;
 }
@@ -100,13 +131,13 @@ class LinearRun {
         frame_(frame),
         member_(member),
         panels_(member.share(panel_count(task.spec.n))),
+        weight_(task, frame.scratch[static_cast<std::size_t>(member.thread)]),
         places_(places),
         rows_(rows) {
-    char* sums = frame.scratch[static_cast<std::size_t>(member.thread)];
+    char* sums = frame.scratch[static_cast<std::size_t>(member.thread)] + panel_scratch(task);
     char* unpacked = sums + partial_sums_bytes(chunk_rows(task, rows));
     packed_ = shares_packing(task, rows) ? frame.packed : unpacked + unpacked_bytes();
     arguments_[LinearArgs::partial_sums] = argument(sums);
-    arguments_[LinearArgs::weight] = argument(task.weight->data.get());
     arguments_[LinearArgs::unpacked] = argument(unpacked);
     arguments_[LinearArgs::y_row_stride] = places.y_stride;
     arguments_[LinearArgs::residual_row_stride] = places.residual_stride;
@@ -129,10 +160,12 @@ class LinearRun {
     // next kernel, where a second pass over all of them would read the weights from memory again.
     int kernels = 0;
     for_row_blocks(task_, rows, pack, [&](const auto&, std::int64_t, std::int64_t) { ++kernels; });
-    const std::int64_t panels_at_once = kernels == 1 ? panels_.end - panels_.begin : 1;
+    const std::int64_t panels_at_once =
+        weight_.at_once(kernels == 1 ? panels_.end - panels_.begin : 1);
     arguments_[LinearArgs::panel_count] = panels_at_once;
     for (std::int64_t panel = panels_.begin; panel < panels_.end; panel += panels_at_once) {
       arguments_[LinearArgs::panel_begin] = panel;
+      arguments_[LinearArgs::weight] = weight_.address(panel);
       for_row_blocks(
           task_, rows, pack,
           [&](const LinearTask::Variant& variant, std::int64_t begin, std::int64_t blocks) {
@@ -233,6 +266,7 @@ class LinearRun {
   const Frame& frame_;
   Member member_;
   WorkRange panels_;
+  Panels weight_;
   RowPlaces places_;
   std::int64_t rows_;
   char* packed_;  // x of a chunk
@@ -246,7 +280,7 @@ TilePack pack_of(const LinearTask& task, int rows) {
 // Where the pieces of scratch begin for chunks of so many rows by tiles: all multiples of 64. x and
 // its magnitudes are shared by all threads.
 struct TileScratch {
-  std::int64_t sums, unpacked, thread_bytes, magnitudes, x, packed_bytes;
+  std::int64_t sums, unpacked, panel, thread_bytes, magnitudes, x, packed_bytes;
 
   TileScratch(const LinearTask& task, std::int64_t rows) {
     const std::int64_t padded = round_up(rows, 2 * kTileRows);
@@ -255,7 +289,8 @@ struct TileScratch {
     kernel.rows = 2 * kTileRows;
     sums = kTileStateBytes;
     unpacked = sums + padded * kPartialSumsBytesPerRow;
-    thread_bytes = unpacked + tile_scratch_bytes(kernel);
+    panel = unpacked + tile_scratch_bytes(kernel);
+    thread_bytes = panel + panel_scratch(task);
     magnitudes = 0;
     x = kernel.arithmetic == Arithmetic::split_tiles ? padded * kMagnitudeBytes : 0;
     packed_bytes = x + padded / kTileRows * block_bytes(pack_of(task, kTileRows));
@@ -272,12 +307,12 @@ class TileRun {
         panels_(member.share(panel_count(task.spec.n))),
         places_(task, frame),
         chunk_(tile_chunk_rows(task, frame.dim(task.rows))),
-        offsets_(task, chunk_) {
+        offsets_(task, chunk_),
+        weight_(task, frame.scratch[static_cast<std::size_t>(member.thread)] + offsets_.panel) {
     char* scratch = frame.scratch[static_cast<std::size_t>(member.thread)];
     arguments_[LinearArgs::tile_state] = argument(scratch);
     arguments_[LinearArgs::partial_sums] = argument(scratch + offsets_.sums);
     arguments_[LinearArgs::unpacked] = argument(scratch + offsets_.unpacked);
-    arguments_[LinearArgs::weight] = argument(task.weight->data.get());
     arguments_[LinearArgs::y_row_stride] = places_.y_stride;
     arguments_[LinearArgs::residual_row_stride] = places_.residual_stride;
     if (task.spec.epilogue.bias) arguments_[LinearArgs::bias] = argument(task.bias.address(frame));
@@ -306,10 +341,12 @@ class TileRun {
     int parts = 0;
     for_tile_blocks(rows, [&](std::size_t, std::int64_t, std::int64_t) { ++parts; });
     // As by vectors: a second kernel finds each panel in cache.
-    const std::int64_t panels_at_once = parts == 1 ? panels_.end - panels_.begin : 1;
+    const std::int64_t panels_at_once =
+        weight_.at_once(parts == 1 ? panels_.end - panels_.begin : 1);
     arguments_[LinearArgs::panel_count] = panels_at_once;
     for (std::int64_t panel = panels_.begin; panel < panels_.end; panel += panels_at_once) {
       arguments_[LinearArgs::panel_begin] = panel;
+      arguments_[LinearArgs::weight] = weight_.address(panel);
       for_tile_blocks(rows, [&](std::size_t index, std::int64_t first, std::int64_t count) {
         const LinearTask::Variant& variant = task_.tiles->variants[index];
         const RowPlaces begin = places.from(first);
@@ -357,6 +394,7 @@ class TileRun {
   RowPlaces places_;
   std::int64_t chunk_;
   TileScratch offsets_;
+  Panels weight_;
   std::int64_t arguments_[LinearArgs::count] = {};
 };
 

@@ -36,6 +36,7 @@ void Lowering::copy(const Layout& from, DataType from_type, const Layout& to, Da
 }
 
 bool Lowering::is_tied(const graph::Node& embedding) const {
+  if (in_place_) return false;
   const std::vector<std::string> table = constant_sources(embedding.operands[0]);
   const graph::Type& whole = type(embedding.operands[0]);
   if (table.size() != 1 || !whole.shape[1].is_constant() || whole.dtype == DataType::f64 ||

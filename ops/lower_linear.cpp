@@ -77,12 +77,35 @@ void add_rests(LinearTask& task) {
 // The kernels of a task, for people.
 std::string describe(const LinearTask& task) {
   std::string text = print(task.spec);
+  if (task.weight->in_place) text += " in place";
   if (!task.tiles) return text;
   return fmt::format("{}, more than {} rows: {}", text, most_rows_without_tiles,
                      name(task.tiles->arithmetic));
 }
 
 }  // namespace
+
+// Weights are stored in their own type or, of fp32, in a 16-bit one that holds their values: the
+// form changes no bit unless other instructions multiply it. Experts are not read in place: a step
+// needs few of them, and packing those panels for each of its rows would cost more than it saves.
+bool Lowering::can_read_in_place() const {
+  for (const auto& [name, constant] : constants_) {
+    if (WeightStore::is_token(constant.data)) return false;
+  }
+  return std::ranges::all_of(graph_.nodes, [&](const graph::Node& node) {
+    if (node.op == Op::expert_linear) return false;
+    if (node.op != Op::linear && node.op != Op::gated_mlp_up) return true;
+    if (type(node.operands[1]).dtype != graph::DataType::f32) return true;
+    const auto choice = [&](graph::DataType dtype) {
+      return choose_arithmetic(target_, options_.choices.fp32_products,
+                               type(node.operands[0]).dtype, {dtype});
+    };
+    const ArithmeticChoice own = choice(graph::DataType::f32);
+    if (own.many_rows) return false;  // their range is asked for: that reads all of them
+    return !weight_forms_.exact ||
+           (own == choice(graph::DataType::bf16) && own == choice(graph::DataType::f16));
+  });
+}
 
 // Blocks of rows that kernels exist for, largest first, and what may remain behind blocks of them.
 // Any number of rows is covered: 5 = 4 + 1, 17 = 8 + 8 + 1.
@@ -191,16 +214,20 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
     return lower_contraction(node, epilogue, weights, bias, residual);
   }
   Result<std::shared_ptr<const PackedWeight>> packed =
-      weights_->pack(blocks, task.spec.k, task.spec.weight, epilogue.gated, weight_forms_,
-                     options_.kept_weights.get(), options_.keep_weights);
+      in_place_
+          ? weights_->in_place(blocks, task.spec.k, task.spec.weight, epilogue.gated, weight_forms_)
+          : weights_->pack(blocks, task.spec.k, task.spec.weight, epilogue.gated, weight_forms_,
+                           options_.kept_weights.get(), options_.keep_weights);
   if (!packed) return packed.error();
+  task.weight = *packed;
+  state_->reads_in_place = state_->reads_in_place || task.weight->in_place.has_value();
   // Only rows can be read back (WeightStore::unpack), so transposed weights keep their memory.
+  const bool stays = transposed || in_place_;
   for (ValueId weight : weights) {
     for (const std::string& name : constant_sources(weight)) {
-      (transposed ? read_in_place_ : packed_).insert(name);
+      (stays ? read_in_place_ : packed_).insert(name);
     }
   }
-  task.weight = *packed;
   if (!transposed && blocks.size() == 1) serve_lookups(blocks[0].data, task.weight);
   task.spec.weight = task.weight->form.dtype;
   task.spec.twelve_bits = task.weight->form.twelve_bits;
@@ -231,7 +258,7 @@ Status Lowering::lower_contraction(const graph::Node& node, Epilogue epilogue,
   const std::int64_t bytes = task.weight->bytes;
   add_task(std::move(task), reads, {y->buffer}, work_of(graph_, node), specification);
   state_->regions.back().weight_bytes += static_cast<std::uint64_t>(bytes);
-  if (!transposed && packed_callback_) {
+  if (!stays && packed_callback_) {
     for (ValueId weight : weights) {
       for (const std::string& name : constant_sources(weight)) {
         const bool last = readers_[constants_.at(name).data] == 1 && !read_in_place_.contains(name);

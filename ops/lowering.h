@@ -51,6 +51,8 @@ class Lowering {
   void add_kernels(LinearTask& task);
   void add_tiles(LinearTask& task, Arithmetic arithmetic);
   Status lower_expert_linear(const graph::Node& node);
+  // Whether all weights may be read in place: packed ones would give the same bits.
+  bool can_read_in_place() const;
   Status lower_contraction(const graph::Node& node, Epilogue epilogue,
                            const std::vector<graph::ValueId>& weights, graph::ValueId bias,
                            graph::ValueId residual);
@@ -63,8 +65,8 @@ class Lowering {
   // --- lower_data.cpp
   Status lower_embedding(const graph::Node& node);
   Status lower_packed_embedding(const graph::Node& node);
-  // Whether the table is also the weight of a later linear layer, whose packed values can be looked
-  // up. Of an earlier one the memory may be gone by now.
+  // Whether the table is also the weight of a later linear layer, in whose packed values rows must
+  // be looked up. Of an earlier one the memory may be gone by now.
   bool is_tied(const graph::Node& embedding) const;
   // Gives the weight to the embeddings that wait for this table.
   void serve_lookups(const void* table, const std::shared_ptr<const PackedWeight>& weight);
@@ -124,6 +126,7 @@ class Lowering {
   const Target& target_;
   const CompileOptions& options_;
   WeightForms weight_forms_;
+  bool in_place_ = false;  // weights that are not packed yet stay where they are
   std::shared_ptr<KernelLibrary> kernels_;
   std::shared_ptr<WeightStore> weights_;
   std::unique_ptr<Program::State> state_;

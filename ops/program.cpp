@@ -502,6 +502,7 @@ const PhaseCounters& Program::counters(Phase phase) const {
 std::vector<RegionReport> Program::regions() const { return state_->regions; }
 
 const std::vector<std::string>& Program::packed_sources() const { return state_->packed_sources; }
+bool Program::reads_in_place() const { return state_->reads_in_place; }
 
 int Program::layer_count() const {
   int count = 0;

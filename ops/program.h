@@ -107,6 +107,10 @@ class Program {
   std::vector<RegionReport> regions() const;
   // Constants that were packed and whose own memory no step reads: it may be given back.
   const std::vector<std::string>& packed_sources() const;
+  // Whether it reads weights where their sources lie, because it was compiled to run once and that
+  // gives the bits of packed ones: for the first step of a start, which packing would hold up.
+  // Where it does, nothing is packed.
+  bool reads_in_place() const;
   int layer_count() const;  // attention steps
   // So many tokens of a sequence in one step get the bits that each would get in a step of its own.
   std::int64_t alike_tokens() const;

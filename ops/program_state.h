@@ -78,6 +78,7 @@ struct Program::State {
   std::vector<std::shared_ptr<const void>> keep_alive;  // constants that compile() made
 
   std::vector<std::string> packed_sources;  // constants whose own memory no step reads
+  bool reads_in_place = false;
 
   // For who observes a run (region_check.h): where values lie, by ValueId.
   std::vector<LoweredRegion> lowered;

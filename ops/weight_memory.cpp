@@ -45,14 +45,14 @@ WeightBytes map_huge(std::size_t bytes) {
   return {map(size), Unmap{size}};
 }
 
-void WeightMemory::reserve(std::size_t bytes) {
+void WeightMemory::reserve(std::size_t bytes, bool ask_ahead) {
   bytes = round_up(bytes, kHugePage);
   if (bytes == 0 || next_ != nullptr) return;
   next_ = map(bytes);
   if (next_ == nullptr) return;
   end_ = next_ + bytes;
   const std::size_t ahead = bytes / kAheadPart / kHugePage * kHugePage;
-  if (ahead == 0) return;
+  if (ahead == 0 || !ask_ahead) return;
   stop_ = false;
   present_ = 0;
   asking_.begin([this, ahead, begin = next_] {

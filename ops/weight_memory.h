@@ -2,7 +2,7 @@
 //
 // reserve() takes address space for all weights of a model, so that small ones share huge pages;
 // allocate() hands it out in order, settle() returns what is left. Pages come when they are
-// touched, by the threads that pack. But the first, a twelfth of all, are asked for beside the
+// touched, by the threads that pack. But the first, a twelfth of all, can be asked for beside the
 // caller, who captures the model meanwhile: where a virtual machine's memory is not backed yet, a
 // huge page takes 5 ms (perf/results/start-avx512.md). No more, because the weights' own memory is
 // still there.
@@ -34,9 +34,9 @@ class WeightMemory {
   WeightMemory(const WeightMemory&) = delete;
   WeightMemory& operator=(const WeightMemory&) = delete;
 
-  // About so many bytes will be asked for. Does nothing if there are not as many, or it did
-  // already.
-  void reserve(std::size_t bytes);
+  // About so many bytes will be asked for, of which the first may be asked for ahead. Does nothing
+  // if there are not as many, or it did already.
+  void reserve(std::size_t bytes, bool ask_ahead);
   // Zeroed, page-aligned memory; huge pages where they fit. Null: out of memory.
   WeightBytes allocate(std::size_t bytes);
   // Ends what reserve() began.

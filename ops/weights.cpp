@@ -81,12 +81,8 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::pack(
   Item item{{}, blocks, k, source, gated, forms.exact, nullptr, {}};
   item.identity = identify(item);
   std::lock_guard lock(mutex_);
-  for (const Item& known : items_) {
-    if (known.identity == item.identity) return known.weight;
-  }
-  for (const WeightBlock& block : blocks) {
-    if (is_token(block.data)) return Error{"its weight is packed in another form already"};
-  }
+  Result<std::shared_ptr<const PackedWeight>> found = known(item);
+  if (!found || *found != nullptr) return found;
   const auto make = [&] { return packed(item, forms); };
   Result<std::shared_ptr<const PackedWeight>> weight =
       kept == nullptr ? make()
@@ -95,6 +91,33 @@ Result<std::shared_ptr<const PackedWeight>> WeightStore::pack(
   item.weight = *weight;
   items_.push_back(std::move(item));
   return weight;
+}
+
+Result<std::shared_ptr<const PackedWeight>> WeightStore::known(const Item& item) const {
+  for (const Item& known : items_) {
+    if (known.identity == item.identity) return known.weight;
+  }
+  for (const WeightBlock& block : item.blocks) {
+    if (is_token(block.data)) return Error{"its weight is packed in another form already"};
+  }
+  return std::shared_ptr<const PackedWeight>();
+}
+
+Result<std::shared_ptr<const PackedWeight>> WeightStore::in_place(
+    const std::vector<WeightBlock>& blocks, std::int64_t k, graph::DataType source, bool gated,
+    WeightForms forms) {
+  Item item{{}, blocks, k, source, gated, forms.exact, nullptr, {}};
+  item.identity = identify(item);
+  std::lock_guard lock(mutex_);
+  Result<std::shared_ptr<const PackedWeight>> found = known(item);
+  if (!found || *found != nullptr) return found;
+  auto weight = std::make_shared<PackedWeight>();
+  for (const WeightBlock& block : blocks) weight->n += block.rows;
+  weight->k = k;
+  weight->bytes = weight->n * k * graph::size_in_bytes(source);
+  weight->form.dtype = source;
+  weight->in_place = WeightSource{blocks, gated};
+  return std::shared_ptr<const PackedWeight>(weight);
 }
 
 PackedForm WeightStore::assumed_form(const Item& item, bool twelve_bits) const {
@@ -240,9 +263,9 @@ std::int64_t WeightStore::bytes() const {
   return sum;
 }
 
-void WeightStore::reserve(std::int64_t bytes) {
+void WeightStore::reserve(std::int64_t bytes, bool ask_ahead) {
   std::lock_guard lock(mutex_);
-  memory_.reserve(static_cast<std::size_t>(bytes));
+  memory_.reserve(static_cast<std::size_t>(bytes), ask_ahead);
 }
 
 void WeightStore::hash_ahead(std::vector<SourceHashes::Block> sources, KeptWeights& kept) {

@@ -4,6 +4,8 @@
 // A packed weight is identified by the source blocks' addresses, its shape, type and packing. The
 // store does not watch the sources: the front end calls forget() when a parameter changed or died.
 //
+// Or a program that runs once reads a weight where its source lies (WeightStore::in_place).
+//
 // A source that was packed may give its memory back: release() returns a token that stands for its
 // address from then on, and the packed weight is the only copy of its values, which unpack() reads.
 //
@@ -28,10 +30,19 @@
 
 namespace tilewright::ops {
 
+// What a weight is packed from.
+struct WeightSource {
+  std::vector<WeightBlock> blocks;  // as in pack.h
+  bool gated = false;
+};
+
 struct PackedWeight {
-  std::shared_ptr<const char> data;  // memory of its own, or pages of a file (kept_weights.h)
+  // Memory of its own, or pages of a file (kept_weights.h); null if it is read in place.
+  std::shared_ptr<const char> data;
   std::int64_t n = 0, k = 0, bytes = 0;
   PackedForm form;
+  std::optional<WeightSource>
+      in_place;  // of values in the form's type: panels are packed as needed
 };
 
 // Which forms a weight may be stored in, all without loss.
@@ -68,6 +79,11 @@ class WeightStore {
                                                    std::int64_t k, graph::DataType source,
                                                    bool gated, WeightForms forms,
                                                    KeptWeights* kept = nullptr, bool keep = false);
+  // What pack() made of it, else the weight as its source holds it, in the source's own type, which
+  // the store does not remember. Error: its source has no memory any more.
+  Result<std::shared_ptr<const PackedWeight>> in_place(const std::vector<WeightBlock>& blocks,
+                                                       std::int64_t k, graph::DataType source,
+                                                       bool gated, WeightForms forms);
   // Drops what was packed from this source; programs that use it keep their copy. Values that only
   // the store has stay until the last token for them is forgotten.
   void forget(const void* source);
@@ -81,9 +97,10 @@ class WeightStore {
   // weights that are not there 1.
   float largest_magnitude(const std::shared_ptr<const PackedWeight>& weight);
   std::int64_t bytes() const;
-  // Before packing: address space for so many bytes of packed weights (weight_memory.h); settle()
-  // ends that, and returns to the system what sources gave back.
-  void reserve(std::int64_t bytes);
+  // Before packing: address space for so many bytes of packed weights, and pages of it where that
+  // begins soon (weight_memory.h); settle() ends that, and returns to the system what sources gave
+  // back.
+  void reserve(std::int64_t bytes, bool ask_ahead);
   // Or begins to hash sources that weights of `kept` will be looked for by, until settle().
   // REQUIRES: they stay as they are.
   void hash_ahead(std::vector<SourceHashes::Block> sources, KeptWeights& kept);
@@ -100,6 +117,8 @@ class WeightStore {
     std::optional<float> largest;  // once somebody asked
   };
   static std::string identify(const Item& item);
+  // Null: it was not packed. Error: nor can it be.
+  Result<std::shared_ptr<const PackedWeight>> known(const Item& item) const;
   Result<std::shared_ptr<const PackedWeight>> packed(const Item& item, WeightForms forms);
 
   PackedForm assumed_form(const Item& item, bool twelve_bits) const;

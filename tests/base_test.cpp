@@ -233,6 +233,7 @@ TEST(Environment, EveryVariableIsRead) {
                                {"TILEWRIGHT_FALLBACK", "onednn"},
                                {"TILEWRIGHT_PASS_LIMIT", "4"},
                                {"TILEWRIGHT_WEIGHTS", "exact"},
+                               {"TILEWRIGHT_PACKING", "first"},
                                {"TILEWRIGHT_FP32", "amx"},
                                {"TILEWRIGHT_KV_CACHE", "int8"},
                                {"TILEWRIGHT_PROFILE", "/m.json"},
@@ -256,6 +257,7 @@ TEST(Environment, EveryVariableIsRead) {
   EXPECT_EQ(e.fallback, Fallback::onednn);
   EXPECT_EQ(e.pass_limit, 4);
   EXPECT_EQ(e.weights, WeightMode::exact);
+  EXPECT_EQ(e.packing, Packing::first);
   EXPECT_EQ(e.fp32, Fp32Mode::amx);
   EXPECT_EQ(e.kv_cache, KvCacheMode::int8);
   EXPECT_EQ(e.machine_profile, "/m.json");
@@ -283,6 +285,7 @@ TEST(Environment, ABadValueIsAProblemAndTheDefaultHolds) {
       {"FALLBACK", "mkl"},
       {"PASS_LIMIT", "-2"},
       {"WEIGHTS", "int8"},
+      {"PACKING", "never"},
       {"FP32", "tf32"},
       {"KV_CACHE", "bf16"},
       {"PROFILE", "profile.json"},
@@ -299,6 +302,7 @@ TEST(Environment, ABadValueIsAProblemAndTheDefaultHolds) {
     EXPECT_EQ(e.num_threads, defaults.num_threads);
     EXPECT_EQ(e.verbose, defaults.verbose);
     EXPECT_TRUE(e.dump.empty());
+    EXPECT_EQ(e.packing, defaults.packing);
     EXPECT_EQ(e.fp32, defaults.fp32);
     EXPECT_EQ(e.kv_cache, defaults.kv_cache);
   }

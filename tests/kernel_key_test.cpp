@@ -69,6 +69,7 @@ std::map<std::string, Setting> settings(const fs::path& folder) {
       {"FALLBACK", {{"onednn"}}},
       {"PASS_LIMIT", {{"0", "3", "6", "9"}, Reach::kernels}},
       {"WEIGHTS", {{"compact", "exact", "plain"}, Reach::kernels}},
+      {"PACKING", {{"first"}}},  // decides when the front end compiles
       {"RUN_DTYPE", {{"bfloat16"}}},
       {"FP32", {{"fma", "amx"}, Reach::kernels}},
       {"KV_CACHE", {{"int8"}}},  // decides about the front end's graphs

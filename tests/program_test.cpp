@@ -10,112 +10,16 @@
 #include <cstring>
 #include <deque>
 #include <optional>
-#include <random>
 
 #include "graph/interpret.h"
-#include "graph/pipeline.h"
 #include "ops/compile.h"
 #include "ops/scalar_type.h"
-#include "tests/llama_graph.h"
+#include "tests/program_model.h"
 
 namespace tilewright::ops {
 namespace {
 
 using graph::Tensor;
-
-Tensor random_tensor(graph::DataType dtype, std::vector<std::int64_t> shape, unsigned seed,
-                     double scale) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<double> normal(0, scale);
-  Tensor tensor = *Tensor::make(dtype, std::move(shape));
-  for (std::int64_t i = 0; i < tensor.count(); ++i) tensor.set(i, normal(generator));
-  return tensor;
-}
-
-Tensor integers(std::vector<std::int64_t> shape,
-                const std::function<std::int64_t(std::int64_t)>& at) {
-  Tensor tensor = *Tensor::make(graph::DataType::i64, std::move(shape));
-  for (std::int64_t i = 0; i < tensor.count(); ++i) tensor.set_integer(i, at(i));
-  return tensor;
-}
-
-TensorView view(Tensor& tensor) { return {tensor.bytes.data(), tensor.dtype, tensor.shape}; }
-
-double largest_difference(const Tensor& a, const Tensor& b) {
-  EXPECT_EQ(a.shape, b.shape);
-  double largest = 0;
-  for (std::int64_t i = 0; i < a.count(); ++i) {
-    const double difference = std::abs(a.get(i) - b.get(i));
-    if (!(difference <= largest)) largest = difference;  // NaN is the largest
-  }
-  return largest;
-}
-
-struct Model {
-  graph::Graph source, optimized;
-  graph::Constants constants;
-  std::map<std::string, TensorView> views;
-  std::shared_ptr<KernelLibrary> kernels;
-  std::shared_ptr<WeightStore> weights = std::make_shared<WeightStore>();
-
-  Model(const LlamaText& llama, graph::DataType dtype) {
-    auto parsed = graph::parse(llama.text);
-    if (!parsed) ADD_FAILURE() << parsed.error().message << "\n" << llama.text;
-    source = *parsed;
-    unsigned seed = 1;
-    for (const auto& [name, shape] : llama.constants) {
-      const bool frequencies = name == "inv_freq";
-      Tensor tensor = random_tensor(frequencies ? graph::DataType::f32 : dtype, shape, seed++,
-                                    shape.size() == 1 ? 1.0 : 0.2);
-      constants.emplace(name, std::move(tensor));
-    }
-    for (auto& [name, tensor] : constants) views.emplace(name, view(tensor));
-    auto store = std::make_shared<cache::Store>(cache::Store::open("", cache::Mode::off, 0));
-    kernels = std::make_shared<KernelLibrary>(Target::host(), store);
-    auto result = graph::optimize(source, Target::host());
-    if (!result) ADD_FAILURE() << result.error().message;
-    optimized = *result;
-  }
-
-  Program compile(const CompileOptions& options = {}) {
-    auto program = ops::compile(optimized, views, Target::host(), options, kernels, weights);
-    if (!program) ADD_FAILURE() << program.error().message << "\n" << graph::print(optimized);
-    return std::move(*program);
-  }
-};
-
-std::vector<Tensor> run(Program& program, std::vector<Tensor>& inputs, std::vector<KvCache*> caches,
-                        int threads, Phase phase = Phase::decode,
-                        const HostFunction* host = nullptr) {
-  std::vector<TensorView> views;
-  for (Tensor& input : inputs) views.push_back(view(input));
-  auto shapes = program.output_shapes(views);
-  if (!shapes) {
-    ADD_FAILURE() << shapes.error().message;
-    return {};
-  }
-  std::vector<Tensor> outputs;
-  for (std::size_t i = 0; i < shapes->size(); ++i) {
-    outputs.push_back(
-        *Tensor::make(program.graph().type(program.graph().outputs[i]).dtype, (*shapes)[i]));
-  }
-  std::vector<TensorView> output_views;
-  for (Tensor& output : outputs) output_views.push_back(view(output));
-  const Status done = program.run({views, caches, output_views, host, phase, threads});
-  EXPECT_TRUE(done.ok()) << (done.ok() ? "" : done.error().message);
-  return outputs;
-}
-
-struct Step {
-  std::int64_t batch, tokens, past;
-  Tensor ids() const {
-    return integers({batch, tokens},
-                    [this](std::int64_t i) { return (7 * i + 3 * past + 5) % 61; });
-  }
-  Tensor positions() const {
-    return integers({batch, tokens}, [this](std::int64_t i) { return past + i % tokens; });
-  }
-};
 
 // The kernels that a decoder gets for a CPU that this one need not be; nothing is executed.
 // exact: fp32 weights have the values of bf16 ones. All values are multiplied by `scale`.
@@ -198,24 +102,7 @@ TEST(Rungs, PrewarmMakesTheFp32TilesOfAStart) {
   }
 }
 
-double tolerance(graph::DataType dtype) { return dtype == graph::DataType::f32 ? 2e-4 : 0.15; }
-
 class Decoder : public testing::TestWithParam<graph::DataType> {};
-
-// 16-bit caches need whole vectors per head; fp32 takes any head_dim.
-LlamaShape shape_for(graph::DataType dtype) {
-  LlamaShape shape;
-  if (dtype != graph::DataType::f32) shape.head_dim = 16;
-  return shape;
-}
-
-std::string fallbacks(const Program& program) {
-  std::string text;
-  for (const RegionReport& region : program.regions()) {
-    if (region.fallback) text += region.name + ": " + region.kernel + ": " + region.reason + "\n";
-  }
-  return text;
-}
 
 // stored: the type of the caches' elements.
 void expect_decoder_matches(const LlamaShape& shape, graph::DataType dtype, graph::DataType stored,

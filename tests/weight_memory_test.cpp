@@ -35,7 +35,7 @@ void expect_zeroed_and_fill(char* memory, std::size_t bytes, char value) {
 TEST(WeightMemory, PiecesAreZeroedAndApart) {
   for (std::size_t reserved : {std::size_t{0}, 3 * kMegabyte, 64 * kMegabyte}) {
     WeightMemory memory;
-    memory.reserve(reserved);
+    memory.reserve(reserved, true);
     std::vector<WeightBytes> pieces;
     const std::size_t sizes[] = {1, 4096, 100'000, 5 * kMegabyte, 2 * kMegabyte + 1, 0};
     for (std::size_t i = 0; i < std::size(sizes); ++i) {
@@ -69,7 +69,7 @@ bool kernel_populates() {
 TEST(WeightMemory, ATwelfthIsAskedForAhead) {
   if (!kernel_populates()) GTEST_SKIP() << "this kernel has no MADV_POPULATE_WRITE";
   WeightMemory memory;
-  memory.reserve(96 * kMegabyte);
+  memory.reserve(96 * kMegabyte, true);
   for (int i = 0; i < 5000 && memory.present_bytes() < 8 * kMegabyte; ++i) usleep(1000);
   EXPECT_EQ(memory.present_bytes(), 8 * kMegabyte);
   const WeightBytes piece = memory.allocate(16 * kMegabyte);
@@ -78,11 +78,22 @@ TEST(WeightMemory, ATwelfthIsAskedForAhead) {
   }
 }
 
+TEST(WeightMemory, NothingIsAskedForAheadUnlessSaid) {
+  WeightMemory memory;
+  memory.reserve(96 * kMegabyte, false);
+  usleep(1000);
+  EXPECT_EQ(memory.present_bytes(), 0u);
+  EXPECT_EQ(memory.reserved_bytes(), 96 * kMegabyte);
+  const WeightBytes piece = memory.allocate(16 * kMegabyte);
+  EXPECT_FALSE(is_present(piece.get()));
+  EXPECT_EQ(memory.reserved_bytes(), 80 * kMegabyte);
+}
+
 // Neither who packs at once nor who ends early waits for it, or loses what was written.
 TEST(WeightMemory, AskingAheadStopsAtOnce) {
   for (int i = 0; i < 20; ++i) {
     WeightMemory memory;
-    memory.reserve(1024 * kMegabyte);
+    memory.reserve(1024 * kMegabyte, true);
     if (i % 2 == 0) continue;
     const WeightBytes piece = memory.allocate(kMegabyte);
     const std::size_t present = memory.present_bytes();
@@ -94,7 +105,7 @@ TEST(WeightMemory, AskingAheadStopsAtOnce) {
 
 TEST(WeightMemory, WhatIsLeftGoesBack) {
   WeightMemory memory;
-  memory.reserve(32 * kMegabyte);
+  memory.reserve(32 * kMegabyte, true);
   EXPECT_EQ(memory.reserved_bytes(), 32 * kMegabyte);
   WeightBytes kept = memory.allocate(4 * kMegabyte);
   const char* rest = kept.get() + 4 * kMegabyte;
@@ -110,7 +121,7 @@ TEST(WeightMemory, WhatIsLeftGoesBack) {
 
 TEST(WeightMemory, MoreThanThereIsIsRefused) {
   WeightMemory memory;
-  memory.reserve(std::size_t{1} << 60);
+  memory.reserve(std::size_t{1} << 60, true);
   EXPECT_FALSE(memory.allocate(std::size_t{1} << 60));
   EXPECT_TRUE(memory.allocate(100));
 }

@@ -64,6 +64,7 @@ nb::dict settings() {
   result["verbose"] = set.verbose;
   result["profile"] = set.profile;
   result["cache_check"] = set.cache_check;
+  result["packs_first"] = set.packing == Packing::first;
   result["run_dtype"] = set.run_dtype;
   result["kv_cache"] = set.kv_cache == KvCacheMode::int8 ? "int8" : "auto";
   result["onednn"] = set.fallback == Fallback::onednn;

@@ -29,7 +29,8 @@ using ops::Engine;
 std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
                                  const std::map<std::string, TypedAddress>& constants,
                                  std::shared_ptr<ops::WeightStore> weights,
-                                 const nb::object& packed, bool optimized, bool keep_weights) {
+                                 const nb::object& packed, bool optimized, bool keep_weights,
+                                 bool in_place) {
   nb::gil_scoped_release unlocked;
   const auto call = [&packed](const std::string& name) {
     nb::gil_scoped_acquire locked;
@@ -42,7 +43,7 @@ std::shared_ptr<Program> compile(const Engine& engine, const std::string& text,
   return Program::make(value_or_throw(
       engine.compile(text, views_of(constants), std::move(weights),
                      packed.is_none() ? ops::PackedCallback() : ops::PackedCallback(call),
-                     optimized, keep_weights)));
+                     optimized, keep_weights, in_place)));
 }
 
 // admission(key, name) -> whether to emit a kernel that the cache lacks. If it raises, the kernel
@@ -153,7 +154,7 @@ void bind_engine(nb::module_& module) {
           },
           "text"_a)
       .def("compile", &compile, "text"_a, "constants"_a, "weights"_a, "packed"_a = nb::none(),
-           "optimized"_a = false, "keep_weights"_a = false)
+           "optimized"_a = false, "keep_weights"_a = false, "in_place"_a = false)
       .def("keeps_plans", [](const Engine& self) { return self.store().can_load(); })
       .def("plan_key", &Engine::plan_key, "model"_a)
       .def("load_plan", &Engine::load_plan, "key"_a)

@@ -226,6 +226,7 @@ void bind_program(nb::module_& module) {
       .def_ro("handle", &Program::handle)
       .def_prop_ro("parameters", &parameters)
       .def_prop_ro("packed_sources", [](const Program& self) { return self.packed_sources(); })
+      .def_prop_ro("reads_in_place", [](const Program& self) { return self.reads_in_place(); })
       .def_prop_ro("text", [](const Program& self) { return graph::print(self.graph()); })
       .def("set_host",
            [](Program& self, const nb::object& host) { self.host = host_function(host); })

@@ -157,7 +157,7 @@ void bind_weights(nb::module_& module) {
              nb::gil_scoped_release unlocked;
              check(self.unpack(pointer(token), pointer(to)));
            })
-      .def("reserve", &ops::WeightStore::reserve)
+      .def("reserve", &ops::WeightStore::reserve, "bytes"_a, "ask_ahead"_a)
       .def("hash_ahead", &hash_ahead)
       .def("settle", &ops::WeightStore::settle, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("bytes", &ops::WeightStore::bytes);

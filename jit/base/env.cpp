@@ -187,6 +187,13 @@ std::vector<Variable> make_table() {
                                          {"plain", WeightMode::plain}},
                                         e.weights);
        }},
+      {"PACKING", "auto", "auto, first",
+       "When a large model's weights are packed: before its second step, where the first has the "
+       "same results without (auto), or before the first (first).",
+       [](Text v, E& e) {
+         return read_choice<Packing>(v, {{"auto", Packing::automatic}, {"first", Packing::first}},
+                                     e.packing);
+       }},
       {"RUN_DTYPE", "", "float32, bfloat16, float16",
        "Set by `tilewright run`: the type that models get which the program loads.",
        [](Text v, E& e) {

@@ -23,6 +23,7 @@ enum class CacheWeights : std::uint8_t { automatic, on, off };
 enum class JitProfile : std::uint8_t { none, perf, vtune, gdb };
 enum class Fallback : std::uint8_t { aten, onednn };
 enum class WeightMode : std::uint8_t { automatic, compact, exact, plain };
+enum class Packing : std::uint8_t { automatic, first };
 enum class Fp32Mode : std::uint8_t { automatic, fma, amx };
 enum class KvCacheMode : std::uint8_t { automatic, int8 };
 
@@ -54,6 +55,7 @@ struct Environment {
   Fallback fallback = Fallback::aten;
   int pass_limit = -1;  // -1: none
   WeightMode weights = WeightMode::automatic;
+  Packing packing = Packing::automatic;
   Fp32Mode fp32 = Fp32Mode::automatic;
   KvCacheMode kv_cache = KvCacheMode::automatic;
   std::string machine_profile;  // empty: the user's own; "off": none; else an absolute path

@@ -20,6 +20,7 @@ namespace tilewright::ops {
 struct ArithmeticChoice {
   Arithmetic few_rows = Arithmetic::fma;
   std::optional<Arithmetic> many_rows;  // more than most_rows_without_tiles, by tiles
+  friend bool operator==(const ArithmeticChoice&, const ArithmeticChoice&) = default;
 };
 
 inline constexpr std::int64_t most_rows_without_tiles = 8;

@@ -206,7 +206,7 @@ def start(
     pause: Annotated[float, typer.Option(help="seconds before each start")] = 6.0,
     output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
 ) -> None:
-    """From nothing to the first token: captured or from a plan, weights packed or mapped."""
+    """From nothing to the first token: captured or from a plan, weights in place or mapped."""
     import tempfile
 
     from bench_models import cells, table

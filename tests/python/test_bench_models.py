@@ -478,7 +478,10 @@ def test_a_start_is_split_without_a_rest(tmp_path: Path) -> None:
     assert all(made["parts"][name] > 0 for name in ("imports", "hash weights", "write weights"))
     assert made["packed"] > 0 and made["mapped"] == 0 and made["captured"] == 1
 
+    assert made["next"]["total"] > 0 and made["next"]["pack weights"] == 0
+
     rows = dict(start.rows({"packed": [made, made], "mapped": [made]}))
+    assert rows["the next call"] == [made["next"]["total"]] * 2
     assert rows["total"] == [made["total"]] * 2
     assert rows["total - sum"] == pytest.approx([0.0, 0.0], abs=1e-6)
     given = sum(made["parts"][name] for name in ("interpreter", "imports", "read checkpoint"))
@@ -494,7 +497,7 @@ def test_starts_of_others_stand_beside_ours(bench: Path) -> None:
     others = start.peers(["eager", "zentorch"], cell, 2, 1, bench / "others", said.append)
     assert "bench setup zentorch" in others["zentorch"]["reason"]
     assert len(others["eager"]["warm"]) == 2
-    ours = {"captured, packed": [{"total": 3000.0}], "planned, mapped": [{"total": 2000.0}]}
+    ours = {"captured, in place": [{"total": 3000.0}], "planned, mapped": [{"total": 2000.0}]}
     tilewright, eager, zentorch = start.beside(ours, others)
     assert tilewright == ("tilewright", 3.0, 2.0)
     assert eager[1] == others["eager"]["cold"]["total"] and eager[2]

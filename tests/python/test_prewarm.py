@@ -25,10 +25,13 @@ ISAS = ["avx2", "avx512", "avx512_core_bf16"]
 # Small models have no weights in 12 bits otherwise.
 COMPACT = {"TILEWRIGHT_WEIGHTS": "compact"}
 
-# Loads directories, optimises, generates, and prints what was emitted and loaded.
+# Loads directories, optimises, generates, and prints what was emitted and loaded. As large models
+# do, these read their weights in place at first.
 _RUN = """
 import json, sys, torch, tilewright
 from transformers import AutoModelForCausalLM
+from tilewright import model_programs
+model_programs.LATE_FROM = 0
 ids = torch.arange(1, 40).reshape(1, -1)
 for directory in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(directory).eval()

@@ -228,6 +228,7 @@ class Decoder(InstalledForward):
         REQUIRES: the model is what it was, and nobody else has changed the cache since.
         """
         with self._lock:
+            self.model_programs.pack_spent()
             step = prepared.step
             batch, tokens = step.input_ids.shape
             inputs, symbols = [step.input_ids, step.position_ids], {"b": batch, "s": tokens}
@@ -299,6 +300,7 @@ class Decoder(InstalledForward):
         with self._lock:
             if self._growing:
                 raise NotRunnableError("its rotary table changes with the length")
+            self.model_programs.pack_spent()
             step, program = prepared.step, prepared.executable.program
             if lookup is not None and program.alike_tokens == 1:
                 core.say_once(

@@ -140,7 +140,11 @@ def explain(model: nn.Module) -> Explanation:
     """What happened to `model` so far: optimised, compiled, or both."""
     original = getattr(model, "_orig_mod", model)
     explanation = Explanation(type(original).__name__)
-    reports = [executable.program.report() for executable in executables_of(original, explanation)]
+    reports = [
+        report
+        for executable in executables_of(original, explanation)
+        for report in executable.reports()
+    ]
     for report in reports:
         explanation.regions += [_region(region) for region in report["regions"]]
     explanation.phases = {name: _phase(report[name] for report in reports) for name in PHASES}

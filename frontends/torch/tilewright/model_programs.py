@@ -4,6 +4,10 @@ Three at most: logits of all tokens, of the last one, and of chosen ones in ragg
 (ragged.py). They are captured when first needed, and again when the model's modules or weights
 change.
 
+Packing a large model takes longer than its first step. So, where the core can, the first step of
+the first program reads the weights where they are, and they are packed before the next one:
+somebody who waits for the first token has it after a third of the time.
+
 Not thread-safe by itself: a Decoder calls under its lock. Tested by tests/python/test_optimize.py,
 test_module_state.py.
 """
@@ -26,6 +30,10 @@ from tilewright.packed import stand_ins, unpack_all
 from tilewright.plans import RefusedPlanError, planned_model
 from tilewright.program import Executable
 from tilewright.steps import NotCapturedError, NotRunnableError
+
+# Bytes of weights from which on packing comes after the first step: less is packed in the time in
+# which a step without packing would pack panels for itself.
+LATE_FROM = 64 << 20
 
 
 @dataclass(eq=False, repr=False)
@@ -60,6 +68,7 @@ class ModelPrograms:
         self.not_stored = ""  # why they are in the model's type although another was asked for
         self.made: dict[int, tuple[CapturedModel, Executable]] = {}
         self._store = _core.WeightStore()
+        self._in_place: Executable | None = None  # of `made`, while it has not packed
         self.frees = False  # packed parameters may be: the model is the caller's to change
         self._state: ModuleState | None = None  # of the model that the programs are of
         self._settings: Settings | None = None  # of the same
@@ -79,15 +88,27 @@ class ModelPrograms:
         assert self._state is not None
         if hooked := self._state.hooked():
             raise NotRunnableError(f"{hooked} has forward hooks, which a program would not call")
+        if self._in_place is not None and key not in self.made:
+            self._pack()
+        self.pack_spent()
         if key not in self.made:
             self.made[key] = self._make(key)
         return self.made[key]
+
+    def pack_spent(self) -> None:
+        """Packs weights that a first step has read where they are. Raises NotCapturedError.
+
+        REQUIRES: the model is what it was."""
+        if self._in_place is not None and self._in_place.is_spent:
+            self._pack()
 
     def untouched(self, key: int) -> tuple[CapturedModel, Executable] | None:
         """As `get` for a step of decode, if that has nothing to do; at the least cost."""
         made = self.made.get(key)
         if made is None or self._state is None or not self._state.is_untouched():
             return None
+        if self._in_place is not None:
+            return None  # it has to be packed
         return made if self._have_same_weights() else None
 
     def settings(self) -> Settings:
@@ -116,15 +137,36 @@ class ModelPrograms:
             if logits_to_keep == RAGGED:
                 self._not_ragged = f"no program of a ragged step: {str(error).splitlines()[0]}"
                 raise NotRunnableError(self._not_ragged) from None
-            self.refresh()
-            self.unsupported = str(error).splitlines()[0]
-            raise NotCapturedError(self.unsupported) from None
+            raise self._refused(error) from None
+        finally:
+            if self._in_place is None:
+                self._store.settle()
+        self._note_state()  # capture may have replaced parameters
+        return made
+
+    def _pack(self) -> None:
+        """Gives all programs packed weights."""
+        executable, self._in_place = self._in_place, None
+        assert executable is not None
+        try:
+            executable.pack()
+        except core.CoreError as error:
+            raise self._refused(error) from None
         finally:
             self._store.settle()
-        if self._state is None or not self._state.is_current():  # capture replaced parameters
+        # Caches are ready for the captured model of a program that is no more.
+        self.made = {key: (dataclasses.replace(c), e) for key, (c, e) in self.made.items()}
+        self._note_state()
+
+    def _refused(self, error: Exception) -> NotCapturedError:
+        self.refresh()
+        self.unsupported = str(error).splitlines()[0]
+        return NotCapturedError(self.unsupported)
+
+    def _note_state(self) -> None:
+        if self._state is None or not self._state.is_current():
             self._state = None
             self.settings()
-        return made
 
     def _made_without(self, reason: str, logits_to_keep: int) -> tuple[CapturedModel, Executable]:
         """Of caches in the model's own type, because no program can be made of others."""
@@ -148,7 +190,9 @@ class ModelPrograms:
             ]
             self._store.hash_ahead(engine, memory)
         else:
-            self._store.reserve(sum(weight.numel() * weight.element_size() for weight in weights))
+            bytes_ = sum(weight.numel() * weight.element_size() for weight in weights)
+            # Pages that wait for a step to end would be in memory beside all weights.
+            self._store.reserve(bytes_, not self._packs_late())
 
     def _planned(
         self, logits_to_keep: int, may_load: bool = True
@@ -170,9 +214,20 @@ class ModelPrograms:
         """packed: the parameters that stand-ins stand for, by id."""
         constants = captured.lowered.constants
         tensors = {name: packed.get(id(t), t) for name, t in constants.items()}
-        executable = Executable(captured.lowered, tensors, self._store, self.frees)
+        late = not self.made and self._packs_late()
+        executable = Executable(captured.lowered, tensors, self._store, self.frees, late)
+        if executable.reads_in_place:
+            self._in_place = executable
         # Without the constants, but for literals: stand-ins serve nobody any more.
         return dataclasses.replace(captured, lowered=executable.lowered), executable
+
+    def _packs_late(self) -> bool:
+        """Whether the first step is to come before packing. Not where packed weights may be on
+        disk: those are mapped."""
+        if core.settings()["packs_first"] or core.engine().keeps_weights():
+            return False
+        weights = _matrices(self._owner.model)
+        return sum(weight.numel() * weight.element_size() for weight in weights) >= LATE_FROM
 
     def _have_same_weights(self) -> bool:
         return all(executable.weights.all_same() for _, executable in self.made.values())
@@ -198,6 +253,7 @@ class ModelPrograms:
             executable.forget_weights()
         unpack_all(self._owner.model)
         self.made.clear()
+        self._in_place = None
         self._state = None
         self.unsupported = ""
         self._not_ragged = ""

@@ -34,9 +34,16 @@ from typing import Any
 
 from tilewright import _core, core, prewarm_worker
 
-# (type that fp32 weights fit, whether bf16 ones fit 12 bits): see WeightStore in ops/weights.h. A
-# program whose weights differ in it needs no kernel that none of these has.
-FORMS = (("f32", False), ("bf16", False), ("f16", False), ("bf16", True))
+# (type that fp32 weights fit, whether bf16 ones fit 12 bits, whether they are read in place): see
+# WeightStore in ops/weights.h, Program::reads_in_place(). A program whose weights differ in it
+# needs no kernel that none of these has.
+FORMS = (
+    ("f32", False, False),
+    ("bf16", False, False),
+    ("f16", False, False),
+    ("bf16", True, False),
+    ("f32", False, True),
+)
 KEEPS = (1, 0)  # logits of the last token (decode, generate), of all tokens
 
 _WORKER = "from tilewright.prewarm_worker import main; main()"
@@ -52,11 +59,12 @@ class Unit:
     index: int
     keep: int
     isa: str
-    form: tuple[str, bool]
+    form: tuple[str, bool, bool]
 
     def __str__(self) -> str:
         graph = "last logits" if self.keep else "all logits"
-        storage = "12 bits" if self.form[1] else self.form[0]
+        fits, twelve_bits, in_place = self.form
+        storage = "in place" if in_place else "12 bits" if twelve_bits else fits
         return f"{graph}, {self.isa or 'this CPU'}, weights {storage}"
 
 

@@ -78,6 +78,7 @@ class Worker:
         lowered = self._capture(unit)
         self._channel.send(at="unit", unit=unit["index"])
         engine = self._engine(unit["isa"])
+        fits, twelve_bits, in_place = unit["form"]
         constants = {name: tensor.contiguous() for name, tensor in lowered.constants.items()}
         program = engine.compile(
             lowered.text,
@@ -85,8 +86,9 @@ class Worker:
                 name: (tensor.data_ptr(), DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
                 for name, tensor in constants.items()
             },
-            _core.WeightStore(*unit["form"]),
+            _core.WeightStore(fits, twelve_bits),
             optimized=lowered.has_passed,
+            in_place=in_place,
         )
         program.prepare()
         keys = engine.kernel_keys()

@@ -173,6 +173,11 @@ class Weights:
                 found[name] = tensor.detach()
         return found
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that live."""
+        found = {name: reference() for name, (reference, _, _) in self._marks.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def left(self) -> list[int]:
         """Addresses where a tensor is no longer."""
         found = []
@@ -211,10 +216,12 @@ class Executable:
         tensors: Mapping[str, torch.Tensor],
         store: Any = None,
         frees: bool = False,
+        in_place: bool = False,
     ) -> None:
         """`tensors`: the constants by name. `store`: where to pack them, by default the one of the
         parameters' model. `frees`: give back the memory of parameters that are packed
-        (packed.py). CoreError when the core refuses the graph."""
+        (packed.py). `in_place`: if the core can run this program once without packing, `pack` has
+        to be called before it runs again. CoreError when the core refuses the graph."""
         # Without the tensors: what runs must not keep a model alive that its user dropped.
         self.lowered = dataclasses.replace(lowered, constants={})
         self._constants = tuple(lowered.constants)
@@ -226,10 +233,12 @@ class Executable:
         self._frees = frees
         self._copies: dict[str, torch.Tensor] = {}
         self.weights = Weights({})
+        self.is_spent = False  # it has run in place: `pack` comes next
+        self._earlier: list[dict[str, Any]] = []
         executables.add(self)
-        self.bind(tensors)
+        self.bind(tensors, in_place)
 
-    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def bind(self, tensors: Mapping[str, torch.Tensor], in_place: bool = False) -> None:
         """Compiles for these constants: at first, and after they changed."""
         constants = {name: tensors[name] for name in self._constants}
         for place in (*self.weights.left(), *map(address, self._copies.values())):
@@ -258,17 +267,38 @@ class Executable:
             self.store,
             packed if self._frees else None,  # each at once: else all weights are there twice
             self.lowered.has_passed,
+            in_place=in_place,
         )
         if self._frees:
             for name in self.program.packed_sources:
                 packed(name)
             releases.finish()
-        _remember(self.store, given.values())
+        self.reads_in_place: bool = self.program.reads_in_place
+        self.is_spent = False
+        if not self.reads_in_place:
+            _remember(self.store, given.values())
         self.weights = Weights(constants)
         compute = weakref.WeakMethod(self._host)
         profile.watch(self.program)
         self.program.set_host(lambda *call: compute()(*call))  # type: ignore[misc]
         operators.register(self.program.handle, self)
+
+    def pack(self) -> None:
+        """After the only run in place: packs its weights, and compiles for them. CoreError, and
+        there is no program any more, when the core refuses or a weight is gone.
+
+        REQUIRES: the weights are what they were."""
+        constants = self.weights.tensors()
+        if len(constants) < len(self._constants):
+            raise core.CoreError("a weight is gone before it was packed")
+        before = self.program.report()
+        self._earlier.append(before | {"regions": []})  # what runs from now on has all of them
+        self.weights = Weights({})  # its weak references would hinder `Releases`
+        self.bind(constants)
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What its program did, and without regions the one that it had before `pack`."""
+        return [self.program.report(), *self._earlier]
 
     def of_weights(self, tensors: Mapping[str, torch.Tensor]) -> Executable:
         """The same program for another model's constants."""
@@ -307,7 +337,12 @@ class Executable:
         decode: bool | None = None,
     ) -> list[torch.Tensor]:
         """The program's outputs. Tensors are row-major, in the program's order. caches: handles.
-        decode: what the run is counted as, if the symbols do not say it."""
+        decode: what the run is counted as, if the symbols do not say it. CoreError also when it has
+        run in place before."""
+        if self.reads_in_place:
+            if self.is_spent:
+                raise core.CoreError("its weights are to be packed first")
+            self.is_spent = True
         self._symbols = dict(symbols)
         try:
             return operators.step(
