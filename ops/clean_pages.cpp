@@ -2,10 +2,12 @@
 #include "ops/clean_pages.h"
 
 #include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <utility>
 
@@ -45,6 +47,20 @@ bool all_clean(std::uintptr_t begin, std::uintptr_t end) {
   return clean;
 }
 
+// The same file, asked for pages that are in the process (PAGEMAP_SCAN, as linux/fs.h has it since
+// 6.7): it does not look at the others.
+struct PageScan {
+  std::uint64_t size = sizeof(PageScan), flags = 0;
+  std::uint64_t begin, end, walked = 0;
+  std::uint64_t ranges, most_ranges, most_pages;
+  std::uint64_t inverted = 0, all_of = 0, any_of, returned;
+};
+struct PageRange {
+  std::uint64_t begin, end, categories;
+};
+constexpr auto kPageScan = _IOWR('f', 16, PageScan);
+constexpr std::uint64_t kScanPresent = 1 << 3, kScanSwapped = 1 << 4;
+
 // The whole pages inside of a piece of memory.
 struct Pages {
   explicit Pages(std::span<const std::byte> memory) {
@@ -66,6 +82,30 @@ bool holds_its_file(std::span<const std::byte> memory) {
   return all_clean(first / kPage * kPage, (first + memory.size() + kPage - 1) / kPage * kPage);
 }
 
+bool has_few_pages(std::span<const std::byte> memory) {
+  constexpr std::uint64_t most = (1 << 20) / kPage, categories = kScanPresent | kScanSwapped;
+  const int page_map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (page_map < 0) return false;
+  const Pages pages(memory);
+  std::array<PageRange, 64> ranges;
+  PageScan scan{.begin = pages.begin,
+                .end = pages.end,
+                .ranges = reinterpret_cast<std::uintptr_t>(ranges.data()),
+                .most_ranges = ranges.size(),
+                .most_pages = most + 1,
+                .any_of = categories,
+                .returned = categories};
+  const int found = ioctl(page_map, kPageScan, &scan);
+  close(page_map);
+  if (found < 0 || static_cast<std::size_t>(found) == ranges.size()) return false;
+  std::uint64_t bytes = 0;
+  for (int i = 0; i < found; ++i) {
+    const PageRange& range = ranges[static_cast<std::size_t>(i)];
+    bytes += range.end - range.begin;
+  }
+  return bytes <= most * kPage;
+}
+
 bool drop_clean_pages(std::span<const std::byte> memory) {
   const Pages pages(memory);
   return pages.begin != pages.end && all_clean(pages.begin, pages.end) && pages.drop();
@@ -74,7 +114,13 @@ bool drop_clean_pages(std::span<const std::byte> memory) {
 void PageDropper::drop(std::vector<UnneededMemory> unneeded) {
   wait();
   unneeded_ = std::move(unneeded);
+  std::erase_if(unneeded_, [](const UnneededMemory& memory) {
+    if (memory.is_free || !has_few_pages(memory.bytes)) return false;
+    drop_clean_pages(memory.bytes);
+    return true;
+  });
   next_ = 0;
+  if (unneeded_.empty()) return;
   thread_.begin([this] { work(); });  // without a thread wait() does everything
 }
 

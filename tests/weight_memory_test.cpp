@@ -173,6 +173,49 @@ TEST(CleanPages, GoUnlessSomethingWasWritten) {
   munmap(mapping, bytes);
 }
 
+TEST(CleanPages, AreCounted) {
+  constexpr std::size_t pages = 1024, bytes = pages * 4096;
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::tmpfile(), &std::fclose);
+  ASSERT_NE(file, nullptr);
+  ASSERT_EQ(ftruncate(fileno(file.get()), bytes), 0);
+  void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, fileno(file.get()), 0);
+  ASSERT_NE(mapping, MAP_FAILED);
+  char* memory = static_cast<char*>(mapping);
+  const auto few = [&](std::size_t begin, std::size_t size) {
+    return has_few_pages(std::as_bytes(std::span(memory + begin, size)));
+  };
+  if (!few(0, bytes)) GTEST_SKIP() << "this kernel has no PAGEMAP_SCAN";
+  std::fill(memory, memory + 256 * 4096, 'a');
+  EXPECT_TRUE(few(0, bytes)) << "a megabyte";
+  memory[700 * 4096] = 'a';
+  EXPECT_FALSE(few(0, bytes)) << "a page more";
+  EXPECT_TRUE(few(0, 700 * 4096 + 4000)) << "whole pages count";
+  for (std::size_t page = 300; page < 430; page += 2) memory[page * 4096] = 'a';
+  EXPECT_FALSE(few(300 * 4096, 130 * 4096)) << "too scattered to tell";
+  munmap(mapping, bytes);
+}
+
+// With the pages of a file that few were read of, which are dropped at once.
+TEST(CleanPages, FewAreDroppedAtOnce) {
+  constexpr std::size_t pages = 64, bytes = pages * 4096;
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::tmpfile(), &std::fclose);
+  ASSERT_NE(file, nullptr);
+  ASSERT_EQ(ftruncate(fileno(file.get()), bytes), 0);
+  void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, fileno(file.get()), 0);
+  ASSERT_NE(mapping, MAP_FAILED);
+  char* memory = static_cast<char*>(mapping);
+  EXPECT_EQ(std::count(memory, memory + bytes, 'a'), 0);
+  ASSERT_EQ(resident_pages(memory, pages), pages);
+  std::vector<char> freed(bytes, 'a');
+  PageDropper dropper;
+  dropper.drop(
+      {{std::as_bytes(std::span(memory, bytes)), false}, {std::as_bytes(std::span(freed)), true}});
+  dropper.wait();
+  EXPECT_EQ(resident_pages(memory, pages), 0u);
+  EXPECT_LT(std::count(freed.begin(), freed.end(), 'a'), 2 * 4096);
+  munmap(mapping, bytes);
+}
+
 TEST(CleanPages, FreedMemoryGoesWholePagesOnly) {
   constexpr std::size_t pages = 64;
   std::vector<std::vector<char>> memory(9, std::vector<char>(pages * 4096, 'a'));

@@ -225,9 +225,9 @@ def start(
             record[f"{name} {kind}"] = found
             record[f"{name} {kind}, others"] = others
             title = f"{name}, {kind}, {prompt} tokens, ms"
-            print(title.ljust(44) + "".join(f"{k:>18}" for k in found))
+            print(title.ljust(44) + "".join(f"{k:>20}" for k in found))
             for part, values in starting.rows(found):
-                print(f"  {part:42}" + "".join(f"{value:18.1f}" for value in values))
+                print(f"  {part:42}" + "".join(f"{value:20.1f}" for value in values))
             print(f"{name}, {kind}, process start to first token, s".ljust(54) + "  cold  warm")
             for system, cold, warm in starting.beside(found, others):
                 print(f"  {system:50}{table.seconds(cold):>8}{table.seconds(warm):>6}")
