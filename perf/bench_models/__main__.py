@@ -204,6 +204,9 @@ def start(
     threads: Annotated[int, typer.Option()] = 2,
     names: Annotated[str, typer.Option("--systems", help="others, beside ours")] = "",
     pause: Annotated[float, typer.Option(help="seconds before each start")] = 6.0,
+    cold_pages: Annotated[
+        bool, typer.Option(help="without checkpoint and cache in the page cache")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
 ) -> None:
     """From nothing to the first token: captured or from a plan, weights in place or mapped."""
@@ -217,7 +220,15 @@ def start(
         for kind in _split(dtype):
             with tempfile.TemporaryDirectory(prefix="start-", dir=places.home()) as cache:
                 found = starting.measure(
-                    name, kind, prompt, rounds, threads, Path(cache) / "cache", pause, _say
+                    name,
+                    kind,
+                    prompt,
+                    rounds,
+                    threads,
+                    Path(cache) / "cache",
+                    pause,
+                    _say,
+                    cold_pages,
                 )
                 cell = cells.Cell(name, kind, prompt, 1, 1)
                 caches = Path(cache) / "others"

@@ -72,9 +72,11 @@ def measure(
     cache: Path,
     pause: float,
     say: Callable[[str], None],
+    cold_pages: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """The starts of each kind, each `pause` seconds after the one before, and of one with an empty
-    cache that wrote it ("writing")."""
+    cache that wrote it ("writing"). cold_pages: before each but that one, the checkpoint and the
+    cache leave the page cache; libraries stay."""
     directory = models.directory_of(model)
     base = {"TILEWRIGHT_CACHE": "rw", "TILEWRIGHT_CACHE_DIR": str(cache)}
     say(f"{model} {dtype}: filling the cache")
@@ -86,6 +88,9 @@ def measure(
         for kind, (settings, has_plans) in KINDS.items():
             say(f"{model} {dtype}: {kind}, {number + 1} of {rounds}")
             settings = settings | {"TILEWRIGHT_CACHE_DIR": str(cache if has_plans else plain)}
+            if cold_pages:
+                for place in (directory, cache, plain):
+                    drop_pages(place)
             time.sleep(pause)
             start = run_start(directory, dtype, prompt, threads, base | settings)
             assert start["captured"] == (0 if has_plans else 1), "another plan was found"
@@ -95,6 +100,15 @@ def measure(
         raise RuntimeError(f"the first token differs: {sorted(tokens)}")
     assert not any(s["packed"] for s in found["planned, mapped"]), "a weight was not kept"
     return found
+
+
+def drop_pages(directory: Path) -> None:
+    """Takes the files of a directory out of the page cache. Files that are mapped stay."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fdatasync(file.fileno())  # what is not on the disk would stay, too
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def peers(

@@ -91,7 +91,7 @@ def command(fresh_cache: Path) -> Iterator[Command]:
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python() -> Iterator[RunPython]:
     """Runs Python code in a new process and checks that it succeeds, unless check=False."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import math
 import random
 from collections.abc import Mapping
@@ -487,6 +488,25 @@ def test_a_start_is_split_without_a_rest(tmp_path: Path) -> None:
     given = sum(made["parts"][name] for name in ("interpreter", "imports", "read checkpoint"))
     beyond = rows["beyond imports and reading"]
     assert beyond == pytest.approx([made["total"] - given] * 2) and given > 0
+
+
+def test_cold_pages_are_those_of_every_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench_models import start
+
+    (tmp_path / "inner").mkdir()
+    for name in ("config.json", "inner/weights"):
+        (tmp_path / name).write_bytes(b"1")
+    dropped: set[int] = set()
+
+    def advise(file: int, offset: int, length: int, advice: int) -> None:
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        dropped.add(os.fstat(file).st_ino)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    start.drop_pages(tmp_path)
+    assert dropped == {path.stat().st_ino for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_starts_of_others_stand_beside_ours(bench: Path) -> None:

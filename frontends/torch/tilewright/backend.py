@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from tilewright import capture, core, routing
+from tilewright import capture, core, precompiled, routing
 from tilewright.graph_text import UnsupportedError
 from tilewright.lower import lower
 from tilewright.program import Executable
@@ -52,16 +52,19 @@ def backend(
         if core.settings()["strict"]:
             raise
         graph.decline(first_line(error))
+    precompiled.record(gm, graph)
     return graph
 
 
-class CompiledGraph:
-    """What Dynamo calls instead of one graph. Thread-safe."""
+class CompiledGraph(precompiled.SerializableCallable):
+    """What Dynamo calls instead of one graph; saved and loaded as precompiled.py says.
+    Thread-safe."""
 
     def __init__(self, gm: Any, inputs: Sequence[Any]) -> None:
         """`gm.forward` takes the graph's inputs and is what runs if we cannot."""
         self._gm = gm
         self.executable: Executable | None = None
+        self._saved: precompiled.SavedGraph | None = None  # until the first call after loading
         self._others: list[Executable] = []  # the same program, of other models' weights
         self._lock = threading.RLock()
         self.reason = ""  # why torch runs this graph
@@ -70,7 +73,29 @@ class CompiledGraph:
         self.refreshes = 0
         self._parameters = weakref.WeakSet([x for x in inputs if isinstance(x, torch.nn.Parameter)])
         self._frozen: dict[int, str] = {}
+        self._attributes: dict[str, torch.Tensor] = {}
         graphs.add(self)
+
+    @classmethod
+    def serialize_compile_artifacts(cls, fn: CompiledGraph) -> bytes:
+        """Raises RuntimeError if it cannot be saved."""
+        with fn._lock:
+            lowered = None if fn.executable is None else fn.executable.lowered
+            saved = fn._saved or precompiled.saved_graph(
+                fn._gm, fn.reason, lowered, fn._frozen, fn._attributes
+            )
+        return saved.dumps()
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> CompiledGraph:
+        saved = precompiled.loads(data)
+        graph = cls(precompiled.SavedForward(saved.original), ())
+        if reason := saved.unusable():
+            graph.decline(reason)
+        else:
+            graph._saved, graph._frozen = saved, saved.frozen
+            graph._attributes = saved.attributes
+        return graph
 
     def compile(self, inputs: Sequence[Any]) -> None:
         """Raises the reason why it cannot."""
@@ -98,6 +123,17 @@ class CompiledGraph:
         }
         self.executable = Executable(lowered, self._constants(inputs))
 
+    def _open(self, saved: precompiled.SavedGraph, arguments: Sequence[Any]) -> None:
+        """After loading, at the first call. Raises the reason why it cannot."""
+        if reason := core.unavailable():
+            raise UnsupportedError(reason)
+        check_inputs(arguments)
+        for each in arguments:
+            if isinstance(each, torch.nn.Parameter):
+                self._parameters.add(each)
+        constants = self._constants(arguments)
+        self.executable = Executable(saved.with_constants(constants), constants)
+
     def decline(self, reason: str) -> None:
         self.reason = reason
         core.say_fallback("a graph", reason)
@@ -108,6 +144,16 @@ class CompiledGraph:
 
     def __call__(self, *arguments: Any) -> Any:
         self.calls += 1
+        if self._saved is not None:
+            with self._lock:
+                saved, self._saved = self._saved, None
+                try:
+                    if saved is not None:  # still, after other threads' calls
+                        self._open(saved, arguments)
+                except (UnsupportedError, core.CoreError) as error:
+                    if core.settings()["strict"]:
+                        raise
+                    self.decline(first_line(error))
         if self.executable is not None:
             with self._lock:
                 if self.executable is not None:  # still, after other threads' calls

@@ -150,12 +150,12 @@ def _versions() -> list[str]:
         str(torch.__version__),
         str(torch.version.git_version),
         getattr(transformers, "__version__", ""),
-        _package_digest(),
+        package_digest(),
     ]
 
 
 @functools.cache
-def _package_digest() -> str:
+def package_digest() -> str:
     """Of the Python sources of this package."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
