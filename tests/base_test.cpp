@@ -319,7 +319,7 @@ TEST(Environment, TheTableIsCompleteAndDefaultsAreValid) {
     Environment e;
     EXPECT_TRUE(variable.read(variable.default_value, e)) << variable.name;
   }
-  EXPECT_EQ(names.size(), 21u);
+  EXPECT_EQ(names.size(), 22u);
 }
 
 TEST(Environment, ATypingErrorIsReported) {
