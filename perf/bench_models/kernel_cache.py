@@ -41,7 +41,7 @@ def _cache_load() -> Path:
     """perf/cache_load by the target that ctest builds and runs: a list of its sources here went
     stale unseen."""
     tools = {**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ.get('PATH', '')}"}  # the venv's
-    built = places.home() / "cache_load_build"
+    built = places.REPOSITORY / "build" / "cache_load"  # CMake refuses another checkout's
     kind = ("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DTILEWRIGHT_BUILD_LIBTORCH=OFF")
     for command in (
         ["cmake", "-S", str(places.REPOSITORY), "-B", str(built), "--log-level=WARNING", *kind],

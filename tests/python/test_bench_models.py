@@ -524,6 +524,19 @@ def test_starts_of_others_stand_beside_ours(bench: Path) -> None:
     assert zentorch == ("zentorch", None, None)
 
 
+def test_a_checkout_builds_its_own_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CMake refuses a directory that was made for another checkout."""
+    from bench_models import kernel_cache
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        kernel_cache.subprocess, "run", lambda command, **_: commands.append(command)
+    )
+    program = kernel_cache._cache_load()
+    assert program.is_relative_to(places.REPOSITORY)
+    assert all(str(places.REPOSITORY) in " ".join(command) for command in commands)
+
+
 def test_the_kernels_of_a_model_are_counted_and_their_time_is_kept(tmp_path: Path) -> None:
     """One real process that emits a tiny model's kernels."""
     from bench_models import kernel_cache
