@@ -18,6 +18,7 @@ using graph::DataType;
 CompileOptions in_place_options() {
   CompileOptions options;
   options.choices.twelve_bits_from = 0;  // of packed weights: the form that is least like a source
+  options.choices.streams_row = 2;       // of a row: reads two panels side by side, if it may
   options.in_place = true;
   return options;
 }

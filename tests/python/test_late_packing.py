@@ -185,6 +185,29 @@ def test_what_cannot_be_packed_leaves_ordinary_weights(monkeypatch: pytest.Monke
 
 
 @torch.no_grad()
+def test_packing_that_was_interrupted_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilewright.packed import Releases
+
+    reference = tiny_llama(3)
+    model, ids = optimized(reference), prompt(2, 9)
+    model(ids)
+    finish = Releases.finish
+
+    def interrupted(self: Releases) -> None:
+        finish(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Releases, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids)
+    assert packed_count(model) == 0
+    for _ in range(2):
+        torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-4)
+    assert packed_count(model) > 0 and not decoder_in(model).fallbacks
+
+
+@torch.no_grad()
 def test_a_program_in_place_runs_once() -> None:
     model = optimized(tiny_llama(3))
     decoder = decoder_in(model)
