@@ -168,6 +168,60 @@ def test_the_cache_is_filled_once_and_checked(command, prewarmed: Prewarmed) -> 
     assert after["kernels"] == before["kernels"] and after["plans"] == 2
 
 
+def test_a_recorded_plan_is_enough(
+    command, run_python, model_directory: Path, tmp_path: Path
+) -> None:
+    """What one process left makes a pack for another one's CPU, without the model."""
+    kept = tmp_path / "kept"
+    run_models(run_python, [model_directory], TILEWRIGHT_CACHE_DIR=str(kept), TILEWRIGHT_CACHE="rw")
+    plans = sorted(kept.glob("objects/*/*.plan"))
+    assert len(plans) == 2  # all logits and the last
+    packs = []
+    for plan in plans:
+        packs.append(str(tmp_path / f"{plan.stem}.pack"))
+        arguments = ("--isa", "avx2", "--pack", packs[-1], "--json")
+        made = json.loads(command("prewarm", str(plan), *arguments, **COMPACT).stdout)
+        assert made["kernels"] > 10 and made["plans"] == 1 and not made["failed"]
+    digests = [hashlib.sha256(Path(pack).read_bytes()).hexdigest() for pack in packs]
+    found = run_models(
+        run_python,
+        [model_directory],
+        TILEWRIGHT_CACHE="off",
+        TILEWRIGHT_CACHE_PACK=",".join(
+            f"{pack}@sha256:{digest}" for pack, digest in zip(packs, digests, strict=True)
+        ),
+        TILEWRIGHT_MAX_CPU_ISA="avx2",
+    )
+    assert found["emitted"] == 0 and found["fallbacks"] == {}, found
+    assert found["plans"]["loaded"] == 2 and found["plans"]["captured"] == 0, found
+    command("cache", "check", str(plans[0]), "--isa", "avx2")
+
+
+@pytest.mark.parametrize("what", ["missing", "kernel", "alone", "changed"])
+def test_what_is_no_plan_is_said(
+    command, run_python, model_directory: Path, tmp_path: Path, what: str
+) -> None:
+    kept = tmp_path / "kept"
+    run_models(run_python, [model_directory], TILEWRIGHT_CACHE_DIR=str(kept), TILEWRIGHT_CACHE="rw")
+    plan = next(iter(kept.glob("objects/*/*.plan")))
+    if what == "missing":
+        plan.unlink()
+    elif what == "kernel":
+        kernel = next(path for path in kept.glob("objects/*/*") if path.suffix != ".plan")
+        plan = plan.with_name("kernel.plan")
+        shutil.copy(kernel, plan)
+    elif what == "alone":
+        plan = plan.rename(tmp_path / plan.name)
+    else:
+        data = bytearray(plan.read_bytes())
+        data[-1] ^= 1
+        plan.chmod(0o600)
+        plan.write_bytes(data)
+        plan.chmod(0o400)
+    done = command("prewarm", str(plan), code=1)
+    assert plan.name in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_directory_with_weights(command, model_directory: Path) -> None:
     command("prewarm", str(model_directory))
     done = command("explain", str(model_directory), "--prompt", "abc", "--json")

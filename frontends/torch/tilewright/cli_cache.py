@@ -34,7 +34,7 @@ Shapes = Annotated[
     str,
     typer.Argument(
         help="A model's directory, its config.json alone, a .gguf file, a name that is on this "
-        "disk already, or an exported program (.pt2)."
+        "disk already, an exported program (.pt2), or a plan in a cache directory (.plan)."
     ),
 ]
 Isas = Annotated[
@@ -122,6 +122,7 @@ def prewarm(
     """
     from tilewright import prewarm as prewarming
     from tilewright.core import CoreError
+    from tilewright.recorded import SUFFIX
 
     if not all(part.strip().isdigit() and int(part) > 0 for part in batch.split(",")):
         raise typer.BadParameter(f"'{batch}' is not a list of batch sizes")
@@ -151,9 +152,10 @@ def prewarm(
             f"\n{made['kernels']} kernels, {made['bytes']} bytes in a pack:"
             f"\nTILEWRIGHT_CACHE_PACK={made['file']}@sha256:{made['sha256']}"
         )
+    has_weights = not model.endswith((".json", ".pt2", SUFFIX))
     if not result["plans"] and not model.endswith(".pt2"):
         text += "\nno plan: each process captures the model (tilewright.stats() says why)"
-    elif result["directory"] and not model.endswith((".json", ".pt2")):
+    elif result["directory"] and has_weights:
         text += "\nstarts still pack the weights, unless: tilewright cache weights MODEL"
     show(result, as_json, text)
     report_failures(result["failed"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import collections
 import json
+import re
 import sys
 import threading
 import time
@@ -28,9 +29,11 @@ from tilewright import core, identity
 from tilewright.capture import no_collection
 from tilewright.dims import Dim
 from tilewright.graph_text import DTYPE_NAMES, DTYPES, Type
-from tilewright.lowered import CacheShape, CapturedModel, lowered_model
+from tilewright.lowered import CacheShape, CapturedModel, Lowered, lowered_model
 
 _MOST_LITERAL_BYTES = 1 << 20  # of a plan; a model with more numbers in its code is captured
+# In the text of a graph: names, type, shape.
+_CONSTANT = re.compile(r'= const "([^"]*)"(?: {[^}]*})? : (\w+)\[([^\]]*)\]')
 _FIELDS = frozenset({"output", "caches", "results", "constants", "literals", "externals"})
 
 Built = TypeVar("Built")
@@ -216,30 +219,72 @@ def encode(captured: CapturedModel) -> str:
 
 def decode(text: str, named: Mapping[str, torch.Tensor], logits_to_keep: int) -> CapturedModel:
     """A plan for a model with these tensors. Raises MalformedPlanError."""
-    line, _, graph = text.partition("\n")
-    try:
-        head = json.loads(line)
-        if head.keys() != _FIELDS:
-            raise MalformedPlanError("other fields")
-        constants = {name: named[name] for name in head["constants"]}
-        literals = {name: _decode_tensor(*kept) for name, kept in head["literals"].items()}
-        lowered = lowered_model(
-            graph,
-            constants | literals,
-            [
-                Type(DTYPES[dtype], tuple(_decode_dim(size) for size in shape))
-                for dtype, shape in head["results"]
-            ],
-            [(str(function), str(reason)) for function, reason in head["externals"]],
-            logits_to_keep,
-        )
-        lowered.has_passed = True
+    with _as_malformed():
+        head, lowered, literals = _decoded(text, named, logits_to_keep)
         caches = [
             CacheShape(int(layer), int(heads), int(size), DTYPES[dtype], DTYPES[stored])
             for layer, heads, size, dtype, stored in head["caches"]
         ]
         return CapturedModel(lowered, _output_type(*head["output"]), caches, literals)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+
+
+def decode_without_model(text: str, logits_to_keep: int) -> Lowered:
+    """The program of a plan alone, to prewarm: its weights are memory that nobody touches. Raises
+    MalformedPlanError."""
+    with _as_malformed():
+        _, lowered, _ = _decoded(text, _stand_ins(text), logits_to_keep)
+        return lowered
+
+
+def _decoded(
+    text: str, named: Mapping[str, torch.Tensor], logits_to_keep: int
+) -> tuple[dict[str, Any], Lowered, dict[str, torch.Tensor]]:
+    """The line of JSON, the program, and its literals."""
+    line, _, graph = text.partition("\n")
+    head = json.loads(line)
+    if head.keys() != _FIELDS:
+        raise MalformedPlanError("other fields")
+    constants = {name: named[name] for name in head["constants"]}
+    literals = {name: _decode_tensor(*kept) for name, kept in head["literals"].items()}
+    lowered = lowered_model(
+        graph,
+        constants | literals,
+        [
+            Type(DTYPES[dtype], tuple(_decode_dim(size) for size in shape))
+            for dtype, shape in head["results"]
+        ],
+        [(str(function), str(reason)) for function, reason in head["externals"]],
+        logits_to_keep,
+    )
+    lowered.has_passed = True
+    return head, lowered, literals
+
+
+def _stand_ins(text: str) -> dict[str, torch.Tensor]:
+    """Tensors as the graph states them, empty ones for those that the passes left out. Of several
+    that are joined it states the sum of the rows, and no kernel depends on more: all but the first
+    get one each."""
+    found: dict[str, torch.Tensor] = collections.defaultdict(lambda: torch.empty(0))
+    for names, dtype, shape in sorted(_CONSTANT.findall(text), key=lambda c: c[0].count(";")):
+        sizes = [int(size) for size in shape.split(",") if size.strip()]
+        parts = collections.Counter(names.split(";"))
+        first, *others = [name for name in parts if name not in found] or [""]
+        if not first:
+            continue
+        for name in others:
+            found[name] = torch.empty([1, *sizes[1:]], dtype=DTYPES[dtype])
+        if sizes:
+            rows = sum(count * len(found[name]) for name, count in parts.items() if name != first)
+            sizes[0] = (sizes[0] - rows) // parts[first]
+        found[first] = torch.empty(sizes, dtype=DTYPES[dtype])
+    return found
+
+
+@contextmanager
+def _as_malformed() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
         raise MalformedPlanError(f"{type(error).__name__}: {error}") from None
 
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tilewright import _core, core, prewarm_worker
+from tilewright import _core, core, prewarm_worker, recorded
 
 # (type that fp32 weights fit, whether bf16 ones fit 12 bits, whether they are read in place): see
 # WeightStore in ops/weights.h, Program::reads_in_place(). A program whose weights differ in it
@@ -91,7 +91,8 @@ def prewarm(
     progress: Callable[[int, int, int], Any] = lambda done, total, kernels: None,
     kv_cache_dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Emits and stores the kernels of a model (shapes.py says what `model` may be, or a .pt2 file).
+    """Emits and stores the kernels of a model (shapes.py says what `model` may be, or a .pt2 file,
+    or a plan of the cache).
 
     isas: rungs, "" for this CPU. jobs: processes at once. timeout: seconds without progress after
     which a worker is ended; a tenth of it for one kernel. pack: also write all kernels into this
@@ -197,7 +198,7 @@ def _run(
     for isa in isas:
         if isa:
             core.engine_for(isa)  # CoreError for an unknown one
-    keeps = KEEPS[:1] if model.endswith(".pt2") else KEEPS
+    keeps = KEEPS[:1] if model.endswith((".pt2", recorded.SUFFIX)) else KEEPS
     every = [(keep, isa, form) for keep in keeps for isa in isas for form in FORMS]
     units = [Unit(i, *what) for i, what in enumerate(every)]
     jobs = max(1, min(jobs, len(units)))

@@ -116,6 +116,7 @@ class Worker:
         """The graph of a unit. Each capture serves many units, and leaves its plan."""
         from tilewright.exported import OptimizedExport
         from tilewright.graph_text import UnsupportedError
+        from tilewright.recorded import RecordedPlan
 
         keep = unit["keep"]
         if keep in self._refused:
@@ -127,6 +128,8 @@ class Worker:
             try:
                 if isinstance(self._model, OptimizedExport):
                     self._lowered[keep] = self._model.lowered()
+                elif isinstance(self._model, RecordedPlan):
+                    self._lowered[keep] = self._recorded(self._model)
                 else:
                     self._lowered[keep] = self._planned(keep)
             except UnsupportedError as error:
@@ -143,6 +146,17 @@ class Worker:
         return plans.planned_model(
             model, model.forward, keep, lambda made: made.lowered, stored=stored
         )
+
+    def _recorded(self, plan: Any) -> Any:
+        """The plan goes along with its kernels."""
+        from tilewright import core
+
+        engine, lowered = core.engine(), plan.lowered()
+        there = engine.load_plan(plan.key) is not None
+        self._channel.send(plan=plan.key, there=there)
+        if not there and not self._job["check"]:
+            engine.save_plan(plan.key, plan.name, plan.text)
+        return lowered
 
     def _load(self, unit: int) -> Any:
         """What cannot be loaded ends the process, with the reason as its last line."""
@@ -164,6 +178,10 @@ def load(source: str, dtype: str | None) -> Any:
         from tilewright.exported import OptimizedExport
 
         return OptimizedExport(torch.export.load(source))
+    from tilewright.recorded import SUFFIX, RecordedPlan
+
+    if source.endswith(SUFFIX):
+        return RecordedPlan.read(source)
     import transformers
 
     from tilewright.shapes import model_of_shapes
