@@ -1,6 +1,6 @@
 // See linear_task.h.
 //
-// Tested by program_test, task_test and shared_packing_test.
+// Tested by program_test, task_test, in_place_test and shared_packing_test.
 #include "ops/linear_task.h"
 
 #include <algorithm>

@@ -7,11 +7,12 @@
 // (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", section 4). In
 // place, rows whose stride is a multiple of a page share few sets of L1, and 16-bit values are
 // widened for every panel anew: they are packed even if they are few. Threads share the packing of
-// many rows, too, and meet before and after; a few are cheaper to copy than to wait for. The bits
+// many rows, too, and meet before and after; a few are cheaper to copy than to wait for. Of a
+// weight in place a thread packs a panel into its scratch before it multiplies by it. The bits
 // of y do not depend on any of this, but on whether the rows are so many that tiles multiply them
 // (gemm/arithmetic.h).
 //
-// Tested by program_test, task_test and shared_packing_test.
+// Tested by program_test, task_test, in_place_test and shared_packing_test.
 #pragma once
 
 #include <algorithm>

@@ -9,7 +9,7 @@
 // A source that was packed may give its memory back: release() returns a token that stands for its
 // address from then on, and the packed weight is the only copy of its values, which unpack() reads.
 //
-// Thread-safe. Tested by program_test, weights_test.
+// Thread-safe. Tested by program_test, weights_test, in_place_test.
 #pragma once
 
 #include <cstddef>
@@ -41,8 +41,8 @@ struct PackedWeight {
   std::shared_ptr<const char> data;
   std::int64_t n = 0, k = 0, bytes = 0;
   PackedForm form;
-  std::optional<WeightSource>
-      in_place;  // of values in the form's type: panels are packed as needed
+  // Whose values have the form's type: who multiplies packs panels as it comes to them.
+  std::optional<WeightSource> in_place;
 };
 
 // Which forms a weight may be stored in, all without loss.
