@@ -62,8 +62,8 @@ class Panels {
   // How many of `count` panels a kernel may be called with.
   std::int64_t at_once(std::int64_t count) const { return task_.weight->in_place ? 1 : count; }
 
-  // What kernels take as the weight's address, for the panels from this one on.
-  std::int64_t address(std::int64_t panel) const {
+  // Brings the panels from this one on within reach: what kernels take as the weight's address.
+  std::int64_t bring(std::int64_t panel) const {
     const PackedWeight& weight = *task_.weight;
     if (!weight.in_place) return argument(weight.data.get());
     const graph::DataType dtype = weight.form.dtype;
@@ -165,7 +165,7 @@ class LinearRun {
     arguments_[LinearArgs::panel_count] = panels_at_once;
     for (std::int64_t panel = panels_.begin; panel < panels_.end; panel += panels_at_once) {
       arguments_[LinearArgs::panel_begin] = panel;
-      arguments_[LinearArgs::weight] = weight_.address(panel);
+      arguments_[LinearArgs::weight] = weight_.bring(panel);
       for_row_blocks(
           task_, rows, pack,
           [&](const LinearTask::Variant& variant, std::int64_t begin, std::int64_t blocks) {
@@ -346,7 +346,7 @@ class TileRun {
     arguments_[LinearArgs::panel_count] = panels_at_once;
     for (std::int64_t panel = panels_.begin; panel < panels_.end; panel += panels_at_once) {
       arguments_[LinearArgs::panel_begin] = panel;
-      arguments_[LinearArgs::weight] = weight_.address(panel);
+      arguments_[LinearArgs::weight] = weight_.bring(panel);
       for_tile_blocks(rows, [&](std::size_t index, std::int64_t first, std::int64_t count) {
         const LinearTask::Variant& variant = task_.tiles->variants[index];
         const RowPlaces begin = places.from(first);

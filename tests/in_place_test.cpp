@@ -60,21 +60,8 @@ TEST_P(InPlace, HasTheBitsOfPackedWeights) {
       weight_bytes += region.weight_bytes;
     }
     EXPECT_GT(weight_bytes, 0u);
-    std::vector<KvCache> caches;
-    for (int i = 0; i < shape.layers; ++i) {
-      caches.emplace_back(1, shape.kv_heads, shape.head_dim, dtype);
-    }
-    std::vector<KvCache*> pointers;
-    for (KvCache& cache : caches) pointers.push_back(&cache);
-    std::vector<Tensor> results;
-    std::int64_t past = 0;
-    for (const std::int64_t tokens : {270, 1, 2, 3, 4, 6, 11, 24}) {
-      const Step step{1, tokens, past};
-      std::vector<Tensor> inputs{step.ids(), step.positions()};
-      const int threads = static_cast<int>(tokens % 3) + 1;
-      results.push_back(run(program, inputs, pointers, threads)[0]);
-      past += tokens;
-    }
+    const std::vector<Tensor> results =
+        logits_of_steps(program, shape, dtype, {270, 1, 2, 3, 4, 6, 11, 24}, in_place ? 3 : 2);
     if (wanted.empty()) wanted = results;
     for (std::size_t i = 0; i < results.size(); ++i) {
       EXPECT_EQ(results[i].bytes, wanted[i].bytes) << "call " << i;

@@ -118,6 +118,37 @@ struct Step {
   }
 };
 
+// One for each layer, empty.
+struct Caches {
+  Caches(const LlamaShape& shape, graph::DataType stored) {
+    for (int i = 0; i < shape.layers; ++i) {
+      each.emplace_back(1, shape.kv_heads, shape.head_dim, stored);
+    }
+    for (KvCache& cache : each) pointers.push_back(&cache);
+  }
+  Caches(const Caches&) = delete;
+  Caches& operator=(const Caches&) = delete;
+
+  std::vector<KvCache> each;
+  std::vector<KvCache*> pointers;
+};
+
+// Steps of so many tokens, one behind the other in caches of their own: their logits.
+inline std::vector<Tensor> logits_of_steps(Program& program, const LlamaShape& shape,
+                                           graph::DataType stored,
+                                           const std::vector<std::int64_t>& steps, int threads) {
+  Caches caches(shape, stored);
+  std::vector<Tensor> logits;
+  std::int64_t past = 0;
+  for (const std::int64_t tokens : steps) {
+    const Step step{1, tokens, past};
+    std::vector<Tensor> inputs{step.ids(), step.positions()};
+    logits.push_back(run(program, inputs, caches.pointers, threads)[0]);
+    past += tokens;
+  }
+  return logits;
+}
+
 inline double tolerance(graph::DataType dtype) {
   return dtype == graph::DataType::f32 ? 2e-4 : 0.15;
 }

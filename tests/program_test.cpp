@@ -196,15 +196,8 @@ TEST(Program, BitsAreTheSameForAnyNumberOfThreads) {
   Program program = model.compile();
   std::vector<std::byte> first;
   for (int threads : {1, 2, 3, 5}) {
-    std::vector<KvCache> caches;
-    for (int i = 0; i < shape.layers; ++i)
-      caches.emplace_back(1, shape.kv_heads, shape.head_dim, graph::DataType::f32);
-    std::vector<KvCache*> pointers;
-    for (KvCache& cache : caches) pointers.push_back(&cache);
-    const Step step{1, 33, 0};
-    std::vector<Tensor> inputs{step.ids(), step.positions()};
-    std::vector<Tensor> outputs = run(program, inputs, pointers, threads);
-    ASSERT_EQ(outputs.size(), 1u);
+    const std::vector<Tensor> outputs =
+        logits_of_steps(program, shape, graph::DataType::f32, {33}, threads);
     if (first.empty()) first = outputs[0].bytes;
     EXPECT_EQ(outputs[0].bytes, first) << threads << " threads";
   }
@@ -218,21 +211,16 @@ struct EightBitRun {
 
 EightBitRun run_in_pieces(Program& program, const LlamaShape& shape,
                           const std::vector<std::int64_t>& pieces, int threads) {
-  std::vector<KvCache> caches;
-  for (int i = 0; i < shape.layers; ++i) {
-    caches.emplace_back(1, shape.kv_heads, shape.head_dim, graph::DataType::i8);
-  }
-  std::vector<KvCache*> pointers;
-  for (KvCache& cache : caches) pointers.push_back(&cache);
+  Caches caches(shape, graph::DataType::i8);
   EightBitRun result;
   std::int64_t past = 0;
   for (std::int64_t tokens : pieces) {
     const auto id = [&](std::int64_t i) { return 7 * (past + i) % 61; };
     std::vector<Tensor> inputs{integers({1, tokens}, id), Step{1, tokens, past}.positions()};
-    result.logits = run(program, inputs, pointers, threads)[0].bytes;
+    result.logits = run(program, inputs, caches.pointers, threads)[0].bytes;
     past += tokens;
   }
-  for (const KvCache& cache : caches) {
+  for (const KvCache& cache : caches.each) {
     const auto half = static_cast<std::size_t>(shape.kv_heads * past * shape.head_dim);
     std::vector<float> values(2 * half);
     cache.read(past, graph::DataType::f32, values.data(), values.data() + half);
@@ -432,20 +420,8 @@ TEST(Program, TwelveBitsChangeNoBit) {
         in_twelve_bits += region.kernel.find("twelve_bits") != std::string::npos;
       }
       EXPECT_EQ(in_twelve_bits, from == 0 ? linears : 0);
-      std::vector<KvCache> caches;
-      for (int i = 0; i < shape.layers; ++i) {
-        caches.emplace_back(1, shape.kv_heads, shape.head_dim, dtype);
-      }
-      std::vector<KvCache*> pointers;
-      for (KvCache& cache : caches) pointers.push_back(&cache);
-      std::vector<Tensor> results;
-      std::int64_t past = 0;
-      for (const std::int64_t tokens : {70, 1, 2, 3, 4, 6, 11, 24}) {
-        const Step step{1, tokens, past};
-        std::vector<Tensor> inputs{step.ids(), step.positions()};
-        results.push_back(run(program, inputs, pointers, 2)[0]);
-        past += tokens;
-      }
+      const std::vector<Tensor> results =
+          logits_of_steps(program, shape, dtype, {70, 1, 2, 3, 4, 6, 11, 24}, 2);
       if (wanted.empty()) wanted = results;
       for (std::size_t i = 0; i < results.size(); ++i) {
         EXPECT_EQ(results[i].bytes, wanted[i].bytes) << graph::name(dtype) << ", call " << i;
@@ -543,14 +519,10 @@ TEST(Program, DisabledOpsBecomeHostCallsWithAReason) {
   Program own = model.compile();
   std::vector<std::vector<Tensor>> results;
   for (Program* each : {&program, &own}) {
-    std::vector<KvCache> caches;
-    for (int i = 0; i < shape.layers; ++i)
-      caches.emplace_back(1, shape.kv_heads, shape.head_dim, graph::DataType::f32);
-    std::vector<KvCache*> pointers;
-    for (KvCache& cache : caches) pointers.push_back(&cache);
+    Caches caches(shape, graph::DataType::f32);
     const Step step{1, 6, 0};
     std::vector<Tensor> inputs{step.ids(), step.positions()};
-    results.push_back(run(*each, inputs, pointers, 2, Phase::decode, &host));
+    results.push_back(run(*each, inputs, caches.pointers, 2, Phase::decode, &host));
   }
   EXPECT_EQ(norms, 2 * shape.layers + 1);
   EXPECT_EQ(own.alike_tokens(), 16) << "so many go through attention one by one";

@@ -134,6 +134,18 @@ def test_another_build_leaves_it_to_torch(saved: Processes) -> None:
     assert told["difference"] == 0 and told["captured"] == 0
 
 
+def test_strict_processes_refuse_another_build(saved: Processes) -> None:
+    code = """
+backend.precompiled._build = lambda: "another"
+try:
+    loaded()
+except Exception as error:
+    print(json.dumps({"refused": str(error)}))
+"""
+    told = saved(_LOAD + code, TILEWRIGHT_STRICT="1")
+    assert "another build" in told["refused"]
+
+
 def test_a_process_that_has_us_disabled_leaves_it_to_torch(saved: Processes) -> None:
     told = saved(_LOAD + _CALL, TILEWRIGHT_DISABLE="1")
     assert told["difference"] == 0 and told["captured"] == 0 and told["share"] == 0.0

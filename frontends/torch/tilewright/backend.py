@@ -91,6 +91,8 @@ class CompiledGraph(precompiled.SerializableCallable):
         saved = precompiled.loads(data)
         graph = cls(precompiled.SavedForward(saved.original), ())
         if reason := saved.unusable():
+            if core.settings()["strict"]:
+                raise UnsupportedError(reason)
             graph.decline(reason)
         else:
             graph._saved, graph._frozen = saved, saved.frozen
@@ -146,14 +148,15 @@ class CompiledGraph(precompiled.SerializableCallable):
         self.calls += 1
         if self._saved is not None:
             with self._lock:
-                saved, self._saved = self._saved, None
                 try:
-                    if saved is not None:  # still, after other threads' calls
-                        self._open(saved, arguments)
+                    if self._saved is not None:  # still, after other threads' calls
+                        self._open(self._saved, arguments)
                 except (UnsupportedError, core.CoreError) as error:
                     if core.settings()["strict"]:
                         raise
                     self.decline(first_line(error))
+                finally:
+                    self._saved = None  # only now: nobody may find neither
         if self.executable is not None:
             with self._lock:
                 if self.executable is not None:  # still, after other threads' calls

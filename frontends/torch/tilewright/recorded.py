@@ -22,6 +22,8 @@ SUFFIX = ".plan"
 
 @dataclass(frozen=True)
 class RecordedPlan:
+    """An entry of the cache, verified."""
+
     key: str
     name: str
     text: str
