@@ -490,14 +490,14 @@ def test_a_start_is_split_without_a_rest(tmp_path: Path) -> None:
     assert beyond == pytest.approx([made["total"] - given] * 2) and given > 0
 
 
-def test_cold_pages_are_those_of_every_file(
+def test_pages_are_read_or_dropped_of_every_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bench_models import start
 
     (tmp_path / "inner").mkdir()
     for name in ("config.json", "inner/weights"):
-        (tmp_path / name).write_bytes(b"1")
+        (tmp_path / name).write_bytes(b"1" * (3 << 20))
     dropped: set[int] = set()
 
     def advise(file: int, offset: int, length: int, advice: int) -> None:
@@ -507,6 +507,14 @@ def test_cold_pages_are_those_of_every_file(
     monkeypatch.setattr(os, "posix_fadvise", advise)
     start.drop_pages(tmp_path)
     assert dropped == {path.stat().st_ino for path in tmp_path.rglob("*") if path.is_file()}
+
+    def read_so_far() -> int:
+        (line,) = (x for x in Path("/proc/self/io").read_text().splitlines() if "rchar" in x)
+        return int(line.split()[1])
+
+    before = read_so_far()
+    start.read_pages(tmp_path)
+    assert read_so_far() - before >= 6 << 20
 
 
 def test_starts_of_others_stand_beside_ours(bench: Path) -> None:
