@@ -55,7 +55,8 @@ class Engine:
             lib.llama_free(self._context)
         settings = lib.llama_context_default_params()
         settings.n_ctx = sequences * (self._longest + 64)
-        settings.n_batch = 4096
+        # Every prompt in one call: of more tokens than this the library ends the process.
+        settings.n_batch = max(4096, sequences * self._longest)
         settings.n_ubatch = 512
         settings.n_seq_max = sequences
         settings.n_threads = settings.n_threads_batch = self._threads
