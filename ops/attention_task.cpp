@@ -230,10 +230,13 @@ class Parts {
   std::int64_t merge_args_[MergeArgs::count] = {};
 };
 
-void run_parts(const AttentionTask& task, const Frame& frame, int thread, int threads) {
+void run_parts(const AttentionTask& task, const Frame& frame, const Turn& turn, int thread,
+               int threads) {
   Parts parts(task, frame, frame.scratch[static_cast<std::size_t>(thread)]);
-  const WorkRange range = share(parts.items(), thread, threads);
-  for (std::int64_t item = range.begin; item < range.end; ++item) parts.run(item, range.end);
+  const std::int64_t item_bytes = 2 * kPartKeys * row_bytes(task.spec);
+  share_with_tails({parts.items(), item_bytes}, thread, threads, turn, [&](WorkRange range) {
+    for (std::int64_t item = range.begin; item < range.end; ++item) parts.run(item, range.end);
+  });
 }
 
 // Rows of one sequence and key/value head: the group's heads of the first token, of the second ...
@@ -319,22 +322,23 @@ class Tile {
   std::int64_t arguments_[PrefillArgs::count] = {};
 };
 
+// Of all sequences and key/value heads.
+std::int64_t tile_count(const AttentionTask& task, const Frame& frame, std::int64_t tile_rows) {
+  std::int64_t count = 0;
+  for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
+    const Queries queries = queries_of(task, frame, sequence);
+    if (!fills_tiles(task, queries)) continue;
+    count += (queries.count * task.spec.group + tile_rows - 1) / tile_rows;
+  }
+  return count * frame.dim(task.kv_heads);
+}
+
 // Tiles as large as leave each thread a few of them: no bit depends on where they end.
 std::int64_t rows_of_tiles(const AttentionTask& task, const Frame& frame, int threads) {
   constexpr std::int64_t enough = 4;  // for each thread
   std::int64_t strips = kMostStrips;
   const std::int64_t strip_rows = ops::strip_rows(task.spec.lanes);
-  const auto tiles = [&] {
-    std::int64_t count = 0;
-    for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
-      const Queries queries = queries_of(task, frame, sequence);
-      if (!fills_tiles(task, queries)) continue;
-      const std::int64_t rows = queries.count * task.spec.group;
-      count += (rows + strips * strip_rows - 1) / (strips * strip_rows);
-    }
-    return count * frame.dim(task.kv_heads);
-  };
-  while (strips > 1 && tiles() < enough * threads) strips /= 2;
+  while (strips > 1 && tile_count(task, frame, strips * strip_rows) < enough * threads) strips /= 2;
   return strips * strip_rows;
 }
 
@@ -343,13 +347,14 @@ void run_tiles(const AttentionTask& task, const Frame& frame, int thread, int th
   const std::int64_t tile_rows = rows_of_tiles(task, frame, threads);
   Tile tile(task, frame, frame.scratch[static_cast<std::size_t>(thread)]);
   std::int64_t item = 0;
+  TakenItems mine(tile_count(task, frame, tile_rows), thread, threads, frame.turn);
   for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
     const Queries queries = queries_of(task, frame, sequence);
     if (!fills_tiles(task, queries)) continue;
     const std::int64_t rows = queries.count * task.spec.group;
     for (std::int64_t head = 0; head < kv_heads; ++head) {
       for (std::int64_t first = 0; first < rows; first += tile_rows, ++item) {
-        if (item % threads != thread) continue;
+        if (!mine.takes(item)) continue;
         tile.run(sequence, head, first, std::min(tile_rows, rows - first));
       }
     }
@@ -365,7 +370,8 @@ void run(const AttentionTask& task, const Frame& frame, int thread, int threads)
     (fills_tiles(task, queries_of(task, frame, sequence)) ? many : few) = true;
   }
   if (many) run_tiles(task, frame, thread, threads);
-  if (few) run_parts(task, frame, thread, threads);
+  // One of them may have the turn: no barrier is between.
+  if (few) run_parts(task, frame, many ? Turn{} : frame.turn, thread, threads);
 }
 
 std::int64_t sequence_count(const AttentionTask& task, const Frame& frame) {

@@ -122,15 +122,16 @@ struct Member {
   WorkRange share(std::int64_t count) const { return ops::share(count, thread, threads); }
 };
 
-// Rows from `places` on, one thread's panels, by vectors.
+// Rows from `places` on, one thread's panels, by vectors. Between two barriers, if the turn has a
+// number.
 class LinearRun {
  public:
-  LinearRun(const LinearTask& task, const Frame& frame, Member member, const RowPlaces& places,
-            std::int64_t rows)
+  LinearRun(const LinearTask& task, const Frame& frame, Member member, const Turn& turn,
+            const RowPlaces& places, std::int64_t rows)
       : task_(task),
         frame_(frame),
         member_(member),
-        panels_(member.share(panel_count(task.spec.n))),
+        turn_(turn),
         weight_(task, frame.scratch[static_cast<std::size_t>(member.thread)]),
         places_(places),
         rows_(rows) {
@@ -155,15 +156,32 @@ class LinearRun {
  private:
   void run_chunk(std::int64_t first, std::int64_t rows, bool pack) {
     if (pack) pack_rows(first, rows);
-    if (panels_.begin == panels_.end) return;
+    share_with_tails(panels(rows), member_.thread, member_.threads, turn_of_chunk(first, rows),
+                     [&](WorkRange panels) { run_panels(panels, first, rows, pack); });
+  }
+
+  // Multiplying more than some 8 rows takes longer than reading the weights.
+  Items panels(std::int64_t rows) const {
+    const std::int64_t count = panel_count(task_.spec.n);
+    return {count, task_.weight->bytes / count * std::max<std::int64_t>(rows / 8, 1)};
+  }
+
+  // Chunks are separated by barriers where their packing is shared.
+  Turn turn_of_chunk(std::int64_t first, std::int64_t rows) const {
+    if (rows == rows_) return turn_;
+    return shares_packing(task_, rows_) ? turn_.part(first / chunk_rows(task_, rows_)) : Turn{};
+  }
+
+  void run_panels(WorkRange panels, std::int64_t first, std::int64_t rows, bool pack) {
+    if (panels.begin == panels.end) return;
     // Rows that need several kernels take the panels one by one: each is still in cache for the
     // next kernel, where a second pass over all of them would read the weights from memory again.
     int kernels = 0;
     for_row_blocks(task_, rows, pack, [&](const auto&, std::int64_t, std::int64_t) { ++kernels; });
     const std::int64_t panels_at_once =
-        weight_.at_once(kernels == 1 ? panels_.end - panels_.begin : 1);
+        weight_.at_once(kernels == 1 ? panels.end - panels.begin : 1);
     arguments_[LinearArgs::panel_count] = panels_at_once;
-    for (std::int64_t panel = panels_.begin; panel < panels_.end; panel += panels_at_once) {
+    for (std::int64_t panel = panels.begin; panel < panels.end; panel += panels_at_once) {
       arguments_[LinearArgs::panel_begin] = panel;
       arguments_[LinearArgs::weight] = weight_.bring(panel);
       for_row_blocks(
@@ -265,7 +283,7 @@ class LinearRun {
   const LinearTask& task_;
   const Frame& frame_;
   Member member_;
-  WorkRange panels_;
+  Turn turn_;
   Panels weight_;
   RowPlaces places_;
   std::int64_t rows_;
@@ -336,7 +354,7 @@ class TileRun {
     frame_.meet(member_.threads);  // nobody reads the chunk before this any more
     pack(places, rows);
     frame_.meet(member_.threads);
-    if (!is_in_range(rows)) return LinearRun(task_, frame_, member_, places, rows).run();
+    if (!is_in_range(rows)) return LinearRun(task_, frame_, member_, {}, places, rows).run();
     if (panels_.begin == panels_.end) return;
     int parts = 0;
     for_tile_blocks(rows, [&](std::size_t, std::int64_t, std::int64_t) { ++parts; });
@@ -503,7 +521,7 @@ void run(const LinearTask& task, const Frame& frame, int thread, int threads) {
   if (task.experts) return run_experts(task, frame, member);
   const std::int64_t rows = frame.dim(task.rows);
   if (uses_tiles(task, rows)) return TileRun(task, frame, member).run();
-  LinearRun(task, frame, member, RowPlaces(task, frame), rows).run();
+  LinearRun(task, frame, member, frame.turn, RowPlaces(task, frame), rows).run();
 }
 
 bool uses_tiles(const LinearTask& task, std::int64_t rows) {

@@ -234,7 +234,7 @@ void find_little_steps(State& state, const Frame& frame) {
 }
 
 // Returns how many threads there were.
-int run_steps(State& state, std::size_t begin, std::size_t end, const Frame& frame, int threads) {
+int run_steps(State& state, std::size_t begin, std::size_t end, Frame& frame, int threads) {
   const auto mark_end = [&](std::size_t step) {
     if (state.profile) state.marks[step + 1] = Clock::now();
   };
@@ -245,7 +245,14 @@ int run_steps(State& state, std::size_t begin, std::size_t end, const Frame& fra
       mark_end(next);
     }
   };
-  run_little_steps();
+  const auto begin_step = [&] {
+    run_little_steps();
+    state.turns += kTurnsOfStep;
+    // Tasks of a step are not separated by a barrier, and so cannot have a turn each.
+    const bool alone = next < end && state.steps[next].tasks.size() == 1;
+    frame.turn.number = alone ? state.turns : 0;
+  };
+  begin_step();
   int members = 1;
   if (next == end) return members;
   run_team(threads, [&](int thread, int team) {
@@ -255,7 +262,7 @@ int run_steps(State& state, std::size_t begin, std::size_t end, const Frame& fra
       frame.barrier->wait(team, [&] {
         mark_end(next);
         next += 1;
-        run_little_steps();
+        begin_step();
       });
     }
   });

@@ -92,6 +92,7 @@ struct Program::State {
   AlignedMemory arena{nullptr, nullptr};
   std::int64_t arena_capacity = 0;
   Scratch scratch;
+  std::uint64_t turns = 0;  // of the steps that teams ran, in all runs
   PhaseCounters counters[2];
   bool profile = false;
   std::vector<Clock::time_point> marks;  // of a profiled run: before its first step, after each

@@ -38,6 +38,7 @@ Status Scratch::reserve(const ScratchSizes& sizes, int threads) {
   }
   if (Status done = packed_.reserve(sizes.packed_bytes); !done) return done;
   if (Status done = parts_.reserve(sizes.part_bytes); !done) return done;
+  if (claims_.size() < count) claims_ = std::vector<Claim>(count);
   addresses_.clear();
   for (const Block& thread : threads_) addresses_.push_back(thread.memory.get());
   if (static_cast<std::size_t>(sizes.counters) > parts_done_.size()) {
@@ -51,6 +52,7 @@ void Scratch::lend(Frame& frame) {
   frame.packed = packed_.memory.get();
   frame.parts = parts_.memory.get();
   frame.parts_done = parts_done_;
+  frame.turn.claims = claims_;
 }
 
 }  // namespace tilewright::ops

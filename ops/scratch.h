@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "jit/base/result.h"
+#include "ops/tails.h"
 
 namespace tilewright::ops {
 
@@ -39,6 +40,8 @@ class Scratch {
   Status reserve(const ScratchSizes& sizes, int threads);
   // The frame's until the next reserve().
   void lend(Frame& frame);
+  // Of all turns, for tests.
+  std::span<const Claim> claims() const { return claims_; }
 
  private:
   // Grows ahead of the need, so that a prompt longer by a token finds room.
@@ -52,6 +55,7 @@ class Scratch {
   std::vector<char*> addresses_;  // of threads_
   Block packed_, parts_;
   std::vector<std::atomic<std::int32_t>> parts_done_;
+  std::vector<Claim> claims_;
 };
 
 }  // namespace tilewright::ops

@@ -26,6 +26,7 @@
 #include "ops/kv_cache.h"
 #include "ops/rope_kernel.h"
 #include "ops/row_kernel.h"
+#include "ops/tails.h"
 #include "ops/tensor_view.h"
 #include "ops/threads.h"
 #include "ops/weights.h"
@@ -44,6 +45,7 @@ struct Frame {
   char* parts = nullptr;                // likewise (attention_task.h)
   // How many parts of an item are done; all zero between tasks.
   std::span<std::atomic<std::int32_t>> parts_done = {};
+  Turn turn = {};  // numbered in a step of one task
 
   // Until all threads of the team are here. A task that one of them runs alone waits for nobody.
   void meet(int threads) const {

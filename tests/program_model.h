@@ -107,7 +107,7 @@ inline std::vector<Tensor> run(Program& program, std::vector<Tensor>& inputs,
   return outputs;
 }
 
-struct Step {
+struct TokenStep {
   std::int64_t batch, tokens, past;
   Tensor ids() const {
     return integers({batch, tokens},
@@ -141,7 +141,7 @@ inline std::vector<Tensor> logits_of_steps(Program& program, const LlamaShape& s
   std::vector<Tensor> logits;
   std::int64_t past = 0;
   for (const std::int64_t tokens : steps) {
-    const Step step{1, tokens, past};
+    const TokenStep step{1, tokens, past};
     std::vector<Tensor> inputs{step.ids(), step.positions()};
     logits.push_back(run(program, inputs, caches.pointers, threads)[0]);
     past += tokens;

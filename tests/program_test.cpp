@@ -124,7 +124,7 @@ void expect_decoder_matches(const LlamaShape& shape, graph::DataType dtype, grap
   for (KvCache& cache : caches) pointers.push_back(&cache);
   std::int64_t past = 0;
   for (std::int64_t tokens : {70, 1, 1, 3}) {
-    const Step step{batch, tokens, past};
+    const TokenStep step{batch, tokens, past};
     std::vector<graph::Argument> arguments{step.ids(), step.positions()};
     for (const auto& cache : reference_caches) arguments.push_back(cache);
     auto expected = graph::interpret(model.source, arguments, model.constants);
@@ -167,7 +167,7 @@ TEST_P(Decoder, WithGrowingTensorsMatchesTheInterpreter) {
                                   50u + static_cast<unsigned>(i), 1.0));
   }
   for (std::int64_t past : {19, 20, 21}) {
-    const Step step{1, 1, past};
+    const TokenStep step{1, 1, past};
     std::vector<Tensor> inputs{step.ids(), step.positions()};
     inputs.insert(inputs.end(), state.begin(), state.end());
     std::vector<graph::Argument> arguments(inputs.begin(), inputs.end());
@@ -216,7 +216,7 @@ EightBitRun run_in_pieces(Program& program, const LlamaShape& shape,
   std::int64_t past = 0;
   for (std::int64_t tokens : pieces) {
     const auto id = [&](std::int64_t i) { return 7 * (past + i) % 61; };
-    std::vector<Tensor> inputs{integers({1, tokens}, id), Step{1, tokens, past}.positions()};
+    std::vector<Tensor> inputs{integers({1, tokens}, id), TokenStep{1, tokens, past}.positions()};
     result.logits = run(program, inputs, caches.pointers, threads)[0].bytes;
     past += tokens;
   }
@@ -247,7 +247,7 @@ TEST(Program, CachesOfAnotherTypeAreRefused) {
   shape.head_dim = 16;
   Model model(llama_graph(shape, true, "f32", false, "i8"), graph::DataType::f32);
   Program program = model.compile();
-  const Step step{1, 2, 0};
+  const TokenStep step{1, 2, 0};
   Tensor ids = step.ids(), positions = step.positions();
   Tensor logits = *Tensor::make(graph::DataType::f32, {1, 1, shape.vocabulary});
   std::vector<TensorView> inputs{view(ids), view(positions)}, outputs{view(logits)};
@@ -520,7 +520,7 @@ TEST(Program, DisabledOpsBecomeHostCallsWithAReason) {
   std::vector<std::vector<Tensor>> results;
   for (Program* each : {&program, &own}) {
     Caches caches(shape, graph::DataType::f32);
-    const Step step{1, 6, 0};
+    const TokenStep step{1, 6, 0};
     std::vector<Tensor> inputs{step.ids(), step.positions()};
     results.push_back(run(*each, inputs, caches.pointers, 2, Phase::decode, &host));
   }
@@ -540,7 +540,7 @@ TEST(Program, InputsThatDoNotFitAreErrors) {
   const LlamaShape shape;
   Model model(llama_graph(shape, true), graph::DataType::f32);
   Program program = model.compile();
-  const Step step{1, 2, 0};
+  const TokenStep step{1, 2, 0};
   Tensor ids = step.ids(), positions = step.positions();
   Tensor wrong = integers({1, 3}, [](std::int64_t) { return 0; });
   Tensor floats = *Tensor::make(graph::DataType::f32, {1, 2});
