@@ -80,7 +80,7 @@ def measure(
     cold_pages: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """The starts of each kind, each `pause` seconds after the one before, and of one with an empty
-    cache that wrote it ("writing"). Before each but that one, checkpoint and cache are read or, with
+    cache that wrote it ("writing"). Before all others checkpoint and cache are read or, with
     cold_pages, leave the page cache; libraries stay."""
     directory = models.directory_of(model)
     base = {"TILEWRIGHT_CACHE": "rw", "TILEWRIGHT_CACHE_DIR": str(cache)}
