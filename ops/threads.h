@@ -11,8 +11,8 @@
 // threads they lie on the NUMA node of the CPU that thread t ran on. That it stays there is the
 // launcher's business (OMP_PROC_BIND), as the threads are OpenMP's; which node that is, getcpu()
 // says and no partition repeats. Not so: pages shared by the ends of two shares (huge ones, so up
-// to 2 MB of each), weights mapped from disk, and a team of another size than the one that packed.
-// Nobody has measured it on two nodes.
+// to 2 MB of each), pieces that a neighbour takes (tails.h), weights mapped from disk, and a team
+// of another size than the one that packed. Nobody has measured it on two nodes.
 //
 // Tested by threads_test, first touch by weights_test.
 #pragma once

@@ -8,7 +8,6 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
-#include <thread>
 #include <vector>
 
 #include "ops/program_state.h"
@@ -17,7 +16,7 @@
 namespace tilewright::ops {
 namespace {
 
-constexpr std::int64_t kLong = 1 << 20;  // bytes of an item: each may be a piece
+constexpr std::int64_t kLong = 1 << 20;  // bytes of an item: two may be a piece
 
 TEST(Tails, EachItemIsComputedOnceInEveryTurn) {
   constexpr int threads = 3;
@@ -30,7 +29,6 @@ TEST(Tails, EachItemIsComputedOnceInEveryTurn) {
         turn = std::vector<std::atomic<int>>(static_cast<std::size_t>(count));
       }
       Barrier barrier;
-      // The last turns of a step have no number: shares, as in the first of the next.
       run_team(threads, [&](int thread, int team) {
         for (int turn = 0; turn < turns; ++turn) {
           const Turn step{claims, (static_cast<std::uint64_t>(count * 3 + bytes) << 10) + 1};
@@ -85,7 +83,7 @@ TEST(Tails, PartsOfAStepHaveTurnsOfTheirOwnWhileThereAreSome) {
   EXPECT_EQ(Turn{}.part(1).number, 0u);
 }
 
-// A thread that computes item 0 for as long as the others want leaves them all the rest.
+// A thread that is slow with item 0 leaves all the rest to the other.
 TEST(Tails, ItemsAreTakenWhenTheyAreComputed) {
   std::array<Claim, 2> claims;
   constexpr std::int64_t count = 9;
