@@ -193,6 +193,35 @@ TEST(AttentionTask, EachPartAsksForTheNextOnesKeys) {
   }
 }
 
+// Thread 0 does not wait: it finds all tiles, and of the parts what thread 1's tail holds. What is
+// computed is as much as without a turn.
+TEST(AttentionTask, WhoIsFreeTakesTilesAndParts) {
+  const Kernel token = counting<tokens>(), merge = counting<merged>(), tile = counting_strips();
+  const AttentionTask many = causal_attention(token, merge, tile);
+  AttentionTask few = attention_of_keys(token, merge);
+  few.spec.head_dim = 64;  // 128 KB a part
+  std::array<Claim, 2> claims;
+  for (const std::uint64_t number : {0, 256, 512}) {
+    const bool in_turn = number != 0;
+    Setting tiled({0, 1, 2, 100});
+    tiled.frame.turn = {claims, number};
+    tiles = 0;
+    ops::run(many, tiled.frame, 0, 2);
+    EXPECT_EQ(tiles, in_turn ? 8 : 4);
+    ops::run(many, tiled.frame, 1, 2);
+    EXPECT_EQ(tiles, 8);
+
+    Setting parts({0, 1, 4, 1, 16 * 256});  // 4 heads of 16 parts
+    parts.frame.turn = Turn{claims, number}.part(1);
+    tokens = merged = 0;
+    ops::run(few, parts.frame, 0, 2);
+    EXPECT_EQ(tokens, in_turn ? 32 + 8 : 32);
+    ops::run(few, parts.frame, 1, 2);
+    EXPECT_EQ(tokens, 64);
+    EXPECT_EQ(merged, 4);
+  }
+}
+
 // 3 heads of 600 keys are 9 parts, whoever computes them; a token is merged once.
 TEST(AttentionTask, ThreadsShareTheParts) {
   const Kernel token = counting<tokens>(), merge = counting<merged>();
