@@ -172,7 +172,8 @@ Status prepare_arena(State& state, std::span<const std::int64_t> dims) {
   return {};
 }
 
-ScratchSizes scratch_of(const State& state, const Frame& frame) {
+// What tasks need that need as much for any lengths of the caches.
+ScratchSizes scratch_of_sizes(const State& state, const Frame& frame) {
   ScratchSizes needed;
   for (const Step& step : state.steps) {
     for (const Task& task : step.tasks) {
@@ -180,12 +181,21 @@ ScratchSizes scratch_of(const State& state, const Frame& frame) {
         needed.include(scratch_of(*linear, frame));
       } else if (const auto* rope = std::get_if<RopeTask>(&task)) {
         needed.include({.thread_bytes = frame.dim(rope->heads) * rope->scratch_row_bytes});
-      } else if (const auto* attention = std::get_if<AttentionTask>(&task)) {
-        needed.include(scratch_of(*attention, frame));
       }
     }
   }
   return needed;
+}
+
+// Calls visit(step, task) for each attention.
+template <class Steps, class Visit>
+void for_attentions(Steps& steps, Visit&& visit) {
+  for (auto& step : steps) {
+    if (!step.attention) continue;
+    for (const Task& task : step.tasks) {
+      if (const auto* attention = std::get_if<AttentionTask>(&task)) visit(step, *attention);
+    }
+  }
 }
 
 // 2 multiplications and additions per key and element of a head, twice (scores and sum of values).
@@ -231,6 +241,21 @@ void find_little_steps(State& state, const Frame& frame) {
     step.little = std::all_of(step.tasks.begin(), step.tasks.end(),
                               [&](const Task& task) { return is_little(task, frame); });
   }
+}
+
+// What follows from the sizes of the inputs alone. A token's are its predecessor's, and this reads
+// all tasks, which the weights have driven out of the caches: 0.1 ms of a token.
+Status prepare_sizes(State& state) {
+  if (state.prepared) return {};
+  const std::span<const std::int64_t> dims = state.dim_values;
+  if (Status made = ensure_kernels(state, dims); !made) return made;
+  if (Status room = prepare_arena(state, dims); !room) return room;
+  const Frame sizes{
+      .dims = dims, .buffers = {}, .caches = {}, .problem = nullptr, .barrier = nullptr};
+  state.scratch_sizes = scratch_of_sizes(state, sizes);
+  find_little_steps(state, sizes);
+  state.prepared = true;
+  return {};
 }
 
 // Returns how many threads there were.
@@ -392,8 +417,11 @@ Status Program::run(const RunArguments& arguments) {
   const auto begin = Clock::now();
   Result<std::vector<std::int64_t>> symbols = bind_symbols(state, arguments.inputs);
   if (!symbols) return symbols.error();
-  state.symbol_values = *symbols;
-  state.dims.evaluate(*symbols, state.dim_values);
+  if (state.symbol_values != *symbols || state.dim_values.empty()) {
+    state.symbol_values = std::move(symbols.value());
+    state.dims.evaluate(state.symbol_values, state.dim_values);
+    state.prepared = false;
+  }
   const std::span<const std::int64_t> dims = state.dim_values;
   if (Status fit = check_shapes(state, arguments.inputs, dims); !fit) return fit;
   if (Status fit = check_caches(state, arguments.caches, dims); !fit) return fit;
@@ -401,8 +429,7 @@ Status Program::run(const RunArguments& arguments) {
     return Error{fmt::format("{} outputs given, {} expected", arguments.outputs.size(),
                              state.outputs.size())};
   }
-  if (Status made = ensure_kernels(state, dims); !made) return made;
-  if (Status room = prepare_arena(state, dims); !room) return room;
+  if (Status ready = prepare_sizes(state); !ready) return ready;
   if (Status room = reserve_caches(state, arguments.caches, dims); !room) return room;
 
   std::vector<char*> buffers(state.buffers.size());
@@ -431,11 +458,13 @@ Status Program::run(const RunArguments& arguments) {
               .caches = arguments.caches,
               .problem = &problem,
               .barrier = &barrier};
-  const ScratchSizes needed = scratch_of(state, frame);
+  ScratchSizes needed = state.scratch_sizes;
+  for_attentions(state.steps, [&](const Step&, const AttentionTask& attention) {
+    needed.include(scratch_of(attention, frame));
+  });
   if (Status room = state.scratch.reserve(needed, arguments.threads); !room) return room;
   state.scratch.lend(frame);
 
-  find_little_steps(state, frame);
   PhaseCounters& counters = state.counters[static_cast<std::size_t>(arguments.phase)];
   if (state.profile) state.marks.assign(state.steps.size() + 1, Clock::now());
   counters.threads = 0;
@@ -464,16 +493,12 @@ Status Program::run(const RunArguments& arguments) {
     if (problem.load() != nullptr) return Error{problem.load()};
   }
   if (arguments.observer != nullptr) (*arguments.observer)(next, frame);
-  for (RegionReport& region : state.regions) region.flops = 0;
+  for (Step& step : state.steps) step.flops = static_cast<double>(frame.dim(step.work));
+  for_attentions(state.steps, [&](Step& step, const AttentionTask& attention) {
+    step.flops += attention_flops(attention, frame);
+  });
   for (const Step& step : state.steps) {
-    double flops = static_cast<double>(frame.dim(step.work));
-    for (const Task& task : step.tasks) {
-      if (const auto* attention = std::get_if<AttentionTask>(&task)) {
-        flops += attention_flops(*attention, frame);
-      }
-    }
-    (step.host ? counters.fallback_flops : counters.own_flops) += flops;
-    if (step.region >= 0) state.regions[static_cast<std::size_t>(step.region)].flops += flops;
+    (step.host ? counters.fallback_flops : counters.own_flops) += step.flops;
   }
   for (std::size_t i = 0; i < state.caches.size(); ++i) {
     if (state.caches[i].appended) {
@@ -506,7 +531,13 @@ const PhaseCounters& Program::counters(Phase phase) const {
   return state_->counters[static_cast<std::size_t>(phase)];
 }
 
-std::vector<RegionReport> Program::regions() const { return state_->regions; }
+std::vector<RegionReport> Program::regions() const {
+  std::vector<RegionReport> regions = state_->regions;
+  for (const Step& step : state_->steps) {
+    if (step.region >= 0) regions[static_cast<std::size_t>(step.region)].flops += step.flops;
+  }
+  return regions;
+}
 
 const std::vector<std::string>& Program::packed_sources() const { return state_->packed_sources; }
 bool Program::reads_in_place() const { return state_->reads_in_place; }

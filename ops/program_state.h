@@ -36,6 +36,7 @@ struct Step {
   bool host = false;        // its one task is a HostTask
   bool attention = false;
   DimIndex work{};      // floating-point operations, but for attention (counted from the keys)
+  double flops = 0;     // of the last run
   bool little = false;  // of the last run: one thread computes it (is_little)
 };
 
@@ -88,6 +89,8 @@ struct Program::State {
   // Of the last run.
   std::vector<std::int64_t> symbol_values;
   std::vector<std::int64_t> dim_values;
+  bool prepared = false;       // what follows from them: kernels, arena, who is little and
+  ScratchSizes scratch_sizes;  // of what needs as much for any lengths of the caches
   std::vector<std::int64_t> arena_sizes, arena_offsets;
   AlignedMemory arena{nullptr, nullptr};
   std::int64_t arena_capacity = 0;

@@ -59,7 +59,7 @@ TEST_P(Linear, MatchesTheBoundsForEveryShape) {
         spec.epilogue = all[turn % all.size()];
         if (spec.epilogue.gated) spec.n *= 2;
         spec.output = kFloats[turn % 3];
-        check(spec, static_cast<std::int64_t>(turn % 3), static_cast<unsigned>(turn));
+        check(spec, std::max<std::int64_t>(turn % 3, 1), static_cast<unsigned>(turn));
         if (HasFatalFailure()) return;
         turn += 1 + (turn % 7 == 0 ? 1 : 0);  // out of step with the loops
       }
@@ -158,7 +158,7 @@ TEST_P(Linear, MatchesTheBoundsWithASmallerLastBlock) {
       spec.output = kFloats[turn % 3];
       spec.streams = 1;
       spec.rest = rest;
-      check(spec, static_cast<std::int64_t>(turn % 3), static_cast<unsigned>(turn));
+      check(spec, std::max<std::int64_t>(turn % 3, 1), static_cast<unsigned>(turn));
       if (HasFatalFailure()) return;
       ++turn;
     }

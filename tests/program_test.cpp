@@ -203,6 +203,31 @@ TEST(Program, BitsAreTheSameForAnyNumberOfThreads) {
   }
 }
 
+// What follows from sizes is kept while they stay: not what depends on the lengths of caches (keys
+// come to be of two parts here), and not beyond a run of other sizes, though it was refused.
+TEST(Program, StepsOfTheSameSizesAreThoseOfANewProgram) {
+  const LlamaShape shape;
+  Model model(llama_graph(shape, true), graph::DataType::f32);
+  Program program = model.compile();
+  Caches caches(shape, graph::DataType::f32), others(shape, graph::DataType::f32);
+  std::int64_t past = 0;
+  for (const std::int64_t tokens : {250, 1, 1, 5, 1, 1}) {
+    const TokenStep step{1, tokens, past};
+    std::vector<Tensor> inputs{step.ids(), step.positions()};
+    Program fresh = model.compile();
+    const std::vector<Tensor> wanted = run(fresh, inputs, others.pointers, 2);
+    EXPECT_EQ(run(program, inputs, caches.pointers, 2)[0].bytes, wanted[0].bytes) << past;
+    for (std::size_t i = 0; i < fresh.regions().size(); ++i) {
+      EXPECT_EQ(program.regions()[i].flops, fresh.regions()[i].flops) << past << " region " << i;
+    }
+    past += tokens;
+    if (tokens != 1) continue;
+    Tensor ids = TokenStep{1, 3, past}.ids(), positions = TokenStep{1, 4, past}.positions();
+    const std::vector<TensorView> bad{view(ids), view(positions)};
+    EXPECT_FALSE(program.run({bad, caches.pointers, {}, nullptr, Phase::decode, 2}).ok());
+  }
+}
+
 struct EightBitRun {
   std::vector<std::byte> logits;  // of the last token
   std::vector<float> contents;    // of the caches

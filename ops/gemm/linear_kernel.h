@@ -75,8 +75,8 @@ struct LinearKernel {
 // + i % P, and x_row_stride is not read. One stream through memory, where rows one below the other
 // are `rows` short ones: with a turn of the loop as long as a piece, 1.05 to 1.11 times the speed.
 // The kernel computes, for each panel in [panel_begin, panel_begin + panel_count) and each of
-// block_count blocks of `rows` rows and one of `rest`, its piece of y. Panels are the outer loop,
-// so that the weights are read from memory once.
+// block_count >= 1 blocks of `rows` rows and one of `rest`, its piece of y. Panels are the outer
+// loop, so that the weights are read from memory once.
 struct LinearArgs {
   enum Slot {
     x,
