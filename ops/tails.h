@@ -58,8 +58,10 @@ struct Turn {
 };
 
 // Items to share out, and what one reads from memory or takes as long as reading so many bytes.
+// Where they are unequal, a type of their own takes the place of this one (attention_task.cpp).
 struct Items {
   std::int64_t count, bytes;
+  WorkRange share(int thread, int threads) const { return ops::share(count, thread, threads); }
 };
 
 // A thread's share of items: its head, and the pieces of its tail.
@@ -69,14 +71,16 @@ struct TailShare {
 
   // A piece costs its claim and a kernel's first loads, and steps of 10 to 20 us lost by that: they
   // have no tail. Even, since kernels read two panels at once.
-  TailShare(const Items& items, int thread, int threads) {
+  template <class AnyItems = Items>
+  TailShare(const AnyItems& items, int thread, int threads) {
     constexpr std::int64_t pieces_of_share = 16, pieces_of_tail = 4, least_bytes = 256 << 10;
-    const WorkRange all = share(items.count, thread, threads);
+    const WorkRange all = items.share(thread, threads);
     const std::int64_t smallest_share = items.count / threads;
     const std::int64_t least = std::max(least_bytes / std::max<std::int64_t>(items.bytes, 1),
                                         smallest_share / pieces_of_share);
     piece_items = (least + 2) / 2 * 2;
-    const std::int64_t tail = pieces_of_tail * smallest_share / pieces_of_share;
+    const std::int64_t tail =
+        std::min(pieces_of_tail * smallest_share / pieces_of_share, all.end - all.begin);
     head = {all.begin, all.end - tail / piece_items * piece_items};
     end = all.end;
   }
@@ -89,10 +93,10 @@ struct TailShare {
 
 // Calls compute(range) for what one thread of a team computes of the items: without a number
 // its share, else its head and the pieces that it takes of its own tail and its next neighbours'.
-template <class Compute>
-void share_with_tails(const Items& items, int thread, int threads, const Turn& turn,
+template <class AnyItems = Items, class Compute>
+void share_with_tails(const AnyItems& items, int thread, int threads, const Turn& turn,
                       Compute&& compute) {
-  if (turn.number == 0 || threads == 1) return compute(share(items.count, thread, threads));
+  if (turn.number == 0 || threads == 1) return compute(items.share(thread, threads));
   const TailShare own(items, thread, threads);
   if (own.head.begin < own.head.end) compute(own.head);
   // More would be many looks at what others write, for little.

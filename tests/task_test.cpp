@@ -244,6 +244,42 @@ TEST(AttentionTask, ThreadsShareTheParts) {
   }
 }
 
+// Of two sequences of 600 and 10 keys, which have three parts each, shares are even by keys, but
+// for the parts that they begin and end with.
+TEST(AttentionTask, ThreadsShareTheKeysEvenly) {
+  static std::int64_t keys;
+  Kernel token;
+  token.function = [](const std::int64_t* arguments) {
+    keys += arguments[AttentionArgs::key_count];
+  };
+  const Kernel merge = counting<merged>(), tile = counting_strips();
+  AttentionTask task = causal_attention(token, merge, tile);
+  task.cache = 0;
+  for (const std::array<std::int64_t, 2> first_keys :
+       {std::array<std::int64_t, 2>{0, 590}, {590, 0}}) {
+    KvCache cache(2, 4, 64, graph::DataType::f32);
+    ASSERT_TRUE(cache.set_first_keys(first_keys).ok());
+    ASSERT_TRUE(cache.reserve(600).ok());
+    cache.advance(599);
+    KvCache* const caches[] = {&cache};
+    Setting setting({0, 2, 4, 1});
+    setting.frame.caches = caches;
+    for (const int threads : {1, 2, 3, 8, 16}) {
+      std::int64_t all = 0, most = 0;
+      merged = 0;
+      for (int thread = 0; thread < threads; ++thread) {
+        keys = 0;
+        ops::run(task, setting.frame, thread, threads);
+        all += keys;
+        most = std::max(most, keys);
+      }
+      EXPECT_EQ(all, 4 * 610);
+      EXPECT_EQ(merged, 8);
+      EXPECT_LE(most, all / threads + 256) << threads;
+    }
+  }
+}
+
 TEST(LinearTask, FourBlocksOfRowsArePacked) {
   const Kernel copy = counting<copies>(), pieces = counting<in_pieces>(),
                many = counting<many_blocks>(), few = counting<few_blocks>();
