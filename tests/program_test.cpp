@@ -228,6 +228,28 @@ TEST(Program, StepsOfTheSameSizesAreThoseOfANewProgram) {
   }
 }
 
+TEST(Program, ARunThatFindsNoRoomLeavesTheNextOneUnharmed) {
+  Model model({"graph f(%x: f32[s, 4]) -> (f32[s, 4]) {\n"
+               "  %w = const \"w\" : f32[4, 4]\n"
+               "  %y = linear(%x, %w)\n"
+               "  %z = linear(%y, %w)\n"
+               "  return %z\n"
+               "}\n",
+               {{"w", {4, 4}}}},
+              graph::DataType::f32);
+  Program program = model.compile();
+  std::vector<Tensor> inputs{random_tensor(graph::DataType::f32, {3, 4}, 5, 1.0)};
+  const std::vector<std::byte> wanted = run(program, inputs, {}, 2)[0].bytes;
+  TensorView huge = view(inputs[0]);
+  huge.shape[0] = std::int64_t{1} << 46;  // more than addresses reach
+  const std::vector<TensorView> views{huge};
+  const Status refused = program.run({views, {}, views, nullptr, Phase::decode, 2});
+  ASSERT_FALSE(refused.ok());
+  EXPECT_NE(refused.error().message.find("out of memory for an arena"), std::string::npos)
+      << refused.error().message;
+  EXPECT_EQ(run(program, inputs, {}, 2)[0].bytes, wanted);
+}
+
 struct EightBitRun {
   std::vector<std::byte> logits;  // of the last token
   std::vector<float> contents;    // of the caches
