@@ -2,7 +2,6 @@
 #include "ops/program.h"
 
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <chrono>
@@ -14,6 +13,7 @@
 #include "ops/greedy_search.h"
 #include "ops/linear_task.h"
 #include "ops/onednn_fallback.h"
+#include "ops/program_arguments.h"
 #include "ops/program_state.h"
 #include "ops/threads.h"
 
@@ -23,81 +23,6 @@ namespace {
 using State = Program::State;
 
 double seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
-
-std::string print_shape(std::span<const std::int64_t> shape) {
-  return fmt::format("[{}]", fmt::join(shape, ", "));
-}
-
-// Values of the symbols from the shapes of the inputs: a dimension that is one symbol defines it.
-Result<std::vector<std::int64_t>> bind_symbols(const State& state,
-                                               std::span<const TensorView> inputs) {
-  if (inputs.size() != state.inputs.size()) {
-    return Error{fmt::format("{} inputs given, {} expected", inputs.size(), state.inputs.size())};
-  }
-  const std::vector<std::string>& names = state.dims.symbols();
-  std::vector<std::int64_t> values(names.size(), -1);
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    const TensorParameter& parameter = state.inputs[i];
-    if (inputs[i].dtype != parameter.dtype) {
-      return Error{fmt::format("input %{} has dtype {}, expected {}", parameter.name,
-                               graph::name(inputs[i].dtype), graph::name(parameter.dtype))};
-    }
-    if (inputs[i].shape.size() != parameter.shape.size()) {
-      return Error{fmt::format("input %{} has shape {}, expected {}", parameter.name,
-                               print_shape(inputs[i].shape), graph::print(parameter.shape))};
-    }
-    for (std::size_t axis = 0; axis < parameter.shape.size(); ++axis) {
-      const int symbol = state.dims.symbol_of(state.input_dims[i][axis]);
-      if (symbol < 0) continue;
-      std::int64_t& value = values[static_cast<std::size_t>(symbol)];
-      if (value < 0) value = inputs[i].shape[axis];
-    }
-  }
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    if (values[i] < 0) return Error{fmt::format("no input defines the symbol {}", names[i])};
-  }
-  return values;
-}
-
-Status check_shapes(const State& state, std::span<const TensorView> inputs,
-                    std::span<const std::int64_t> dims) {
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    for (std::size_t axis = 0; axis < inputs[i].shape.size(); ++axis) {
-      if (inputs[i].shape[axis] != dims[static_cast<std::size_t>(state.input_dims[i][axis])]) {
-        return Error{fmt::format("input %{} has shape {}, expected {}", state.inputs[i].name,
-                                 print_shape(inputs[i].shape),
-                                 graph::print(state.inputs[i].shape))};
-      }
-    }
-  }
-  return {};
-}
-
-Status check_caches(const State& state, std::span<KvCache* const> caches,
-                    std::span<const std::int64_t> dims) {
-  if (caches.size() != state.caches.size()) {
-    return Error{fmt::format("{} caches given, {} expected", caches.size(), state.caches.size())};
-  }
-  for (std::size_t i = 0; i < caches.size(); ++i) {
-    const CacheParameter& parameter = state.caches[i];
-    const KvCache& cache = *caches[i];
-    if (cache.kv_heads() != parameter.kv_heads || cache.head_dim() != parameter.head_dim ||
-        cache.dtype() != parameter.dtype) {
-      return Error{fmt::format("cache %{} is {} x {} of {}, expected {} x {} of {}", parameter.name,
-                               cache.kv_heads(), cache.head_dim(), graph::name(cache.dtype()),
-                               parameter.kv_heads, parameter.head_dim,
-                               graph::name(parameter.dtype))};
-    }
-    if (!parameter.appended) continue;
-    const std::int64_t batch = dims[static_cast<std::size_t>(parameter.batch)];
-    const std::int64_t tokens = dims[static_cast<std::size_t>(parameter.tokens)];
-    if (!cache.takes(batch, tokens)) {
-      return Error{fmt::format("cache %{} holds {} sequences, the step is {} x {}", parameter.name,
-                               cache.batch(), batch, tokens)};
-    }
-  }
-  return {};
-}
 
 Status reserve_caches(const State& state, std::span<KvCache* const> caches,
                       std::span<const std::int64_t> dims) {
@@ -120,37 +45,41 @@ void request_kernel(State& state, const LinearTask& linear, LinearTask::Variant&
   variant.kernel = state.kernels->request(print(spec), [spec] { return build(spec); });
 }
 
+// Calls visit(linear) for each linear layer.
+template <class Visit>
+void for_linears(State& state, Visit&& visit) {
+  for (Step& step : state.steps) {
+    for (Task& task : step.tasks) {
+      if (auto* linear = std::get_if<LinearTask>(&task)) visit(*linear);
+    }
+  }
+}
+
+// Who asks next must ask again, and fail again, rather than call a kernel that is not there.
+Status make_requested_kernels(State& state) {
+  Status made = state.kernels->flush();
+  if (made) return made;
+  for_linears(state, [](LinearTask& linear) {
+    for_all_variants(linear, [](LinearTask::Variant& variant) {
+      if (variant.kernel != nullptr && variant.kernel->function == nullptr)
+        variant.kernel = nullptr;
+    });
+  });
+  return made;
+}
+
 // Linear kernels exist per block of rows and are made when a run first needs them.
 Status ensure_kernels(State& state, std::span<const std::int64_t> dims) {
   bool missing = false;
-  for (Step& step : state.steps) {
-    for (Task& task : step.tasks) {
-      auto* linear = std::get_if<LinearTask>(&task);
-      if (linear == nullptr) continue;
-      const std::int64_t rows = dims[static_cast<std::size_t>(linear->rows)];
-      const auto need = [&](LinearTask::Variant& variant) {
-        if (variant.kernel != nullptr) return;
-        request_kernel(state, *linear, variant);
-        missing = true;
-      };
-      for_needed_variants(*linear, rows, need);
-    }
-  }
-  if (!missing) return {};
-  Status made = state.kernels->flush();
-  if (made) return made;
-  // The next run must ask again, and fail again, rather than call a kernel that is not there.
-  for (Step& step : state.steps) {
-    for (Task& task : step.tasks) {
-      auto* linear = std::get_if<LinearTask>(&task);
-      if (linear == nullptr) continue;
-      for_all_variants(*linear, [](LinearTask::Variant& variant) {
-        if (variant.kernel != nullptr && variant.kernel->function == nullptr)
-          variant.kernel = nullptr;
-      });
-    }
-  }
-  return made;
+  for_linears(state, [&](LinearTask& linear) {
+    const std::int64_t rows = dims[static_cast<std::size_t>(linear.rows)];
+    for_needed_variants(linear, rows, [&](LinearTask::Variant& variant) {
+      if (variant.kernel != nullptr) return;
+      request_kernel(state, linear, variant);
+      missing = true;
+    });
+  });
+  return missing ? make_requested_kernels(state) : Status();
 }
 
 Status prepare_arena(State& state, std::span<const std::int64_t> dims) {
@@ -514,16 +443,12 @@ Status Program::run(const RunArguments& arguments) {
 }
 
 Status Program::prepare() {
-  for (Step& step : state_->steps) {
-    for (Task& task : step.tasks) {
-      auto* linear = std::get_if<LinearTask>(&task);
-      if (linear == nullptr) continue;
-      for_all_variants(*linear, [&](LinearTask::Variant& variant) {
-        if (variant.kernel == nullptr) request_kernel(*state_, *linear, variant);
-      });
-    }
-  }
-  if (Status made = state_->kernels->flush(); !made) return made;
+  for_linears(*state_, [&](LinearTask& linear) {
+    for_all_variants(linear, [&](LinearTask::Variant& variant) {
+      if (variant.kernel == nullptr) request_kernel(*state_, linear, variant);
+    });
+  });
+  if (Status made = make_requested_kernels(*state_); !made) return made;
   // A step of decode may be searched with. That another program may not is no error.
   static_cast<void>(GreedySearch::make(*this));
   return {};

@@ -1,6 +1,6 @@
 // A graph with random weights, compiled and run: what tests of whole programs share.
 //
-// Used by program_test, in_place_test.
+// Used by program_test, in_place_test, amx_program_test.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -56,10 +56,12 @@ struct Model {
   graph::Graph source, optimized;
   graph::Constants constants;
   std::map<std::string, TensorView> views;
+  Target target;
   std::shared_ptr<KernelLibrary> kernels;
   std::shared_ptr<WeightStore> weights = std::make_shared<WeightStore>();
 
-  Model(const LlamaText& llama, graph::DataType dtype) {
+  Model(const LlamaText& llama, graph::DataType dtype, Target made_for = Target::host())
+      : target(std::move(made_for)) {
     auto parsed = graph::parse(llama.text);
     if (!parsed) ADD_FAILURE() << parsed.error().message << "\n" << llama.text;
     source = *parsed;
@@ -72,14 +74,14 @@ struct Model {
     }
     for (auto& [name, tensor] : constants) views.emplace(name, view(tensor));
     auto store = std::make_shared<cache::Store>(cache::Store::open("", cache::Mode::off, 0));
-    kernels = std::make_shared<KernelLibrary>(Target::host(), store);
-    auto result = graph::optimize(source, Target::host());
+    kernels = std::make_shared<KernelLibrary>(target, store);
+    auto result = graph::optimize(source, target);
     if (!result) ADD_FAILURE() << result.error().message;
     optimized = *result;
   }
 
   Program compile(const CompileOptions& options = {}) {
-    auto program = ops::compile(optimized, views, Target::host(), options, kernels, weights);
+    auto program = ops::compile(optimized, views, target, options, kernels, weights);
     if (!program) ADD_FAILURE() << program.error().message << "\n" << graph::print(optimized);
     return std::move(*program);
   }
@@ -166,6 +168,49 @@ inline std::string fallbacks(const Program& program) {
     if (region.fallback) text += region.name + ": " + region.kernel + ": " + region.reason + "\n";
   }
   return text;
+}
+
+// Prefill and decode of two sequences, against the reference interpreter.
+struct DecoderCase {
+  LlamaShape shape;
+  graph::DataType dtype, stored;  // of the model; of the caches' elements
+  double allowed;                 // difference of a logit
+};
+
+inline void expect_matches(Model& model, Program& program, const DecoderCase& decoder) {
+  const LlamaShape& shape = decoder.shape;
+  ASSERT_EQ(fallbacks(program), "");
+  const std::int64_t batch = 2;
+  std::vector<KvCache> caches;
+  std::vector<graph::Argument> reference_caches;
+  for (int i = 0; i < shape.layers; ++i) {
+    caches.emplace_back(batch, shape.kv_heads, shape.head_dim, decoder.stored);
+    graph::Cache cache{decoder.stored, batch, shape.kv_heads, shape.head_dim, 0, {}, {}};
+    reference_caches.emplace_back(cache);
+  }
+  std::vector<KvCache*> pointers;
+  for (KvCache& cache : caches) pointers.push_back(&cache);
+  std::int64_t past = 0;
+  for (std::int64_t tokens : {70, 1, 1, 3}) {
+    const TokenStep step{batch, tokens, past};
+    std::vector<graph::Argument> arguments{step.ids(), step.positions()};
+    for (const auto& cache : reference_caches) arguments.push_back(cache);
+    auto expected = graph::interpret(model.source, arguments, model.constants);
+    ASSERT_TRUE(expected.ok()) << expected.error().message;
+    for (std::size_t i = 0; i < reference_caches.size(); ++i)
+      reference_caches[i] = arguments[2 + i];
+    std::vector<Tensor> inputs{step.ids(), step.positions()};
+    std::vector<Tensor> outputs =
+        run(program, inputs, pointers, 2, tokens > 1 ? Phase::prefill : Phase::decode);
+    ASSERT_EQ(outputs.size(), 1u);
+    EXPECT_LT(largest_difference(outputs[0], (*expected)[0]), decoder.allowed);
+    past += tokens;
+    EXPECT_EQ(caches[0].length(), past);
+  }
+  const PhaseCounters& decode = program.counters(Phase::decode);
+  EXPECT_EQ(decode.runs, 2u);
+  EXPECT_EQ(decode.fallback_calls, 0u);
+  EXPECT_EQ(decode.layer_steps, 5 * decode.layers) << graph::print(model.optimized);
 }
 
 }  // namespace tilewright::ops

@@ -104,56 +104,22 @@ TEST(Rungs, PrewarmMakesTheFp32TilesOfAStart) {
 
 class Decoder : public testing::TestWithParam<graph::DataType> {};
 
-// stored: the type of the caches' elements.
-void expect_decoder_matches(const LlamaShape& shape, graph::DataType dtype, graph::DataType stored,
-                            double allowed) {
-  Model model(llama_graph(shape, true, std::string(graph::name(dtype)), false,
-                          std::string(graph::name(stored))),
-              dtype);
+void expect_decoder_matches(const DecoderCase& decoder) {
+  const std::string dtype(graph::name(decoder.dtype)), stored(graph::name(decoder.stored));
+  Model model(llama_graph(decoder.shape, true, dtype, false, stored), decoder.dtype);
   Program program = model.compile();
-  ASSERT_EQ(fallbacks(program), "");
-  const std::int64_t batch = 2;
-  std::vector<KvCache> caches;
-  std::vector<graph::Argument> reference_caches;
-  for (int i = 0; i < shape.layers; ++i) {
-    caches.emplace_back(batch, shape.kv_heads, shape.head_dim, stored);
-    graph::Cache cache{stored, batch, shape.kv_heads, shape.head_dim, 0, {}, {}};
-    reference_caches.emplace_back(cache);
-  }
-  std::vector<KvCache*> pointers;
-  for (KvCache& cache : caches) pointers.push_back(&cache);
-  std::int64_t past = 0;
-  for (std::int64_t tokens : {70, 1, 1, 3}) {
-    const TokenStep step{batch, tokens, past};
-    std::vector<graph::Argument> arguments{step.ids(), step.positions()};
-    for (const auto& cache : reference_caches) arguments.push_back(cache);
-    auto expected = graph::interpret(model.source, arguments, model.constants);
-    ASSERT_TRUE(expected.ok()) << expected.error().message;
-    for (std::size_t i = 0; i < reference_caches.size(); ++i)
-      reference_caches[i] = arguments[2 + i];
-    std::vector<Tensor> inputs{step.ids(), step.positions()};
-    std::vector<Tensor> outputs =
-        run(program, inputs, pointers, 2, tokens > 1 ? Phase::prefill : Phase::decode);
-    ASSERT_EQ(outputs.size(), 1u);
-    EXPECT_LT(largest_difference(outputs[0], (*expected)[0]), allowed);
-    past += tokens;
-    EXPECT_EQ(caches[0].length(), past);
-  }
-  const PhaseCounters& decode = program.counters(Phase::decode);
-  EXPECT_EQ(decode.runs, 2u);
-  EXPECT_EQ(decode.fallback_calls, 0u);
-  EXPECT_EQ(decode.layer_steps, 5 * decode.layers) << graph::print(model.optimized);
+  expect_matches(model, program, decoder);
 }
 
 TEST_P(Decoder, WithCachesMatchesTheInterpreter) {
-  expect_decoder_matches(shape_for(GetParam()), GetParam(), GetParam(), tolerance(GetParam()));
+  expect_decoder_matches({shape_for(GetParam()), GetParam(), GetParam(), tolerance(GetParam())});
 }
 
 // Where fp32 rounding decides about one of the integers, it is another one.
 TEST_P(Decoder, WithCachesOfEightBitsMatchesTheInterpreter) {
   LlamaShape shape;
   shape.head_dim = 16;
-  expect_decoder_matches(shape, GetParam(), graph::DataType::i8, tolerance(GetParam()) + 1e-2);
+  expect_decoder_matches({shape, GetParam(), graph::DataType::i8, tolerance(GetParam()) + 1e-2});
 }
 
 TEST_P(Decoder, WithGrowingTensorsMatchesTheInterpreter) {
@@ -248,6 +214,33 @@ TEST(Program, ARunThatFindsNoRoomLeavesTheNextOneUnharmed) {
   EXPECT_NE(refused.error().message.find("out of memory for an arena"), std::string::npos)
       << refused.error().message;
   EXPECT_EQ(run(program, inputs, {}, 2)[0].bytes, wanted);
+}
+
+TEST(Program, KernelsThatCouldNotBePreparedAreAskedForAgain) {
+  const LlamaText linear{
+      "graph f(%x: f32[s, 4]) -> (f32[s, 4]) {\n"
+      "  %w = const \"w\" : f32[4, 4]\n"
+      "  %y = linear(%x, %w)\n"
+      "  return %y\n"
+      "}\n",
+      {{"w", {4, 4}}}};
+  Model model(linear, graph::DataType::f32), sound(linear, graph::DataType::f32);
+  Program program = model.compile(), prepared = sound.compile();
+  ASSERT_TRUE(prepared.prepare().ok());
+  const auto unemittable = [] {
+    jit::vir::Function function;
+    function.code.emplace_back().src[0].id = 77;  // a register that was never written
+    return function;
+  };
+  const std::size_t asked = model.kernels->kernels().size();
+  for (const Kernel& kernel : sound.kernels->kernels()) {
+    if (kernel.name != "tilewright_linear") continue;
+    model.kernels->request(kernel.key.substr(0, kernel.key.rfind("\nisa ")), unemittable);
+  }
+  ASSERT_GT(model.kernels->kernels().size(), asked);
+  EXPECT_FALSE(program.prepare().ok());
+  std::vector<Tensor> inputs{random_tensor(graph::DataType::f32, {3, 4}, 5, 1.0)};
+  EXPECT_EQ(run(program, inputs, {}, 2)[0].bytes, run(prepared, inputs, {}, 2)[0].bytes);
 }
 
 struct EightBitRun {

@@ -103,14 +103,17 @@ struct LinearArgs {
 
 inline constexpr int kPartialSumsBytesPerRow = 32 * 4;  // a panel's columns
 inline constexpr int kMostStreams = 2;
-std::int64_t partial_sum_length();
+// Of k, in one chain of additions: a multiple of all unrolled steps. Shorter chains round less, and
+// cost more: here the sums go to memory and back once for 128 multiply-adds each.
+constexpr std::int64_t partial_sum_length() { return 128; }
 std::int64_t partial_sums_bytes(std::int64_t rows);  // of all blocks of a call
 std::int64_t unpacked_bytes();                       // a panel's stretch of k in fp32
 
 graph::DataType input_type(const LinearKernel& spec);  // of x
 int piece_bytes(int lanes);                            // of a row of x, with many blocks: a vector
-int max_rows(int lanes);       // 6 with AVX2 (6 x 16), 12 with AVX-512 (12 x 32)
-std::int64_t panel_columns();  // 32: the packed layout depends neither on lanes nor on the type
+int max_rows(int lanes);  // 6 with AVX2 (6 x 16), 12 with AVX-512 (12 x 32)
+// The packed layout depends neither on lanes nor on the type.
+constexpr std::int64_t panel_columns() { return 32; }
 std::int64_t panel_count(std::int64_t n);  // n rounded up
 bool is_tiled(Arithmetic arithmetic);
 // Whether there is a kernel with several streams: of one row, with AVX-512 of up to four; but with
