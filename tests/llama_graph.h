@@ -5,7 +5,7 @@
 // that grow by cat (torch.compile with a dynamic cache). all_rows: logits of every token, else of
 // the last one. Shapes are odd on purpose: tails everywhere.
 //
-// Used by program_test, in_place_test.
+// Used by program_test, in_place_test, amx_program_test.
 #pragma once
 
 #include <fmt/format.h>
