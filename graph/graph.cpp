@@ -9,6 +9,8 @@
 #include <array>
 #include <utility>
 
+#include "jit/base/fork_static.h"
+
 namespace tilewright::graph {
 namespace {
 
@@ -95,12 +97,13 @@ std::optional<Op> op(std::string_view name) {
 }
 
 std::span<const AttributeRule> attribute_rules(Op op) {
-  static const std::vector<std::vector<AttributeRule>> rules = [] {
+  static constinit ForkStatic<const std::vector<std::vector<AttributeRule>>> rules;
+  const auto& all_rules = rules.get([] {
     std::vector<std::vector<AttributeRule>> all;
     for (const OpRow& op_row : op_rows) all.push_back(parse_rules(op_row.attributes));
     return all;
-  }();
-  return rules[static_cast<std::size_t>(op)];
+  });
+  return all_rules[static_cast<std::size_t>(op)];
 }
 
 Status check_signature(Op op, std::size_t operands, const Attributes& attributes) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "jit/base/fork_mutex.h"
+#include "jit/base/fork_static.h"
 #include "ops/weight_memory.h"
 
 namespace tilewright::ops {
@@ -36,8 +37,8 @@ struct Slabs {
 
 // Never destroyed: caches may end after this file's objects.
 Slabs& slabs() {
-  static Slabs* const all = new Slabs;
-  return *all;
+  static constinit ForkStatic<Slabs> all;
+  return all.get();
 }
 
 // One with a free block of that size; null: out of memory. REQUIRES: the mutex is held.

@@ -3,10 +3,12 @@
 
 #include <fmt/format.h>
 
+#include <atomic>
 #include <utility>
 
 #include "graph/pipeline.h"
 #include "jit/base/env.h"
+#include "jit/base/fork_static.h"
 #include "jit/base/log.h"
 #include "ops/compile.h"
 #include "ops/gemm/arithmetic.h"
@@ -16,26 +18,36 @@ namespace tilewright::ops {
 
 constexpr int kPlanFormat = 3;
 
-const std::vector<ConfiguredPack>& configured_packs() {
-  static const std::vector<ConfiguredPack> packs = [] {
-    std::vector<ConfiguredPack> found;
-    for (const std::string& name : cache::split_pack_names(environment().cache_pack)) {
-      ConfiguredPack& item = found.emplace_back();
-      item.name = name;
-      Result<cache::Pack> pack = cache::open_pack(name);
-      if (!pack) {
-        item.problem = pack.error().message;
-      } else if (pack->generator() != cache::generator_hash()) {
-        item.problem = fmt::format(
-            "{}: made by another build; make it again with tilewright prewarm --pack", name);
-      } else {
-        item.pack = std::make_shared<const cache::Pack>(std::move(*pack));
-        continue;
-      }
-      log_warning(fmt::format("TILEWRIGHT_CACHE_PACK is not used: {}", item.problem));
+namespace {
+
+std::vector<ConfiguredPack> open_packs() {
+  std::vector<ConfiguredPack> found;
+  for (const std::string& name : cache::split_pack_names(environment().cache_pack)) {
+    ConfiguredPack& item = found.emplace_back();
+    item.name = name;
+    Result<cache::Pack> pack = cache::open_pack(name);
+    if (!pack) {
+      item.problem = pack.error().message;
+    } else if (pack->generator() != cache::generator_hash()) {
+      item.problem = fmt::format(
+          "{}: made by another build; make it again with tilewright prewarm --pack", name);
+    } else {
+      item.pack = std::make_shared<const cache::Pack>(std::move(*pack));
     }
-    return found;
-  }();
+  }
+  return found;
+}
+
+}  // namespace
+
+const std::vector<ConfiguredPack>& configured_packs() {
+  static constinit ForkStatic<const std::vector<ConfiguredPack>> opened;
+  static std::atomic<bool> told{false};
+  const std::vector<ConfiguredPack>& packs = opened.get(open_packs);
+  if (told.exchange(true)) return packs;
+  for (const ConfiguredPack& item : packs) {
+    if (!item.pack) log_warning(fmt::format("TILEWRIGHT_CACHE_PACK is not used: {}", item.problem));
+  }
   return packs;
 }
 

@@ -13,6 +13,8 @@
 #include <optional>
 #include <string>
 
+#include "jit/base/fork_mutex.h"
+#include "jit/base/fork_static.h"
 #include "ops/onednn_library.h"
 #include "ops/onednn_plan.h"
 
@@ -23,15 +25,15 @@ namespace {
 constexpr std::size_t kMostPlans = 512;
 
 struct Session {
-  std::mutex mutex;  // held while oneDNN runs: its primitives share scratch memory
+  ForkMutex mutex;  // held while oneDNN runs: its primitives share scratch memory
   std::optional<Result<onednn::Library>> library;
   std::map<std::string, std::unique_ptr<onednn::Plan>, std::less<>> plans;
 };
 
 // Leaks on purpose: the library's own statics may be gone before ours at exit.
 Session& session() {
-  static auto* instance = new Session;
-  return *instance;
+  static constinit ForkStatic<Session> instance;
+  return instance.get();
 }
 
 Status status_of(const Session& current) {

@@ -6,7 +6,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <map>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
@@ -36,11 +35,11 @@ std::optional<DataType> type_of(graph::DataType type) {
 }
 
 std::optional<Algorithm> activation_of(const std::string& name) {
-  static const std::map<std::string, Algorithm> kAlgorithms{
-      {"silu", kSwish}, {"gelu", kGeluErf}, {"gelu_tanh", kGeluTanh}, {"relu", kRelu}};
-  const auto found = kAlgorithms.find(name);
-  if (found == kAlgorithms.end()) return std::nullopt;
-  return found->second;
+  if (name == "silu") return kSwish;
+  if (name == "gelu") return kGeluErf;
+  if (name == "gelu_tanh") return kGeluTanh;
+  if (name == "relu") return kRelu;
+  return std::nullopt;
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "jit/base/env.h"
+#include "jit/base/fork_static.h"
 #include "jit/base/processors.h"
 
 namespace tilewright::ops {
@@ -33,7 +34,8 @@ ProcessorSet places() {
 }
 
 ProcessorSet processors_of_caller() {
-  static const ProcessorSet bound = places();  // fixed when OpenMP starts
+  static constinit ForkStatic<const ProcessorSet> known;
+  const ProcessorSet& bound = known.get(places);  // fixed when OpenMP starts
   return bound.count() > 0 ? bound : ProcessorSet::allowed();
 }
 
@@ -86,11 +88,11 @@ class TeamQueue {
 // Never destroyed, because a thread may compute while the process exits. A child after fork() has
 // none of the threads that are in its parent's queue, so it begins another.
 TeamQueue*& team_queue() {
-  static TeamQueue* queue = [] {
+  static constinit ForkStatic<TeamQueue*> queue;
+  return queue.get([] {
     pthread_atfork(nullptr, nullptr, [] { team_queue() = new TeamQueue; });
     return new TeamQueue;
-  }();
-  return queue;
+  });
 }
 
 class PlaceInQueue {

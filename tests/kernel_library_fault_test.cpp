@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "jit/base/fork_mutex.h"
+#include "jit/base/fork_static.h"
 #include "jit/base/log.h"
 #include "jit/vir/builder.h"
 #include "ops/kernel_library.h"
@@ -192,6 +193,32 @@ TEST(ForkMutexTest, ForkTakesAllOrNone) {
   stop = true;
   first.join();
   second.join();
+}
+
+// Nested ones, that a thread is still making when another one forks.
+TEST(ForkStaticTest, ForkWaitsForItsMaker) {
+  static constinit ForkStatic<int> inner, outer;
+  std::latch began(1);
+  const auto make_outer = [&](bool slowly) {
+    return outer.get([&] {
+      const int made = inner.get([] { return 6; }) + 1;
+      began.count_down(slowly ? 1 : 0);
+      if (slowly) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      return made;
+    });
+  };
+  std::thread maker([&] { make_outer(true); });
+  began.wait();
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(10);
+    _exit(make_outer(false));
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  maker.join();
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 7);
 }
 
 // What twelve kinds of CPU offer, from Haswell to Granite Rapids, and two that do not exist.

@@ -11,6 +11,7 @@
 #include <charconv>
 #include <optional>
 
+#include "jit/base/fork_static.h"
 #include "jit/base/target.h"
 
 namespace tilewright {
@@ -238,8 +239,8 @@ bool Selection::contains(std::string_view name) const {
 }
 
 std::span<const Variable> variables() {
-  static const std::vector<Variable> table = make_table();
-  return table;
+  static constinit ForkStatic<const std::vector<Variable>> table;
+  return table.get(make_table);
 }
 
 Environment parse_environment(const VariableGetter& getter) {
@@ -269,14 +270,14 @@ std::vector<std::string> unknown_variables(std::span<const std::string_view> ent
 }
 
 const Environment& environment() {
-  static const Environment result = [] {
+  static constinit ForkStatic<const Environment> result;
+  return result.get([] {
     Environment e = parse_environment([](const char* name) { return secure_getenv(name); });
     for (std::string& message : unknown_variables(process_entries())) {
       e.problems.push_back(std::move(message));
     }
     return e;
-  }();
-  return result;
+  });
 }
 
 }  // namespace tilewright

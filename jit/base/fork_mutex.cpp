@@ -1,4 +1,4 @@
-// The registry of mutexes, and what fork() does with them. See fork_mutex.h.
+// The registry of mutexes, and what fork() does with them. See fork_mutex.h, fork_static.h.
 //
 // Tested by kernel_library_fault_test.
 #include "jit/base/fork_mutex.h"
@@ -9,11 +9,14 @@
 #include <algorithm>
 #include <vector>
 
+#include "jit/base/fork_static.h"
+
 namespace tilewright {
 namespace {
 
 struct Registry {
-  std::mutex mutex;  // held during fork()
+  std::mutex mutex;   // held during fork()
+  std::mutex making;  // a ForkStatic
   std::vector<ForkMutex*> members;
 };
 
@@ -23,10 +26,12 @@ Registry& registry() {
   return instance;
 }
 
-bool try_lock_all(const std::vector<ForkMutex*>& members) {
-  for (std::size_t i = 0; i < members.size(); ++i) {
-    if (members[i]->try_lock()) continue;
-    while (i > 0) members[--i]->unlock();
+bool try_lock_all(Registry& all) {
+  if (!all.making.try_lock()) return false;
+  for (std::size_t i = 0; i < all.members.size(); ++i) {
+    if (all.members[i]->try_lock()) continue;
+    while (i > 0) all.members[--i]->unlock();
+    all.making.unlock();
     return false;
   }
   return true;
@@ -37,7 +42,7 @@ bool try_lock_all(const std::vector<ForkMutex*>& members) {
 void before_fork() {
   for (;;) {
     registry().mutex.lock();
-    if (try_lock_all(registry().members)) return;
+    if (try_lock_all(registry())) return;
     registry().mutex.unlock();
     sched_yield();
   }
@@ -45,14 +50,18 @@ void before_fork() {
 
 void after_fork() {
   for (ForkMutex* member : registry().members) member->unlock();
+  registry().making.unlock();
   registry().mutex.unlock();
 }
+
+// When the library is loaded: a fork must find the registry made, by itself if need be.
+[[maybe_unused]] const int registered = pthread_atfork(before_fork, after_fork, after_fork);
+
+thread_local int making_depth = 0;
 
 }  // namespace
 
 ForkMutex::ForkMutex() {
-  static const int registered = pthread_atfork(before_fork, after_fork, after_fork);
-  static_cast<void>(registered);
   const std::lock_guard lock(registry().mutex);
   registry().members.push_back(this);
 }
@@ -60,6 +69,14 @@ ForkMutex::ForkMutex() {
 ForkMutex::~ForkMutex() {
   const std::lock_guard lock(registry().mutex);
   std::erase(registry().members, this);
+}
+
+MakingForkStatic::MakingForkStatic() {
+  if (making_depth++ == 0) registry().making.lock();
+}
+
+MakingForkStatic::~MakingForkStatic() {
+  if (--making_depth == 0) registry().making.unlock();
 }
 
 }  // namespace tilewright

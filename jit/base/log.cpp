@@ -11,6 +11,7 @@
 
 #include "jit/base/env.h"
 #include "jit/base/fork_mutex.h"
+#include "jit/base/fork_static.h"
 
 namespace tilewright {
 namespace {
@@ -29,8 +30,8 @@ struct Log {
 
 // Never destroyed: a thread may log while the process exits.
 Log& log() {
-  static Log& instance = *new Log;
-  return instance;
+  static constinit ForkStatic<Log> instance;
+  return instance.get();
 }
 
 void send(LogLevel level, std::string_view message) {
@@ -61,11 +62,9 @@ void log_info(std::string_view message) { send(LogLevel::info, message); }
 void log_debug(std::string_view message) { send(LogLevel::debug, message); }
 
 void log_environment_problems() {
-  static const bool done = [] {
-    for (const std::string& problem : environment().problems) log_warning(problem);
-    return true;
-  }();
-  static_cast<void>(done);
+  static std::atomic<bool> done{false};
+  if (done.exchange(true)) return;
+  for (const std::string& problem : environment().problems) log_warning(problem);
 }
 
 }  // namespace tilewright

@@ -16,6 +16,7 @@
 #include <cstring>
 
 #include "jit/base/cpu_features.h"
+#include "jit/base/fork_static.h"
 #include "jit/base/processors.h"
 
 namespace tilewright {
@@ -210,8 +211,8 @@ std::string Target::ladder_names() {
 }
 
 const Target& Target::host() {
-  static const Target target = probe_host();
-  return target;
+  static constinit ForkStatic<const Target> target;
+  return target.get(probe_host);
 }
 
 Result<IsaMask> Target::ladder(std::string_view text) {

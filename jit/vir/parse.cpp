@@ -11,6 +11,7 @@
 #include <optional>
 #include <utility>
 
+#include "jit/base/fork_static.h"
 #include "jit/vir/signature.h"
 #include "jit/vir/vir.h"
 
@@ -21,7 +22,8 @@ namespace {
 constexpr std::int64_t kMaxRegisterId = 1 << 20;
 
 const std::map<std::string_view, Op>& ops_by_name() {
-  static const std::map<std::string_view, Op> table = [] {
+  static constinit ForkStatic<const std::map<std::string_view, Op>> table;
+  return table.get([] {
     std::map<std::string_view, Op> result;
     for (Op op : {
 #define VIR_OP(name, signature) Op::name,
@@ -31,8 +33,7 @@ const std::map<std::string_view, Op>& ops_by_name() {
       result.emplace(op_name(op), op);
     }
     return result;
-  }();
-  return table;
+  });
 }
 
 std::optional<Element> element_by_name(std::string_view name) {
