@@ -15,10 +15,10 @@ from bench_models import places
 SCHEMA = 1
 METHOD = (
     "One process per system on the same CPUs, stopped while not asked; blocks A B B A of a system "
-    "and the baseline; a block is dropped when read bandwidth or FMA rate moved by more than 10 % "
-    "across it; medians of paired ratios with 95 % bootstrap intervals; greedy, fixed number of "
-    "tokens, no end token. Time to first token is one prefill; decode is the slope from the first "
-    "to the last token."
+    "and the baseline; a block is dropped when the limits that read bandwidth and FMA rate set "
+    "moved by more than 10 % across it; medians of paired ratios with 95 % bootstrap intervals; "
+    "greedy, fixed number of tokens, no end token. Time to first token is one prefill; decode is "
+    "the slope from the first to the last token."
 )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,7 +190,7 @@ def _compare_tokens(entries: list[dict[str, Any]], tokens: dict[str, list[list[i
 
 
 def _measure_cell(
-    plan: Plan, rows: list[Row], cell: Cell, prompts: Any, probe: Probe
+    plan: Plan, rows: list[Row], cell: Cell, prompts: Any, probe: Probe, roof: Roof
 ) -> tuple[Rounds, dict[str, list[list[int]]], dict[str, dict[str, float]]]:
     """Rounds over the running systems, their tokens and their memory."""
     tokens: dict[str, list[list[int]]] = {}
@@ -216,7 +216,13 @@ def _measure_cell(
             return None
         return Sample(answer["first_seconds"], answer["decode_seconds"])
 
-    rounds = run_rounds(list(running), measure, probe, plan.rounds, plan.retries, plan.out_of_time)
+    def limits(found: Mapping[str, float]) -> Mapping[str, float]:
+        limit = limit_of(cell, roof.beside([found]))
+        return {"prefill": limit.prefill_seconds, "decode": limit.decode_seconds}
+
+    rounds = run_rounds(
+        list(running), measure, probe, plan.rounds, plan.retries, plan.out_of_time, limits
+    )
     memory = {
         name: row.worker.ask({"do": "memory"})
         for name, row in running.items()
@@ -365,7 +371,7 @@ def run_session(
             for cell, record in zip(cells, records, strict=True):
                 plan.say(f"measuring {cell.name} ...")
                 prompts = text.prompts_of(cell, directory)
-                rounds, tokens, memory = _measure_cell(plan, rows, cell, prompts, probe)
+                rounds, tokens, memory = _measure_cell(plan, rows, cell, prompts, probe, roof)
                 for name, values in tokens.items():
                     found_tokens[cell.name].setdefault(name, values)
                 bandwidths = [found["read_gb_per_second"] for found in rounds.probes]

@@ -181,6 +181,15 @@ def test_blocks_in_which_the_machine_moved_are_dropped_and_retried() -> None:
     }
 
 
+def test_memory_that_moves_while_arithmetic_is_the_limit_drops_no_block() -> None:
+    def slower_of_two(found: Mapping[str, float]) -> Mapping[str, float]:
+        return {"decode": max(100 / found["read_gb_per_second"], 6.0)}
+
+    probe = MovingMachine([20, 40, 20, 10])  # limits: 6, 6, 6, 10 seconds
+    found = rounds.run_rounds(("a",), constant, probe, 3, retries=0, limits=slower_of_two)
+    assert (found.blocks["a"].kept, found.blocks["a"].dropped) == (2, 1)
+
+
 def test_a_moved_block_costs_only_its_own_system_a_block() -> None:
     found = rounds.run_rounds(("a", "b", "c"), constant, MovingMachine([10, 10, 20, 20]), 1, 0)
     assert {name: (b.kept, b.dropped) for name, b in found.blocks.items()} == {
