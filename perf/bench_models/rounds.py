@@ -34,15 +34,20 @@ class Sample:
 
 @dataclass
 class Blocks:
-    """One system's kept blocks: its own numbers, and the baseline's beside each."""
+    """One system's kept blocks: its own numbers, and the baseline's beside each; and those of the
+    blocks that were dropped, in pairs."""
 
     own: list[Sample] = field(default_factory=list)
     baseline: list[Sample] = field(default_factory=list)
-    dropped: int = 0
+    unsteady: list[tuple[Sample, Sample]] = field(default_factory=list)
 
     @property
     def kept(self) -> int:
         return len(self.own)
+
+    @property
+    def dropped(self) -> int:
+        return len(self.unsteady)
 
 
 @dataclass
@@ -119,15 +124,16 @@ def run_rounds(
             after = probe.read()
             moved = movement(limits(before), limits(after))
             result.movements.append(moved)
+            own, beside = _mean(measured[name]), _mean(measured[baseline])
             if moved > MOVEMENT:
-                blocks.dropped += 1
+                blocks.unsteady.append((own, beside))
             else:
-                blocks.own.append(_mean(measured[name]))
-                blocks.baseline.append(_mean(measured[baseline]))
+                blocks.own.append(own)
+                blocks.baseline.append(beside)
                 result.probes += [before, after]
             before = after
     if others:
-        beside = [sample for blocks in found.values() for sample in blocks.baseline]
-        dropped = sum(blocks.dropped for blocks in found.values())
-        result.blocks = {baseline: Blocks(beside, beside, dropped), **found}
+        kept = [sample for blocks in found.values() for sample in blocks.baseline]
+        unsteady = [(sample, sample) for each in found.values() for _, sample in each.unsteady]
+        result.blocks = {baseline: Blocks(kept, kept, unsteady), **found}
     return result

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +263,8 @@ def _system_record(
     }
     if not blocks.kept:
         reason = "the machine never held still: every block was dropped"
-        return {**record, "status": "unsteady", "reason": reason}
+        pairs = [[asdict(own), asdict(beside)] for own, beside in blocks.unsteady]
+        return {**record, "status": "unsteady", "reason": reason, "unsteady_samples": pairs}
     prefill = [sample.prefill for sample in blocks.own]
     decode = [sample.decode for sample in blocks.own]
     record |= {

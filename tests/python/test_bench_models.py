@@ -172,6 +172,7 @@ def test_blocks_in_which_the_machine_moved_are_dropped_and_retried() -> None:
     values = [10, 10.5, 12.6, 10, 10]  # moved by 5 %, 20 %, 21 %, 0 %
     found = rounds.run_rounds(("a",), constant, MovingMachine(values), 2, retries=3)
     assert (found.blocks["a"].kept, found.blocks["a"].dropped) == (2, 2)
+    assert found.blocks["a"].unsteady == [(rounds.Sample(1, 1), rounds.Sample(1, 1))] * 2
     never = MovingMachine([10, 20] * 9)
     found = rounds.run_rounds(("a", "b", "c"), constant, never, 2, retries=3)
     assert {name: (b.kept, b.dropped) for name, b in found.blocks.items()} == {

@@ -129,7 +129,12 @@ tell(made._artifacts.compiled_fn, made(model, ids)["logits"])
 
 
 def test_another_build_leaves_it_to_torch(saved: Processes) -> None:
-    told = saved(_LOAD + "\nbackend.precompiled._build = lambda: 'another'\n" + _CALL)
+    another = """
+import tilewright.lowered
+backend.precompiled._build = lambda: "another"
+del tilewright.lowered.Lowered  # one of other classes, too
+"""
+    told = saved(_LOAD + another + _CALL)
     assert "another build" in told["reason"] and told["in_torch"] == 1
     assert told["difference"] == 0 and told["captured"] == 0
 

@@ -69,7 +69,9 @@ class SavedGraph:
     def dumps(self) -> bytes:
         """Raises RuntimeError if it cannot be saved."""
         try:
-            return pickle.dumps(self)
+            # Another build can read what torch needs, whatever it makes of the rest.
+            own = pickle.dumps(dataclasses.replace(self, original=b""))
+            return pickle.dumps((self.build, self.original, own))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise RuntimeError(f"this graph cannot be saved: {error}") from error
 
@@ -129,9 +131,12 @@ def saved_graph(
 
 
 def loads(data: bytes) -> SavedGraph:
-    saved = pickle.loads(data)
+    build, original, own = pickle.loads(data)
+    if build != _build():
+        return SavedGraph(build, "", None, "", (), {}, {}, original)
+    saved = pickle.loads(own)
     assert isinstance(saved, SavedGraph)
-    return saved
+    return dataclasses.replace(saved, original=original)
 
 
 class GraphArtifact(BackendCacheArtifact):
