@@ -30,6 +30,7 @@ LAYERS = sorted(MAY_INCLUDE, key=len, reverse=True)
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 LINE_COMMENT = re.compile(r"//[^\n]*")
+LAZY_STATIC = re.compile(r"^\s+static (?!constinit|constexpr)[^()\n]*= ", re.MULTILINE)
 STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 
 
@@ -82,6 +83,9 @@ def cpp_violations(path: str, text: str) -> Iterator[str]:
     code = STRING.sub('""', LINE_COMMENT.sub("", text))
     if layer in ("jit", "jit/base", "graph", "ops") and re.search(r"\bvirtual\b", code):
         yield f"{path}: virtual in {layer}"
+    is_core = layer in ("jit", "jit/base", "graph", "ops", "cache")
+    if is_core and path != "jit/base/fork_mutex.cpp" and LAZY_STATIC.search(code):
+        yield f"{path}: a static that is made by its first use; a ForkStatic survives fork()"
 
 
 def files_of_the_project(source_directory: Path) -> dict[str, str]:
@@ -152,6 +156,7 @@ def test_every_source_is_built(source_directory: Path) -> None:
         ("jit/emit.cpp", "// X. Tested by x.\n#include <xbyak/xbyak.h>\n", "only jit/assembler"),
         ("ops/x.cpp", "// X. Tested by x.\n#include <torch/torch.h>\n", "only frontends/torch"),
         ("ops/x.cpp", "// X. Tested by x.\nstruct A { virtual void f(); };\n", "virtual"),
+        ("ops/x.cpp", "// X. Tested by x.\nA& a() {\n  static A a = make();\n}\n", "ForkStatic"),
         ("ops/x.cpp", "// X.\n", "tested by"),
         ("ops/x.py", "import os\n", "does not open with a comment"),
         ("ops/x.cpp", "// X. Tested by x.\n" * 801, "lines, more than"),
