@@ -42,7 +42,7 @@ std::vector<ConfiguredPack> open_packs() {
 
 const std::vector<ConfiguredPack>& configured_packs() {
   static constinit ForkStatic<const std::vector<ConfiguredPack>> opened;
-  static std::atomic<bool> told{false};
+  static constinit std::atomic<bool> told{false};
   const std::vector<ConfiguredPack>& packs = opened.get(open_packs);
   if (told.exchange(true)) return packs;
   for (const ConfiguredPack& item : packs) {

@@ -6,8 +6,10 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -85,14 +87,18 @@ class TeamQueue {
   std::vector<const Team*> teams_;
 };
 
-// Never destroyed, because a thread may compute while the process exits. A child after fork() has
-// none of the threads that are in its parent's queue, so it begins another.
-TeamQueue*& team_queue() {
-  static constinit ForkStatic<TeamQueue*> queue;
-  return queue.get([] {
-    pthread_atfork(nullptr, nullptr, [] { team_queue() = new TeamQueue; });
-    return new TeamQueue;
-  });
+// Never destroyed, because a thread may compute while the process exits.
+constinit std::atomic<TeamQueue*> queue{nullptr};
+
+// A child after fork() has none of the threads that are in its parent's queue, so it begins
+// another.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { queue = nullptr; });
+
+TeamQueue& team_queue() {
+  if (TeamQueue* const made = queue) return *made;
+  auto fresh = std::make_unique<TeamQueue>();
+  TeamQueue* first = nullptr;
+  return queue.compare_exchange_strong(first, fresh.get()) ? *fresh.release() : *first;
 }
 
 class PlaceInQueue {
@@ -103,7 +109,7 @@ class PlaceInQueue {
   PlaceInQueue& operator=(const PlaceInQueue&) = delete;
 
  private:
-  TeamQueue& queue_ = *team_queue();
+  TeamQueue& queue_ = team_queue();
   const Team team_;
 };
 

@@ -8,11 +8,9 @@
 #include <array>
 #include <atomic>
 #include <bit>
-#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <optional>
-#include <span>
 
 namespace tilewright {
 namespace {

@@ -5,6 +5,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "ops/scalar_type.h"
 #include "tests/amx_emulator.h"
@@ -26,14 +28,15 @@ class AmxPrograms : public testing::Test {
   }
   void TearDown() override { EXPECT_FALSE(AmxEmulator::has_tiles()); }
 
-  // Whether a kernel of this name exists, and whether there were AMX instructions.
-  void expect_tiles(const Model& model, const char* kernel) const {
+  // A kernel of this name exists, and since the last time there were AMX instructions.
+  void expect_tiles(const Model& model, const char* kernel) {
     const std::vector<Kernel> kernels = model.kernels->kernels();
     EXPECT_TRUE(std::ranges::any_of(kernels, [&](const Kernel& k) { return k.name == kernel; }))
         << kernel;
     if (!has_amx_) {
       EXPECT_GT(AmxEmulator::instructions(), begin_);
     }
+    begin_ = AmxEmulator::instructions();
   }
 
   Target target_;
@@ -72,7 +75,6 @@ TEST_F(AmxPrograms, OfBf16MatchTheInterpreter) {
   Program program = model.compile();
   expect_matches(model, program, {shape, DataType::bf16, DataType::bf16, 0.3});
   expect_tiles(model, "tilewright_linear_amx_bf16");
-  expect_tiles(model, "tilewright_prefill_amx_bf16_attention");
 }
 
 TEST_F(AmxPrograms, OfFp32InThreeAndSixProductsMatchTheInterpreter) {
@@ -101,8 +103,44 @@ TEST_F(AmxPrograms, HaveTheSameBitsForAnyNumberOfThreads) {
       const Tensor logits = logits_of_steps(program, shape, dtype, {37, 16}, threads).back();
       if (first.empty()) first = logits.bytes;
       EXPECT_EQ(logits.bytes, first) << threads << " threads, " << graph::name(dtype);
+      expect_tiles(model, dtype == DataType::bf16 ? "tilewright_prefill_amx_bf16_attention"
+                                                  : "tilewright_linear_amx_fp32");
     }
   }
+}
+
+// The parts of an infinity are no numbers: its row is for fused multiply-adds.
+TEST_F(AmxPrograms, OfFp32MultiplyRowsOutOfRangeWithoutTiles) {
+  const LlamaText linear{
+      "graph f(%x: f32[s, 520]) -> (f32[s, 33]) {\n"
+      "  %w = const \"w\" : f32[33, 520]\n"
+      "  %y = linear(%x, %w)\n"
+      "  return %y\n"
+      "}\n",
+      {{"w", {33, 520}}}};
+  Model model(linear, DataType::f32, target_);
+  CompileOptions options;
+  options.choices.fp32_products = 6;
+  Program program = model.compile(options);
+  for (const double largest : {1.0, 3e38, std::numeric_limits<double>::infinity()}) {
+    SCOPED_TRACE(largest);
+    std::vector<Tensor> inputs{random_tensor(DataType::f32, {40, 520}, 5, 1.0)};
+    inputs[0].set(17 * 520 + 3, largest);
+    std::vector<graph::Argument> arguments{inputs[0]};
+    auto expected = graph::interpret(model.source, arguments, model.constants);
+    ASSERT_TRUE(expected.ok()) << expected.error().message;
+    const Tensor found = run(program, inputs, {}, 2)[0];
+    for (std::int64_t i = 0; i < found.count(); ++i) {
+      const double wanted = (*expected)[0].get(i);
+      if (std::isinf(wanted)) {
+        EXPECT_EQ(found.get(i), wanted) << i;
+      } else {
+        EXPECT_NEAR(found.get(i), wanted, 1e-4 + 1e-6 * std::abs(wanted)) << i;
+      }
+    }
+    if (largest == 1.0) expect_tiles(model, "tilewright_linear_amx_fp32");
+  }
+  EXPECT_EQ(AmxEmulator::instructions(), begin_);  // since the rows in range
 }
 
 }  // namespace

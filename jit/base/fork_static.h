@@ -5,7 +5,8 @@
 // waits until nothing is being made.
 //
 // Thread-safe. Makers may use other ForkStatics, and must not wait for another thread that may: no
-// log, whose sink may wait for Python's lock. Tested by kernel_library_fault_test.
+// log, whose sink may wait for Python's lock, and no pthread_atfork(), which may wait for the
+// fork() that waits for them. Tested by kernel_library_fault_test.
 #pragma once
 
 #include <atomic>

@@ -62,7 +62,7 @@ void log_info(std::string_view message) { send(LogLevel::info, message); }
 void log_debug(std::string_view message) { send(LogLevel::debug, message); }
 
 void log_environment_problems() {
-  static std::atomic<bool> done{false};
+  static constinit std::atomic<bool> done{false};
   if (done.exchange(true)) return;
   for (const std::string& problem : environment().problems) log_warning(problem);
 }

@@ -138,8 +138,8 @@ Limit read_quota(const Path& root) {
 
 Limit current_quota() {
   using Clock = std::chrono::steady_clock;
-  static std::atomic<int> known{0};
-  static std::atomic<Clock::rep> due{std::numeric_limits<Clock::rep>::min()};
+  static constinit std::atomic<int> known{0};
+  static constinit std::atomic<Clock::rep> due{std::numeric_limits<Clock::rep>::min()};
   // One thread reads, others take what was known: no step waits for another's files. Those that ask
   // during the very first reading know of no limit yet.
   const auto now = Clock::now().time_since_epoch();

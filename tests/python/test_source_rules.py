@@ -30,7 +30,7 @@ LAYERS = sorted(MAY_INCLUDE, key=len, reverse=True)
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 LINE_COMMENT = re.compile(r"//[^\n]*")
-LAZY_STATIC = re.compile(r"^\s+static (?!constinit|constexpr)[^()\n]*= ", re.MULTILINE)
+LAZY_STATIC = re.compile(r"^\s+static (?!constinit|constexpr)[^()\n]*[=;{]", re.MULTILINE)
 STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 
 
@@ -157,6 +157,7 @@ def test_every_source_is_built(source_directory: Path) -> None:
         ("ops/x.cpp", "// X. Tested by x.\n#include <torch/torch.h>\n", "only frontends/torch"),
         ("ops/x.cpp", "// X. Tested by x.\nstruct A { virtual void f(); };\n", "virtual"),
         ("ops/x.cpp", "// X. Tested by x.\nA& a() {\n  static A a = make();\n}\n", "ForkStatic"),
+        ("ops/x.cpp", "// X. Tested by x.\nA& a() {\n  static A a;\n}\n", "ForkStatic"),
         ("ops/x.cpp", "// X.\n", "tested by"),
         ("ops/x.py", "import os\n", "does not open with a comment"),
         ("ops/x.cpp", "// X. Tested by x.\n" * 801, "lines, more than"),
