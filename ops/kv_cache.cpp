@@ -1,18 +1,27 @@
 // KvCache: see kv_cache.h. Tested by kv_cache_test.
 #include "ops/kv_cache.h"
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "jit/base/eight_bits.h"
 #include "ops/scalar_type.h"
 
 namespace tilewright::ops {
+namespace {
+
+// Of an extent.
+constexpr std::int64_t kMostBlocks = 16;
+// Blocks that nobody has asked for yet: a part of what a sequence has, and at most so many.
+constexpr std::int64_t kGrowthPart = 4, kMostBlocksAhead = 4;
+
+}  // namespace
 
 KvCache::KvCache(std::int64_t batch, std::int64_t kv_heads, std::int64_t head_dim,
                  graph::DataType dtype)
     : batch_(batch), kv_heads_(kv_heads), head_dim_(head_dim), dtype_(dtype) {
   first_keys_.assign(static_cast<std::size_t>(batch), 0);
-  blocks_.resize(static_cast<std::size_t>(batch));
   rebuild_tables();
 }
 
@@ -32,17 +41,28 @@ std::int64_t KvCache::token_stride() const {
   return of_pages() ? kv_heads_ * row_bytes() : row_bytes();
 }
 
-std::int64_t KvCache::head_stride() const {
+std::int64_t KvCache::head_stride(std::int64_t token) const {
   if (of_pages()) return row_bytes();
+  std::int64_t blocks = 0;
+  for (auto extent = extents_.begin(); token >= 0; ++extent) {
+    blocks = extent->blocks;
+    token -= blocks * block_tokens;
+  }
+  return blocks * 2 * block_bytes();
+}
+
+std::int64_t KvCache::block_bytes() const {
   const std::int64_t scale_bytes = dtype_ == graph::DataType::i8 ? sizeof(float) : 0;
   return block_tokens * (row_bytes() + scale_bytes);
 }
 
-std::int64_t KvCache::bytes() const {
+std::int64_t KvCache::block_count() const {
   std::int64_t count = 0;
-  for (const auto& sequence : blocks_) count += static_cast<std::int64_t>(sequence.size());
-  return count * 2 * block_bytes();
+  for (const Extent& extent : extents_) count += extent.blocks;
+  return count;
 }
+
+std::int64_t KvCache::bytes() const { return batch_ * extent_bytes(block_count()); }
 
 Status KvCache::set_first_keys(std::span<const std::int64_t> first_keys) {
   if (static_cast<std::int64_t>(first_keys.size()) != batch_) {
@@ -55,24 +75,33 @@ Status KvCache::set_first_keys(std::span<const std::int64_t> first_keys) {
   return {};
 }
 
+std::optional<KvCache::Extent> KvCache::make_extent(std::int64_t blocks) const {
+  Extent extent{blocks, {}};
+  for (std::int64_t b = 0; b < batch_; ++b) {
+    extent.memory.push_back(allocate_block(static_cast<std::size_t>(extent_bytes(blocks))));
+    if (!extent.memory.back()) return std::nullopt;
+  }
+  return extent;
+}
+
 Status KvCache::reserve(std::int64_t tokens) {
   if (of_pages()) return {};  // RaggedRows was made with enough of them
-  const auto wanted =
-      static_cast<std::size_t>((length_ + tokens + block_tokens - 1) / block_tokens);
-  bool grown = false;
-  for (auto& sequence : blocks_) {
-    while (sequence.size() < wanted) {
-      const auto size = static_cast<std::size_t>(2 * block_bytes());
-      BlockBytes memory = allocate_block(size);
-      if (!memory) {
-        rebuild_tables();
-        return Error{"out of memory for the key/value cache"};
-      }
-      sequence.push_back(Block{std::move(memory)});
-      grown = true;
+  const std::int64_t wanted = (length_ + tokens + block_tokens - 1) / block_tokens;
+  const std::size_t extents_before = extents_.size();
+  for (std::int64_t have = block_count(); have < wanted; have = block_count()) {
+    const std::int64_t ahead = std::min(have / kGrowthPart, kMostBlocksAhead);
+    // Powers of two, so that there are few sizes of extents and what one sequence leaves fits
+    // the next.
+    const auto blocks = static_cast<std::int64_t>(std::bit_floor(
+        static_cast<std::uint64_t>(std::min(std::max(wanted - have, ahead), kMostBlocks))));
+    std::optional<Extent> extent = make_extent(std::max<std::int64_t>(blocks, 1));
+    if (!extent) {
+      extents_.resize(extents_before);
+      return Error{"out of memory for the key/value cache"};
     }
+    extents_.push_back(std::move(*extent));
   }
-  if (grown) rebuild_tables();
+  if (extents_.size() > extents_before) rebuild_tables();
   return {};
 }
 
@@ -96,15 +125,19 @@ void KvCache::rebuild_tables() {
       auto& values = value_tables_[static_cast<std::size_t>(b * kv_heads_ + h)];
       if (of_pages()) {
         for (std::int64_t page : rows_->sequences[static_cast<std::size_t>(b)].pages) {
-          const std::int64_t offset = page * token_stride() + h * head_stride();
+          const std::int64_t offset = page * token_stride() + h * row_bytes();
           keys.push_back(pages_.keys + offset);
           values.push_back(pages_.values + offset);
         }
         continue;
       }
-      for (const Block& block : blocks_[static_cast<std::size_t>(b)]) {
-        keys.push_back(block.memory.get() + h * head_stride());
-        values.push_back(block.memory.get() + block_bytes() + h * head_stride());
+      for (const Extent& extent : extents_) {
+        char* const head = extent.memory[static_cast<std::size_t>(b)].get() +
+                           h * extent.blocks * 2 * block_bytes();
+        for (std::int64_t block = 0; block < extent.blocks; ++block) {
+          keys.push_back(head + 2 * block * block_bytes());
+          values.push_back(head + (2 * block + 1) * block_bytes());
+        }
       }
     }
   }
@@ -214,15 +247,22 @@ Status KvCache::reorder(std::span<const std::int64_t> indices) {
     if (index < 0 || index >= batch_) return Error{"a sequence index is outside the cache's batch"};
   }
   KvCache reordered(static_cast<std::int64_t>(indices.size()), kv_heads_, head_dim_, dtype_);
-  if (Status reserved = reordered.reserve(length_); !reserved) return reserved;
-  for (std::size_t i = 0; i < indices.size(); ++i) {
-    const auto source = static_cast<std::size_t>(indices[i]);
-    for (std::size_t block = 0; block < reordered.blocks_[i].size(); ++block) {
-      std::memcpy(reordered.blocks_[i][block].memory.get(), blocks_[source][block].memory.get(),
-                  static_cast<std::size_t>(2 * block_bytes()));
+  std::int64_t first = 0;  // of an extent's tokens
+  for (const Extent& from : extents_) {
+    if (first >= length_) break;
+    first += from.blocks * block_tokens;
+    std::optional<Extent> extent = reordered.make_extent(from.blocks);
+    if (!extent) return Error{"out of memory for the key/value cache"};
+    for (std::size_t i = 0; i < indices.size(); ++i) {
+      std::memcpy(extent->memory[i].get(), from.memory[static_cast<std::size_t>(indices[i])].get(),
+                  static_cast<std::size_t>(extent_bytes(from.blocks)));
     }
-    reordered.first_keys_[i] = first_keys_[source];
+    reordered.extents_.push_back(std::move(*extent));
   }
+  for (std::size_t i = 0; i < indices.size(); ++i) {
+    reordered.first_keys_[i] = first_keys_[static_cast<std::size_t>(indices[i])];
+  }
+  reordered.rebuild_tables();
   reordered.length_ = length_;
   *this = std::move(reordered);
   return {};

@@ -3,21 +3,28 @@
 // Blocks are its own, for a batch of sequences of one length, or pages of memory that somebody else
 // owns, for the sequences of ragged steps (ragged_rows.h). Both are found through a table.
 //
-// A block of its own holds [kv_heads][block_tokens][head_dim] of K, another of V; blocks are
-// allocated as sequences grow and are found through a table of pointers per (sequence, kv head),
-// the form that the attention kernel reads. Kernels write tokens behind `length()`; the caller
-// commits them with advance() when the step has succeeded, so a failed step leaves the cache as it
-// was.
+// A block of its own holds [block_tokens][head_dim] of K of one head, another of V; blocks are
+// found through a table of pointers per (sequence, kv head), the form that the attention kernel
+// reads. Kernels write tokens behind `length()`; the caller commits them with advance() when the
+// step has succeeded, so a failed step leaves the cache as it was.
 //
-// Of i8, what a head has in a block is [block_tokens][head_dim] integers, then [block_tokens] f32
-// scales (jit/base/eight_bits.h): kernels find both from the one pointer of the table, and read the
-// scales of neighbouring tokens as vectors.
+// Blocks come in extents, as sequences grow: [kv_heads][blocks][K, V] of one sequence. So a head's
+// keys and values lie in the order in which a thread reads them, up to 16 blocks in one piece: from
+// pieces of 8 KB a core gets a third of what it gets from memory in order, with prefetches two
+// thirds (perf/results/attention-zen4.md). A prompt gets what it needs, and what grows by single
+// tokens gets a quarter of what it has, at most 4 blocks: of an extent all pages are new, which
+// a token must not wait long for.
+//
+// Of i8, a block is [block_tokens][head_dim] integers, then [block_tokens] f32 scales
+// (jit/base/eight_bits.h): kernels find both from the one pointer of the table, and read the scales
+// of neighbouring tokens as vectors.
 //
 // Thread-compatible: one program step at a time uses a cache. Tested by kv_cache_test.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -91,14 +98,14 @@ class KvCache {
   // Pointers to the blocks of one (sequence, kv head).
   void* const* key_blocks(std::int64_t sequence, std::int64_t head) const;
   void* const* value_blocks(std::int64_t sequence, std::int64_t head) const;
-  // Where token `token` of (sequence, head 0) lies; heads follow at head_stride() bytes.
-  // A head's tokens of one block follow at token_stride().
+  // Where token `token` of (sequence, head 0) lies; the token's other heads follow at
+  // head_stride(token) bytes. A head's tokens of one block follow at token_stride().
   char* key(std::int64_t sequence, std::int64_t token) const;
   char* value(std::int64_t sequence, std::int64_t token) const;
   // The same of their scales. REQUIRES: i8
   char* key_scale(std::int64_t sequence, std::int64_t token) const;
   char* value_scale(std::int64_t sequence, std::int64_t token) const;
-  std::int64_t head_stride() const;
+  std::int64_t head_stride(std::int64_t token) const;
   std::int64_t token_stride() const;
   std::int64_t tokens_per_block() const { return of_pages() ? pages_.page_tokens : block_tokens; }
 
@@ -118,10 +125,17 @@ class KvCache {
  private:
   bool of_pages() const { return pages_.page_tokens != 0; }
   std::int64_t row_bytes() const { return head_dim_ * graph::size_in_bytes(dtype_); }
-  struct Block {
-    BlockBytes memory;  // K then V
+  struct Extent {
+    std::int64_t blocks;
+    std::vector<BlockBytes> memory;  // [sequence]
   };
-  std::int64_t block_bytes() const { return kv_heads_ * head_stride(); }
+  std::int64_t block_bytes() const;  // of K or V of a head
+  std::int64_t extent_bytes(std::int64_t blocks) const {
+    return kv_heads_ * blocks * 2 * block_bytes();
+  }
+  std::int64_t block_count() const;  // of a head's K
+  // Null: out of memory.
+  std::optional<Extent> make_extent(std::int64_t blocks) const;
   char* token_in(void* const* blocks, std::int64_t token) const;
   char* scale_in(void* const* blocks, std::int64_t token) const;
   // visit(row, its scale or null) of each token [first, first + tokens) of each head and sequence,
@@ -136,7 +150,7 @@ class KvCache {
   std::shared_ptr<const RaggedRows> rows_;
   bool step_begun_ = false;  // of pages
   std::vector<std::int64_t> first_keys_;
-  std::vector<std::vector<Block>> blocks_;  // [sequence][block]
+  std::vector<Extent> extents_;  // in the order of their tokens
   std::vector<std::vector<void*>> key_tables_,
       value_tables_;  // [sequence * kv_heads + head][block]
 };

@@ -82,8 +82,58 @@ TEST(KvCache, TablesFindEveryTokenOfEveryHead) {
         const std::size_t at = static_cast<std::size_t>(((b * 3 + h) * length + t) * 4);
         EXPECT_EQ(std::memcmp(key, &keys[at], 16), 0);
         EXPECT_EQ(std::memcmp(value, &values[at], 16), 0);
-        EXPECT_EQ(key, cache.key(b, t) + h * cache.head_stride());
+        EXPECT_EQ(key, cache.key(b, t) + h * cache.head_stride(t));
       }
+    }
+  }
+}
+
+TEST(KvCache, AHeadsKeysAndValuesLieInTheOrderInWhichTheyAreRead) {
+  KvCache cache(2, 3, 64, graph::DataType::bf16);
+  ASSERT_TRUE(cache.reserve(16 * KvCache::block_tokens).ok());
+  constexpr std::int64_t block_bytes = KvCache::block_tokens * 64 * 2;
+  const char* expected = cache.key(1, 0);
+  for (std::int64_t h = 0; h < 3; ++h) {
+    for (int block = 0; block < 16; ++block) {
+      EXPECT_EQ(cache.key_blocks(1, h)[block], expected);
+      EXPECT_EQ(cache.value_blocks(1, h)[block], expected + block_bytes);
+      expected += 2 * block_bytes;
+    }
+  }
+}
+
+// Token by token, or a prompt and then token by token, through extents of several sizes.
+TEST(KvCache, GrowsByAQuarterAndKeepsItsTokens) {
+  constexpr std::int64_t heads = 3, head_dim = 2, batch = 2;
+  for (std::int64_t prompt : {1, 700}) {
+    KvCache cache(batch, heads, head_dim, graph::DataType::f32);
+    std::vector<float> expected[batch * heads];
+    for (std::int64_t length = 0; length < 2500;) {
+      const std::int64_t tokens = length == 0 ? prompt : 1;
+      const std::vector<float> x =
+          numbers(batch * heads * tokens * head_dim, static_cast<float>(10 * length));
+      ASSERT_TRUE(cache.append(tokens, graph::DataType::f32, x.data(), x.data()).ok());
+      for (std::int64_t head = 0; head < batch * heads; ++head) {
+        const auto from = x.begin() + head * tokens * head_dim;
+        expected[head].insert(expected[head].end(), from, from + tokens * head_dim);
+      }
+      length += tokens;
+      const std::int64_t used = batch * heads * length * head_dim * 2 * 4;
+      const std::int64_t block = batch * heads * KvCache::block_tokens * head_dim * 2 * 4;
+      ASSERT_LE(cache.bytes(), used + used / 4 + block) << length;
+      ASSERT_LE(cache.bytes(), used + 5 * block) << length;
+    }
+    const std::int64_t indices[] = {1, 0};
+    ASSERT_TRUE(cache.reorder(indices).ok());
+    std::vector<float> keys(static_cast<std::size_t>(batch * heads * cache.length() * head_dim)),
+        values(keys.size());
+    cache.read(cache.length(), graph::DataType::f32, keys.data(), values.data());
+    EXPECT_EQ(keys, values);
+    for (std::size_t head = 0; head < batch * heads; ++head) {
+      const std::vector<float>& from = expected[(head + heads) % (batch * heads)];
+      EXPECT_TRUE(std::equal(from.begin(), from.end(),
+                             keys.begin() + static_cast<std::ptrdiff_t>(head * from.size())))
+          << head;
     }
   }
 }
@@ -190,9 +240,9 @@ TEST(EightBitCache, ScalesLieBehindTheTokensOfAHeadsBlock) {
       return static_cast<char*>(blocks[block]) + KvCache::block_tokens * 16 + 4 * inside;
     };
     for (std::int64_t head : {0, 2}) {
-      EXPECT_EQ(cache.key_scale(1, token) + head * cache.head_stride(),
+      EXPECT_EQ(cache.key_scale(1, token) + head * cache.head_stride(token),
                 scale_at(cache.key_blocks(1, head)));
-      EXPECT_EQ(cache.value_scale(1, token) + head * cache.head_stride(),
+      EXPECT_EQ(cache.value_scale(1, token) + head * cache.head_stride(token),
                 scale_at(cache.value_blocks(1, head)));
     }
     float scale = 0;
@@ -275,7 +325,7 @@ TEST(RaggedRows, RowsAndPagesAreFound) {
   EXPECT_EQ(first(cache.key(0, 0)), 12 * 6);
   EXPECT_EQ(first(cache.key(1, 3)), 7 * 6);
   EXPECT_EQ(first(cache.key(1, 6)), 2 * 6);
-  EXPECT_EQ(first(cache.value(1, 6) + cache.head_stride()), 1000 + 2 * 6 + 3);
+  EXPECT_EQ(first(cache.value(1, 6) + cache.head_stride(6)), 1000 + 2 * 6 + 3);
   EXPECT_EQ(first(static_cast<char*>(cache.key_blocks(1, 1)[1]) + cache.token_stride()), 6 + 3);
   cache.advance(3);
   EXPECT_FALSE(cache.takes(1, 3));
