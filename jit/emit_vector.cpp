@@ -179,6 +179,8 @@ TILEWRIGHT_BINARY(vimul, vpmulld)
 TILEWRIGHT_BINARY(vlookup_bytes, vpshufb)
 TILEWRIGHT_BINARY(vinterleave_low, vpunpcklbw)
 TILEWRIGHT_BINARY(vinterleave_high, vpunpckhbw)
+TILEWRIGHT_BINARY(vinterleave_halves_low, vpunpcklwd)
+TILEWRIGHT_BINARY(vinterleave_halves_high, vpunpckhwd)
 #undef TILEWRIGHT_BINARY
 
 void vunzip_lanes(Site& s) {

@@ -163,6 +163,7 @@ Status Lowering::lower_attention(const graph::Node& node) {
   AttentionTask task;
   task.spec.lanes = target_.lanes();
   task.spec.prefetch_level = static_cast<int>(options_.choices.prefetch_keys_level);
+  task.spec.prefetch_first_lines = options_.choices.prefetch_keys_first_lines != 0;
   task.spec.group = static_cast<int>(shape[1].constant() / kv_heads.constant());
   task.spec.head_dim = static_cast<int>(shape[3].constant());
   task.spec.input = type(query).dtype;
@@ -240,7 +241,7 @@ Status Lowering::lower_attention(const graph::Node& node) {
   set_layout(result, output);
   task.output = operand(output, task.spec.input);
   task.output_strides = head_strides(output);
-  task.spec.dots = scores_by_dots(target_, task.spec);
+  task.spec.dots = attention_by_dots(target_, task.spec);
   const AttentionKernel spec = task.spec;
   const std::string specification = print(spec);
   task.kernel = kernels_->request(specification, [spec] { return build(spec); });

@@ -286,7 +286,7 @@ TEST(Choices, AnyNumberOfRowsBelowManyHasOneKernel) {
   EXPECT_FALSE(is_any_key(made, std::regex("rows=4 .*rest=2")));  // 6 rows are a block
 }
 
-TEST(Choices, ScoresOfBf16AreByDotsWhereThoseAreFast) {
+TEST(Choices, AttentionOfBf16IsByDotsWhereThoseAreFast) {
   const std::regex by_dots("attention lanes=16 .*input=bf16 .* dots");
   EXPECT_TRUE(is_any_key(kernels({}, "avx512_bf16"), by_dots));
   EXPECT_FALSE(is_any_key(kernels({}, "avx512"), by_dots));
@@ -333,13 +333,15 @@ TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
       R"({"twelve_bits_from": 0})",
       R"({"twelve_bits_percent": 75, "twelve_bits_from": 0})",
       R"({"prefetch_keys_level": 1})",
+      R"({"prefetch_keys_first_lines": 1})",
       R"({"few_queries": 3})",
       R"({"fp32_products": 6})",
   };
-  const std::set<std::string> in_code = {
-      "row_blocks_avx2",      "prefetch",         "prefetch_block",
-      "prefetch_row",         "prefetch_near",    "streams_row",
-      "prefetch_twelve_bits", "twelve_bits_from", "prefetch_keys_level"};
+  const std::set<std::string> in_code = {"row_blocks_avx2",      "prefetch",
+                                         "prefetch_block",       "prefetch_row",
+                                         "prefetch_near",        "streams_row",
+                                         "prefetch_twelve_bits", "twelve_bits_from",
+                                         "prefetch_keys_level",  "prefetch_keys_first_lines"};
   for (const ChoiceRow& row : rows({})) {
     const bool is_tried = std::ranges::any_of(changes, [&](std::string_view change) {
       return change.find('"' + std::string(row.name) + '"') != std::string_view::npos;

@@ -321,11 +321,11 @@ TEST(ArithmeticChoice, FollowsTheTargetAndTheTypes) {
   ops::AttentionKernel attention;
   attention.lanes = 16;
   attention.input = attention.cache = DataType::bf16;
-  EXPECT_TRUE(scores_by_dots(*Target::for_rung("avx512_bf16"), attention));
-  EXPECT_FALSE(scores_by_dots(*Target::for_rung("avx512"), attention));
-  EXPECT_FALSE(scores_by_dots(intel, attention));
+  EXPECT_TRUE(attention_by_dots(*Target::for_rung("avx512_bf16"), attention));
+  EXPECT_FALSE(attention_by_dots(*Target::for_rung("avx512"), attention));
+  EXPECT_FALSE(attention_by_dots(intel, attention));
   attention.cache = DataType::i8;
-  EXPECT_FALSE(scores_by_dots(*Target::for_rung("avx512_bf16"), attention));
+  EXPECT_FALSE(attention_by_dots(*Target::for_rung("avx512_bf16"), attention));
 
   const auto many = [&](const char* rung, DataType x, ops::PackedForm weight, int fp32_products) {
     return choose_arithmetic(*Target::for_rung(rung), fp32_products, x, weight).many_rows;

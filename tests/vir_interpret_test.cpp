@@ -412,6 +412,10 @@ TEST(Interpret, ByteOps) {
           [](__m128i x, __m128i y) { return _mm_unpacklo_epi8(x, y); });
     check([](Builder& builder, Reg x, Reg y, Reg) { return builder.interleave_high(x, y); },
           [](__m128i x, __m128i y) { return _mm_unpackhi_epi8(x, y); });
+    check([](Builder& builder, Reg x, Reg y, Reg) { return builder.interleave_halves_low(x, y); },
+          [](__m128i x, __m128i y) { return _mm_unpacklo_epi16(x, y); });
+    check([](Builder& builder, Reg x, Reg y, Reg) { return builder.interleave_halves_high(x, y); },
+          [](__m128i x, __m128i y) { return _mm_unpackhi_epi16(x, y); });
     check([](Builder& builder, Reg x, Reg y, Reg) { return builder.even_lanes(x, y); },
           [](__m128i x, __m128i y) {
             return _mm_castps_si128(_mm_shuffle_ps(_mm_castsi128_ps(x), _mm_castsi128_ps(y), 0x88));

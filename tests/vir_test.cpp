@@ -431,6 +431,7 @@ TEST(VirBuilder, ReachesEveryOp) {
   v = b.odd_runs(b.even_runs(v, w), w);
   v = b.lookup_bytes(b.broadcast_16_bytes(b.at(p)), v);
   v = b.interleave_high(b.interleave_low(v, w), w);
+  v = b.interleave_halves_high(b.interleave_halves_low(v, w), w);
   v = b.vadd(b.splat(g), v);
   v = b.vadd(b.splat_converted(g), v);
   Reg tail = b.tail_mask(n);

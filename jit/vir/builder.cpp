@@ -328,6 +328,12 @@ Reg Builder::lookup_bytes(Reg table, Reg index) {
 }
 Reg Builder::interleave_low(Reg a, Reg b) { return binary(Op::vinterleave_low, Kind::vec, a, b); }
 Reg Builder::interleave_high(Reg a, Reg b) { return binary(Op::vinterleave_high, Kind::vec, a, b); }
+Reg Builder::interleave_halves_low(Reg a, Reg b) {
+  return binary(Op::vinterleave_halves_low, Kind::vec, a, b);
+}
+Reg Builder::interleave_halves_high(Reg a, Reg b) {
+  return binary(Op::vinterleave_halves_high, Kind::vec, a, b);
+}
 
 // --- masks
 

@@ -133,6 +133,8 @@ class Builder {
   Reg lookup_bytes(Reg table, Reg index);
   Reg interleave_low(Reg a, Reg b);
   Reg interleave_high(Reg a, Reg b);
+  Reg interleave_halves_low(Reg a, Reg b);
+  Reg interleave_halves_high(Reg a, Reg b);
 
   Reg tail_mask(Reg count);
   Reg less(Reg a, Reg b);

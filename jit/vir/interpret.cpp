@@ -206,10 +206,14 @@ Run look_up(const Run& table, const Run& index) {
   return result;
 }
 
-template <std::size_t kFirst>
+// Units of so many bytes, from a byte on.
+template <std::size_t kUnit, std::size_t kFirst>
 Run interleave(const Run& a, const Run& b) {
   Run result;
-  for (std::size_t i = 0; i < kRunBytes; ++i) result[i] = (i % 2 == 0 ? a : b)[kFirst + i / 2];
+  for (std::size_t i = 0; i < kRunBytes; ++i) {
+    const std::size_t unit = i / kUnit;
+    result[i] = (unit % 2 == 0 ? a : b)[kFirst + unit / 2 * kUnit + i % kUnit];
+  }
   return result;
 }
 
@@ -494,8 +498,10 @@ std::size_t Machine::step(std::size_t at) {
 
     case Op::vbroadcast16: broadcast_run(i); break;
     case Op::vlookup_bytes: bytes(i, look_up); break;
-    case Op::vinterleave_low: bytes(i, interleave<0>); break;
-    case Op::vinterleave_high: bytes(i, interleave<8>); break;
+    case Op::vinterleave_low: bytes(i, interleave<1, 0>); break;
+    case Op::vinterleave_high: bytes(i, interleave<1, 8>); break;
+    case Op::vinterleave_halves_low: bytes(i, interleave<2, 0>); break;
+    case Op::vinterleave_halves_high: bytes(i, interleave<2, 8>); break;
 
     case Op::mtail: m(i.dst) = tail(g(s0)); break;
     case Op::mcmp_lt: compare_floats(i, [](float a, float b) { return a < b; }); break;

@@ -10,8 +10,9 @@
 // A key's score and a column's sum are added in the same order wherever the key lies in its block.
 // Fetching ahead costs a prefetch per line: cold keys and values of 570 tokens took 33 us a head of
 // 64 (group of 3, Zen 3) where computing took 12 and reading 12. What is asked for into L1 waits
-// for the few requests that a core may have there: into L2 is 1.2 to 1.3 times as fast on Zen 4
-// (perf/results/attention-zen4.md).
+// for the few requests that a core may have there: into L2 is 1.2 to 1.3 times as fast on Zen 4.
+// Where tokens lie behind one another, its hardware reads them by itself, faster than all of them
+// can be asked for, as long as they are read in order (perf/results/attention-zen4.md).
 //
 // Tested by attention_test.
 #include "ops/attention/attention_kernel.h"
@@ -84,6 +85,7 @@ OutputTile output_tile(const AttentionKernel& spec) {
   const int most = accumulators / tile.heads;
   const int passes = (vectors + most - 1) / most;
   tile.vectors = (vectors + passes - 1) / passes;
+  if (spec.dots) tile.vectors = static_cast<int>(round_up(tile.vectors, 2));  // a pair's columns
   return tile;
 }
 
@@ -153,12 +155,21 @@ class AttentionBuilder {
     return b_.at(query, vector * b_.vector_bytes());
   }
 
-  // The lines of one token's keys or values from `address` on.
-  void prefetch_token(Reg address) {
+  // Asks for the keys or values of `tokens` tokens from `address` on, which moves behind them.
+  void prefetch_tokens(int tokens, Reg address, int stride_slot) {
     const int bytes = spec_.head_dim * static_cast<int>(size_in_bytes(spec_.cache));
-    for (int line = 0; line < bytes; line += 64) {
-      b_.prefetch(b_.at(address, line), spec_.prefetch_level);
-    }
+    Reg stride = b_.arg(stride_slot);
+    const auto ask = [&](int end) {
+      for (int token = 0; token < tokens; ++token) {
+        for (int line = 0; line < end; line += 64) {
+          b_.prefetch(b_.at(address, line), spec_.prefetch_level);
+        }
+        b_.add_to(address, stride);
+      }
+    };
+    if (!spec_.prefetch_first_lines) return ask(bytes);
+    b_.if_nonzero(
+        b_.add(stride, -bytes), [&] { ask(bytes); }, [&] { ask(1); });
   }
 
   void begin_part() {
@@ -234,10 +245,7 @@ class AttentionBuilder {
         Reg steps =
             count == 1 ? b_.bit_and(tokens, spec_.lanes - 1) : b_.shift_right(tokens, log2_lanes());
         b_.loop(steps, [&] {
-          for (int key = 0; key < count; ++key) {
-            prefetch_token(value);
-            b_.add_to(value, b_.arg(AttentionArgs::v_token_stride));
-          }
+          prefetch_tokens(count, value, AttentionArgs::v_token_stride);
           Reg scale = scale_;
           if (spec_.has_scales()) {
             scale = key_scales(at[2], count);
@@ -292,15 +300,7 @@ class AttentionBuilder {
     b_.loop(b_.constant(spec_.group), [&] {
       std::vector<Reg> sums;
       for (int key = 0; key < keys; ++key) sums.push_back(b_.zero());
-      for (int pair = 0; pair < pairs(); ++pair) {
-        add_pair(sums, query, pair, [&](int key) { return address(key, pair_offset(pair)); });
-      }
-      for (int v = 2 * pairs(); v < head_.count(); ++v) {
-        Reg q = b_.load(Element::f32, query_vector(query, v));
-        for (int key = 0; key < keys; ++key) {
-          add_product(sums[static_cast<std::size_t>(key)], q, v, address(key, key_offset(v)));
-        }
-      }
+      add_products(sums, query, address);
       Reg value = b_.vmul(keys == 1 ? lane_sum(sums[0]) : lane_sums(sums), scale);
       if (spec_.softcap) value = capped(value);
       if (spec_.slopes) {
@@ -318,20 +318,50 @@ class AttentionBuilder {
     });
   }
 
+  // Adds to each key's sum its products with a query; address(key, offset in its token). Key by key
+  // as they lie in memory, in pieces of as many columns as there are registers for the query:
+  // column by column over 16 keys, memory gave half as much (perf/results/attention-zen4.md).
   template <class KeyAddress>
-  void add_pair(const std::vector<Reg>& sums, Reg query, int pair, const KeyAddress& key) {
-    Reg even = b_.load(spec_.dots ? Element::i32 : Element::f32, query_vector(query, 2 * pair)),
-        odd;
-    if (!spec_.dots) odd = b_.load(Element::f32, query_vector(query, 2 * pair + 1));
-    for (std::size_t i = 0; i < sums.size(); ++i) {
-      Reg columns = b_.load(Element::i32, key(static_cast<int>(i)));
-      if (spec_.dots) {
-        b_.dot_bf16(sums[i], columns, even);
-      } else {
-        b_.fma(sums[i], even, even_columns(columns));
-        b_.fma(sums[i], odd, odd_columns(columns));
+  void add_products(const std::vector<Reg>& sums, Reg query, const KeyAddress& address) {
+    const int registers = spec_.lanes == 16 ? 8 : 1;  // with AVX2 there are none left
+    const int of_pair = spec_.dots ? 1 : 2;
+    const int pairs_at_once = std::max(registers / of_pair, 1);
+    const auto in_pieces = [&](int begin, int end, int width, auto&& load, auto&& add) {
+      for (int first = begin; first < end; first += width) {
+        const int last = std::min(first + width, end);
+        std::vector<Reg> queries;
+        for (int i = first; i < last; ++i) load(i, queries);
+        for (std::size_t key = 0; key < sums.size(); ++key) {
+          for (int i = first; i < last; ++i)
+            add(key, i, static_cast<std::size_t>(i - first), queries);
+        }
       }
-    }
+    };
+    in_pieces(
+        0, pairs(), pairs_at_once,
+        [&](int pair, std::vector<Reg>& queries) {
+          for (int i = 0; i < of_pair; ++i) {
+            queries.push_back(b_.load(spec_.dots ? Element::i32 : Element::f32,
+                                      query_vector(query, 2 * pair + i)));
+          }
+        },
+        [&](std::size_t key, int pair, std::size_t place, const std::vector<Reg>& queries) {
+          Reg columns = b_.load(Element::i32, address(static_cast<int>(key), pair_offset(pair)));
+          if (spec_.dots) {
+            b_.dot_bf16(sums[key], columns, queries[place]);
+          } else {
+            b_.fma(sums[key], queries[2 * place], even_columns(columns));
+            b_.fma(sums[key], queries[2 * place + 1], odd_columns(columns));
+          }
+        });
+    in_pieces(
+        2 * pairs(), head_.count(), registers,
+        [&](int v, std::vector<Reg>& queries) {
+          queries.push_back(b_.load(Element::f32, query_vector(query, v)));
+        },
+        [&](std::size_t key, int v, std::size_t place, const std::vector<Reg>& queries) {
+          add_product(sums[key], queries[place], v, address(static_cast<int>(key), key_offset(v)));
+        });
   }
 
   std::int64_t key_offset(int vector) const {
@@ -417,8 +447,12 @@ class AttentionBuilder {
     b_.store_one(Element::f32, b_.at(part, part_.most), most);
     // All masked: subtract 0, and every exp is 0.
     most = b_.select(b_.equal(most, b_.splat(kMinusInfinity)), b_.zero(), most);
-    Reg sum = b_.zero(), scales;
+    Reg sum = b_.zero(), scales, half, weights;
     if (spec_.has_scales()) scales = scratch(value_scales_offset(spec_));
+    if (spec_.dots) {
+      half = b_.splat_bits(0x8000u);
+      weights = b_.copy(row);  // over scores that have been read
+    }
     b_.assign(at, row);
     b_.loop(b_.copy(vectors_), [&] {
       Reg e = jit::math::exp(b_, b_.vsub(b_.load(Element::f32, b_.at(at)), most));
@@ -427,7 +461,12 @@ class AttentionBuilder {
         e = b_.vmul(e, b_.load(Element::f32, b_.at(scales)));
         b_.add_to(scales, b_.vector_bytes());
       }
-      b_.store(Element::f32, b_.at(at), e);
+      if (spec_.dots) {
+        b_.store(Element::u16, b_.at(weights), b_.vshift_right(b_.iadd(e, half), 16));
+        b_.add_to(weights, 2 * spec_.lanes);
+      } else {
+        b_.store(Element::f32, b_.at(at), e);
+      }
       b_.add_to(at, b_.vector_bytes());
     });
     Reg left = jit::math::exp(b_, b_.vsub(before, most));
@@ -448,9 +487,15 @@ class AttentionBuilder {
     b_.loop(b_.constant(spec_.group / tile.heads), [&] {
       for (int first = 0; first < head_.count(); first += tile.vectors) {
         const KeyBlocks::Place place{b_.copy(values.entry), b_.copy(values.token)};
-        std::vector<Reg> sums =
-            weighted_values(place, b_.copy(keys), row, first == 0 ? b_.copy(ahead) : Reg{},
-                            tile.heads, first, std::min(tile.vectors, head_.count() - first));
+        Weighted to{tile.heads, first, std::min(tile.vectors, head_.count() - first), {}};
+        for (int i = 0; i < to.heads * to.count; ++i) to.sums.push_back(b_.zero());
+        const Reg fetched = first == 0 ? b_.copy(ahead) : Reg{};
+        if (spec_.dots) {
+          weigh_pairs(place, b_.copy(keys), row, fetched, to);
+        } else {
+          weigh(place, b_.copy(keys), row, fetched, to);
+        }
+        std::vector<Reg>& sums = to.sums;
         const std::size_t count = sums.size() / static_cast<std::size_t>(tile.heads);
         for (std::size_t i = 0; i < sums.size(); ++i) {
           const auto head = static_cast<int>(i / count), v = first + static_cast<int>(i % count);
@@ -466,36 +511,110 @@ class AttentionBuilder {
     });
   }
 
-  // Sums over a chunk, [heads][count] vectors from `first` on, with the weights in rows from `row`
-  // on.
-  std::vector<Reg> weighted_values(const KeyBlocks::Place& place, Reg keys, Reg row, Reg ahead,
-                                   int heads, int first, int count) {
+  // Sums over a chunk: [heads][count] vectors of columns, those of a head from `first` on.
+  struct Weighted {
+    int heads, first, count;
     std::vector<Reg> sums;
-    for (int i = 0; i < heads * count; ++i) sums.push_back(b_.zero());
+
+    Reg& sum(int head, int vector) { return sums[static_cast<std::size_t>(head * count + vector)]; }
+  };
+
+  void fetch_next(int tokens, Reg ahead) {
+    if (ahead.valid()) prefetch_tokens(tokens, ahead, AttentionArgs::k_token_stride);
+  }
+
+  // The weights of each head for the key, or pair of keys, at `weights`.
+  std::vector<Reg> weights_of(Element element, Reg weights, int heads) {
+    std::vector<Reg> result;
+    for (int head = 0; head < heads; ++head) {
+      result.push_back(b_.broadcast(element, b_.at(weights, head * kScoreBytes)));
+    }
+    return result;
+  }
+
+  // With the weights in rows from `row` on.
+  void weigh(const KeyBlocks::Place& place, Reg keys, Reg row, Reg ahead, Weighted& to) {
     Reg weights = b_.copy(row);
     blocks_.walk(place, keys, std::span(&kValues, 1), [&](std::span<const Reg> at, Reg tokens) {
       Reg token = at[0], stride = b_.arg(AttentionArgs::v_token_stride);
       b_.loop(tokens, [&] {
-        if (ahead.valid()) {
-          prefetch_token(ahead);
-          b_.add_to(ahead, b_.arg(AttentionArgs::k_token_stride));
-        }
-        std::vector<Reg> p;
-        for (int head = 0; head < heads; ++head) {
-          p.push_back(b_.broadcast(Element::f32, b_.at(weights, head * kScoreBytes)));
-        }
-        for (int v = 0; v < count; ++v) {
-          Reg value = load(b_, spec_.cache, token, head_.columns(first + v));
-          for (int head = 0; head < heads; ++head) {
-            b_.fma(sums[static_cast<std::size_t>(head * count + v)],
-                   p[static_cast<std::size_t>(head)], value);
+        fetch_next(1, ahead);
+        const std::vector<Reg> p = weights_of(Element::f32, weights, to.heads);
+        for (int v = 0; v < to.count; ++v) {
+          Reg value = load(b_, spec_.cache, token, head_.columns(to.first + v));
+          for (int head = 0; head < to.heads; ++head) {
+            b_.fma(to.sum(head, v), p[static_cast<std::size_t>(head)], value);
           }
         }
         b_.add_to(token, stride);
         b_.add_to(weights, 4);
       });
     });
-    return sums;
+  }
+
+  // The same by vdpbf16ps, a step for two keys, the chunk's first and second, third and fourth ...
+  // wherever blocks end: half the products, and no widening.
+  void weigh_pairs(const KeyBlocks::Place& place, Reg keys, Reg row, Reg ahead, Weighted& to) {
+    Reg weights = b_.copy(row);
+    Reg first = b_.constant(0);  // the address of a key whose second is in the next block, or 0
+    blocks_.walk(place, keys, std::span(&kValues, 1), [&](std::span<const Reg> at, Reg tokens) {
+      Reg token = at[0], stride = b_.arg(AttentionArgs::v_token_stride);
+      b_.if_nonzero(first, [&] {
+        weigh_pair(first, token, weights, to);
+        b_.assign(first, b_.constant(0));
+        b_.add_to(token, stride);
+        b_.add_to(tokens, -1);
+      });
+      b_.loop(b_.shift_right(tokens, 1), [&] {
+        fetch_next(2, ahead);
+        Reg second = b_.add(token, stride);
+        weigh_pair(token, second, weights, to);
+        b_.assign(token, b_.add(second, stride));
+      });
+      b_.if_nonzero(b_.bit_and(tokens, 1), [&] { b_.assign(first, token); });
+    });
+    b_.if_nonzero(first, [&] { weigh_pair(first, {}, weights, to); });
+    order_columns(to);
+  }
+
+  bool is_of_pair(int vector) const { return vector < 2 * pairs(); }
+
+  // Without a second key its weight is zero; what lies there could be anything.
+  void weigh_pair(Reg first, Reg second, Reg weights, Weighted& to) {
+    const std::vector<Reg> p = weights_of(Element::i32, weights, to.heads);
+    const auto add = [&](int vector, Reg values) {
+      for (int head = 0; head < to.heads; ++head) {
+        b_.dot_bf16(to.sum(head, vector), values, p[static_cast<std::size_t>(head)]);
+      }
+    };
+    for (int v = 0; v < to.count; ++v) {
+      if (!is_of_pair(to.first + v)) {
+        Reg values = b_.vshift_right(load(b_, spec_.cache, first, head_.columns(to.first + v)), 16);
+        if (second.valid()) {
+          values = b_.vor(values, load(b_, spec_.cache, second, head_.columns(to.first + v)));
+        }
+        add(v, values);
+        continue;
+      }
+      const std::int64_t offset = pair_offset((to.first + v) / 2);
+      Reg a = b_.load(Element::i32, b_.at(first, offset));
+      Reg b = second.valid() ? b_.load(Element::i32, b_.at(second, offset)) : b_.zero();
+      add(v, b_.interleave_halves_low(a, b));
+      add(++v, b_.interleave_halves_high(a, b));
+    }
+    b_.add_to(weights, 4);
+  }
+
+  // Of each 8 columns of a pair, its first vector has the lower 4 and the second the upper.
+  void order_columns(Weighted& to) {
+    for (int head = 0; head < to.heads; ++head) {
+      for (int v = 0; v < to.count && is_of_pair(to.first + v); v += 2) {
+        Reg &low = to.sum(head, v), &high = to.sum(head, v + 1);
+        Reg even = b_.even_runs(low, high), odd = b_.odd_runs(low, high);
+        low = b_.even_runs(even, odd);
+        high = b_.odd_runs(even, odd);
+      }
+    }
   }
 
   const AttentionKernel& spec_;
@@ -529,6 +648,7 @@ std::string print(const AttentionKernel& spec) {
   if (spec.sinks) text += " sinks";
   if (spec.dots) text += " dots";
   if (spec.prefetch_level > 0) text += fmt::format(" prefetch_level={}", spec.prefetch_level);
+  if (spec.prefetch_first_lines) text += " prefetch_first_lines";
   return text;
 }
 
@@ -540,7 +660,7 @@ Status supported(const AttentionKernel& spec) {
   }
   if (spec.dots &&
       (spec.lanes != 16 || spec.input != DataType::bf16 || spec.cache != DataType::bf16)) {
-    return Error{"scores by vdpbf16ps of other than bf16 with AVX-512"};
+    return Error{"products by vdpbf16ps of other than bf16 with AVX-512"};
   }
   for (DataType type : {spec.input, spec.cache}) {
     const bool is_float = type == DataType::f32 || type == DataType::bf16 || type == DataType::f16;

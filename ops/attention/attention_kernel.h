@@ -43,11 +43,16 @@ struct AttentionKernel {
   graph::DataType input = graph::DataType::f32;  // q and output: f32, bf16, f16
   graph::DataType cache = graph::DataType::f32;  // k and v: f32, bf16, f16, i8
   MaskKind mask = MaskKind::none;
-  bool softcap = false;    // scores become cap * tanh(score / cap), before the mask
-  bool slopes = false;     // ALiBi: slope * (key - origin) is added to a score, a slope per head
-  bool sinks = false;      // a score per head that takes part in the softmax and has no value
-  bool dots = false;       // scores by vdpbf16ps, of bf16 q and k: as many columns as fill vectors
-  int prefetch_level = 0;  // keys and values are asked for into L1, or 1: into L2. The same bits
+  bool softcap = false;  // scores become cap * tanh(score / cap), before the mask
+  bool slopes = false;   // ALiBi: slope * (key - origin) is added to a score, a slope per head
+  bool sinks = false;    // a score per head that takes part in the softmax and has no value
+  // Products by vdpbf16ps, of bf16 q, k and v; of scores in as many columns as fill vectors. The
+  // weights of values are rounded to bf16, as PyTorch rounds them.
+  bool dots = false;
+  // How keys and values are asked for, which changes no bit: into L1, or 1: into L2; all lines, or
+  // of tokens that lie behind one another the first.
+  int prefetch_level = 0;
+  bool prefetch_first_lines = false;
 
   bool has_scales() const { return cache == graph::DataType::i8; }
 };

@@ -444,6 +444,7 @@ std::string print(const PrefillKernel& spec) {
   AttentionKernel any_group = spec.attention;
   any_group.group = 1;
   any_group.prefetch_level = 0;
+  any_group.prefetch_first_lines = false;
   any_group.dots = false;
   const char* arithmetic = spec.arithmetic == Arithmetic::dot     ? "avx512_bf16_"
                            : spec.arithmetic == Arithmetic::tiles ? "amx_bf16_"

@@ -43,7 +43,7 @@ Arithmetic choose_arithmetic(const Target& target, const AttentionKernel& attent
   return Arithmetic::fma;
 }
 
-bool scores_by_dots(const Target& target, AttentionKernel attention) {
+bool attention_by_dots(const Target& target, AttentionKernel attention) {
   attention.dots = true;
   return has_fast_dots(target) && supported(attention).ok();
 }

@@ -34,7 +34,7 @@ ArithmeticChoice choose_arithmetic(const Target& target, std::int64_t fp32_produ
 // Of attention that fills tiles of rows.
 Arithmetic choose_arithmetic(const Target& target, const AttentionKernel& attention);
 
-// Whether vdpbf16ps makes the scores of attention that goes token by token.
-bool scores_by_dots(const Target& target, AttentionKernel attention);
+// Whether vdpbf16ps multiplies in attention that goes token by token.
+bool attention_by_dots(const Target& target, AttentionKernel attention);
 
 }  // namespace tilewright::ops
