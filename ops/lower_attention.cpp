@@ -163,7 +163,9 @@ Status Lowering::lower_attention(const graph::Node& node) {
   AttentionTask task;
   task.spec.lanes = target_.lanes();
   task.spec.prefetch_level = static_cast<int>(options_.choices.prefetch_keys_level);
-  task.spec.prefetch_first_lines = options_.choices.prefetch_keys_first_lines != 0;
+  // Where hardware reads the other lines along: in the huge pages of a cache, not in a tensor's
+  // small ones, of which it leaves each.
+  task.spec.prefetch_first_lines = cached && options_.choices.prefetch_keys_first_lines != 0;
   task.spec.group = static_cast<int>(shape[1].constant() / kv_heads.constant());
   task.spec.head_dim = static_cast<int>(shape[3].constant());
   task.spec.input = type(query).dtype;

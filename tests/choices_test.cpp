@@ -207,15 +207,17 @@ TEST_F(ProfileFile, OfTheUserMayBeAbsent) {
 std::map<std::string, std::vector<std::byte>> kernels(const Choices& choices, const char* rung) {
   const char* text =
       "graph g(%x: f32[s, 64], %h: bf16[s, 64], %q: f32[1, 2, t, 16], %k: f32[1, 1, t, 16],"
-      " %p: bf16[1, 2, t, 64]) -> (f32[s, 32], bf16[s, 32], f32[1, 2, t, 16], bf16[1, 2, t, 64]) "
-      "{\n"
+      " %p: bf16[1, 2, t, 64], %c: cache<bf16, 2 x 64>) -> (f32[s, 32], bf16[s, 32],"
+      " f32[1, 2, t, 16], bf16[1, 2, t, 64], bf16[1, 2, t, 64]) {\n"
       "  %w = const \"w\" : f32[32, 64]\n"
       "  %v = const \"v\" : bf16[32, 64]\n"
       "  %y = linear(%x, %w)\n"
       "  %z = linear(%h, %v)\n"
       "  %a = attention(%q, %k, %k) {causal = true, scale = 1.0}\n"
       "  %b = attention(%p, %p, %p) {causal = true, scale = 1.0}\n"
-      "  return %y, %z, %a, %b\n"
+      "  %kv = kv_append(%c, %p, %p)\n"
+      "  %d = attention(%p, %kv) {causal = true, scale = 1.0}\n"
+      "  return %y, %z, %a, %b, %d\n"
       "}\n";
   std::vector<float> w(32 * 64, 0.1f);  // not exact in 16 bits
   std::vector<std::uint16_t> v(32 * 64, 0x3f80);

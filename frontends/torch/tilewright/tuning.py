@@ -110,10 +110,13 @@ class Layers:
     def inputs(self) -> list[torch.Tensor]:
         return [torch.randn(self.rows, self.k).to(self.dtype)]
 
+    def caches(self) -> list[_core.KvCache]:
+        return []
+
 
 @dataclass(frozen=True)
 class Attention:
-    """Some queries of 32 heads of 64 that see all keys of 8 heads."""
+    """Some tokens of 32 heads of 64 behind a cache of keys of 8 heads."""
 
     queries: int
     keys: int
@@ -128,15 +131,21 @@ class Attention:
 
     def graph(self, constants: dict[str, torch.Tensor]) -> str:
         return (
-            "graph attend(%q: f32[1, 32, s, 64], %k: f32[1, 8, t, 64], %v: f32[1, 8, t, 64])"
-            " -> (f32[1, 32, s, 64]) {\n"
-            "  %y = attention(%q, %k, %v) {causal = false, scale = 0.125}\n"
+            "graph attend(%q: f32[1, 32, s, 64], %k: f32[1, 8, s, 64], %v: f32[1, 8, s, 64],"
+            " %c: cache<f32, 8 x 64>) -> (f32[1, 32, s, 64]) {\n"
+            "  %kv = kv_append(%c, %k, %v)\n"
+            "  %y = attention(%q, %kv) {causal = true, scale = 0.125}\n"
             "  return %y\n}\n"
         )
 
     def inputs(self) -> list[torch.Tensor]:
-        shapes = [(1, 32, self.queries, 64), (1, 8, self.keys, 64), (1, 8, self.keys, 64)]
-        return [torch.randn(shape) for shape in shapes]
+        return [torch.randn(1, heads, self.queries, 64) for heads in (32, 8, 8)]
+
+    def caches(self) -> list[_core.KvCache]:
+        cache = _core.KvCache(1, 8, 64, "f32")
+        keys, values = torch.randn(8, self.keys, 64), torch.randn(8, self.keys, 64)
+        cache.append(self.keys, "f32", keys.data_ptr(), values.data_ptr())
+        return [cache]
 
 
 Shape = Layers | Attention
@@ -317,6 +326,8 @@ class Runs:
     def __init__(self, shape: Shape, choice: str, candidates: Sequence[Any]) -> None:
         self.constants = shape.constants()
         self.inputs = shape.inputs()
+        self.caches = shape.caches()
+        self.lengths = [cache.length for cache in self.caches]
         text = shape.graph(self.constants)
         views = {
             name: (tensor.data_ptr(), DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
@@ -336,11 +347,14 @@ class Runs:
     def seconds(self, index: int, calls: int) -> float:
         """Of the fastest call: what else runs on a machine only ever adds to one."""
         handle, threads = self.programs[index].handle, core.threads()
+        caches = [cache.handle for cache in self.caches]
         times = []
         for _ in range(calls):
             start = time.perf_counter()
-            operators.step(handle, self.inputs, [], [], False, threads)
+            operators.step(handle, self.inputs, [], caches, False, threads)
             times.append(time.perf_counter() - start)
+            for cache, length in zip(self.caches, self.lengths, strict=True):
+                cache.truncate(length)
         return min(times)
 
     def ratios(self) -> list[float]:
