@@ -6,6 +6,7 @@
 //   softmax   in place, a row of a head at a time; what the larger scores of this chunk leave of
 //             the sums before is kept for the last phase
 //   output    heads x head_dim sums in registers, keys outside; added to the part
+//             (token_products.cpp)
 //
 // A key's score and a column's sum are added in the same order wherever the key lies in its block.
 // Fetching ahead costs a prefetch per line: cold keys and values of 570 tokens took 33 us a head of
@@ -30,6 +31,7 @@
 #include "jit/vir/builder.h"
 #include "ops/attention/head_vectors.h"
 #include "ops/attention/key_blocks.h"
+#include "ops/attention/token_products.h"
 #include "ops/columns.h"
 
 namespace tilewright::ops {
@@ -43,59 +45,14 @@ using jit::vir::Reg;
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-// Scratch: a header, the queries as f32 padded to full vectors, per head what a chunk leaves of the
-// sums before, the scores of a chunk, and of i8 the scales of its values.
-constexpr std::int64_t kKeyBlocks = 0;    // of KeyBlocks
-constexpr std::int64_t kChunkPlace = 16;  // i64: the chunk's first key - origin
-constexpr std::int64_t kHeaderBytes = 64;
-constexpr std::int64_t kScoreBytes = 4 * kChunkKeys;  // a head's
-static_assert(kScaleBytes == 4);                      // scales lie as scores do
-
-std::int64_t query_bytes(const AttentionKernel& spec) {
-  return round_up(spec.head_dim, spec.lanes) * 4;
-}
-std::int64_t factors_offset(const AttentionKernel& spec) {
-  return kHeaderBytes + round_up(spec.group * query_bytes(spec), 64);
-}
-std::int64_t scores_offset(const AttentionKernel& spec) {
-  return factors_offset(spec) + round_up(4 * spec.group, 64);
-}
-std::int64_t value_scales_offset(const AttentionKernel& spec) {
-  return scores_offset(spec) + spec.group * kScoreBytes;
-}
-
-// How the output phase cuts the group and head_dim.
-struct OutputTile {
-  int heads;    // divides the group; at most 4
-  int vectors;  // of head_dim
-};
-
-OutputTile output_tile(const AttentionKernel& spec) {
-  OutputTile tile{4, 0};
-  while (spec.group % tile.heads != 0) --tile.heads;
-  // Beside the accumulators: a weight per head, a value, and with AVX2 the mask of a tail.
-  const int registers = spec.lanes == 16 ? 32 : 16;
-  const int mask = spec.lanes == 8 && spec.head_dim % spec.lanes != 0 ? 1 : 0;
-  const int accumulators = std::min(registers - tile.heads - 1 - mask, registers * 3 / 4);
-  const int vectors = static_cast<int>(round_up(spec.head_dim, spec.lanes)) / spec.lanes;
-  const int most = accumulators / tile.heads;
-  const int passes = (vectors + most - 1) / most;
-  tile.vectors = (vectors + passes - 1) / passes;
-  if (spec.dots) tile.vectors = static_cast<int>(round_up(tile.vectors, 2));  // a pair's columns
-  return tile;
-}
-
 class AttentionBuilder {
  public:
   explicit AttentionBuilder(const AttentionKernel& spec)
       : spec_(spec),
         b_(name(spec), spec.lanes, AttentionArgs::count),
         blocks_(b_, {AttentionArgs::first_key, AttentionArgs::key_count,
-                     AttentionArgs::block_tokens, AttentionArgs::scratch, kKeyBlocks}),
+                     AttentionArgs::block_tokens, AttentionArgs::scratch, TokenLayout::blocks}),
+        at_(spec),
         part_(spec),
         head_(spec.head_dim, spec.lanes) {}
 
@@ -120,8 +77,8 @@ class AttentionBuilder {
       Reg ahead = b_.arg(AttentionArgs::next_key);  // fetched meanwhile
       b_.if_nonzero(b_.add(remaining, -1),
                     [&] { b_.assign(ahead, blocks_.address(kKeys, place)); });
-      output(values, keys, ahead);
-      save(kChunkPlace, b_.add(saved(kChunkPlace), kChunkKeys));
+      WeightedValues(b_, spec_, blocks_, head_).add(values, keys, ahead);
+      save(TokenLayout::chunk_place, b_.add(saved(TokenLayout::chunk_place), kChunkKeys));
     });
     return std::move(b_).finish();
   }
@@ -155,25 +112,9 @@ class AttentionBuilder {
     return b_.at(query, vector * b_.vector_bytes());
   }
 
-  // Asks for the keys or values of `tokens` tokens from `address` on, which moves behind them.
-  void prefetch_tokens(int tokens, Reg address, int stride_slot) {
-    const int bytes = spec_.head_dim * static_cast<int>(size_in_bytes(spec_.cache));
-    Reg stride = b_.arg(stride_slot);
-    const auto ask = [&](int end) {
-      for (int token = 0; token < tokens; ++token) {
-        for (int line = 0; line < end; line += 64) {
-          b_.prefetch(b_.at(address, line), spec_.prefetch_level);
-        }
-        b_.add_to(address, stride);
-      }
-    };
-    if (!spec_.prefetch_first_lines) return ask(bytes);
-    b_.if_nonzero(
-        b_.add(stride, -bytes), [&] { ask(bytes); }, [&] { ask(1); });
-  }
-
   void begin_part() {
-    save(kChunkPlace, b_.sub(b_.arg(AttentionArgs::first_key), b_.arg(AttentionArgs::origin)));
+    save(TokenLayout::chunk_place,
+         b_.sub(b_.arg(AttentionArgs::first_key), b_.arg(AttentionArgs::origin)));
     Reg part = b_.arg(AttentionArgs::part), zero = b_.zero();
     b_.loop(b_.constant(spec_.group), [&] {
       for (int v = 0; v < head_.count(); ++v) {
@@ -189,10 +130,7 @@ class AttentionBuilder {
   // are. Otherwise their even columns and their odd ones are two vectors of f32, a shift and an
   // and, where widening takes a shuffle and a shift each. The query lies so too. Worth 1.07 of cold
   // keys, 1.15 of warm ones (perf/results/attention-avx2.md).
-  int pairs() const {
-    const bool possible = spec_.input == DataType::bf16 && spec_.cache == DataType::bf16;
-    return possible ? spec_.head_dim / (2 * spec_.lanes) : 0;
-  }
+  int pairs() const { return bf16_pairs(spec_); }
   std::int64_t pair_offset(int pair) const { return pair * b_.vector_bytes(); }
   Reg even_columns(Reg pairs) { return b_.vshift_left(pairs, 16); }
   Reg odd_columns(Reg pairs) { return b_.vand(pairs, upper_); }
@@ -203,7 +141,7 @@ class AttentionBuilder {
 
   void copy_queries() {
     make_upper();
-    Reg from = b_.arg(AttentionArgs::q), to = scratch(kHeaderBytes);
+    Reg from = b_.arg(AttentionArgs::q), to = scratch(TokenLayout::queries);
     Reg stride = b_.arg(AttentionArgs::q_head_stride);
     b_.loop(b_.constant(spec_.group), [&] {
       for (int pair = 0; pair < pairs(); ++pair) {
@@ -219,7 +157,7 @@ class AttentionBuilder {
         b_.store(Element::f32, query_vector(to, v), load(b_, spec_.input, from, head_.columns(v)));
       }
       b_.add_to(from, stride);
-      b_.add_to(to, query_bytes(spec_));
+      b_.add_to(to, at_.query_bytes);
     });
   }
 
@@ -229,13 +167,13 @@ class AttentionBuilder {
   void score(const KeyBlocks::Place& place, Reg keys, Reg mask) {
     scale_ = b_.splat(b_.arg(AttentionArgs::scale));
     make_upper();
-    Reg scores = scratch(scores_offset(spec_));
+    Reg scores = scratch(at_.scores);
     // Behind the last score of each head, so that the softmax needs no tail.
     Reg last = b_.add(b_.shift_left(vectors_, log2_lanes() + 2), -b_.vector_bytes());
     b_.add_to(last, scores);
     Reg nothing = b_.splat(kMinusInfinity);
     for (int head = 0; head < spec_.group; ++head) {
-      b_.store(Element::f32, b_.at(last, head * kScoreBytes), nothing);
+      b_.store(Element::f32, b_.at(last, head * TokenLayout::score_bytes), nothing);
     }
     std::vector<KeyBlocks::Table> tables{kKeys, kValues};
     if (spec_.has_scales()) tables.insert(tables.end(), {kKeyScales, kValueScales});
@@ -245,7 +183,7 @@ class AttentionBuilder {
         Reg steps =
             count == 1 ? b_.bit_and(tokens, spec_.lanes - 1) : b_.shift_right(tokens, log2_lanes());
         b_.loop(steps, [&] {
-          prefetch_tokens(count, value, AttentionArgs::v_token_stride);
+          prefetch_tokens(b_, spec_, count, value, AttentionArgs::v_token_stride);
           Reg scale = scale_;
           if (spec_.has_scales()) {
             scale = key_scales(at[2], count);
@@ -270,7 +208,7 @@ class AttentionBuilder {
 
   // For the softmax, as it meets the scores: in one run, whatever the blocks.
   void keep_value_scales(Reg scales, Reg scores, int keys) {
-    const Address to = b_.at(scores, value_scales_offset(spec_) - scores_offset(spec_));
+    const Address to = b_.at(scores, at_.value_scales - at_.scores);
     if (keys == 1) {
       b_.store_one(Element::f32, to, b_.load_one(Element::f32, b_.at(scales)));
     } else {
@@ -295,7 +233,7 @@ class AttentionBuilder {
       if (key % 4 == 3) return b_.at(base, stride3, 1, offset);
       return b_.at(base, stride, key % 4, offset);
     };
-    Reg query = scratch(kHeaderBytes), to = b_.copy(scores), slope;
+    Reg query = scratch(TokenLayout::queries), to = b_.copy(scores), slope;
     if (spec_.slopes) slope = b_.arg(AttentionArgs::slopes);
     b_.loop(b_.constant(spec_.group), [&] {
       std::vector<Reg> sums;
@@ -313,8 +251,8 @@ class AttentionBuilder {
       } else {
         b_.store(Element::f32, b_.at(to), value);
       }
-      b_.add_to(query, query_bytes(spec_));
-      b_.add_to(to, kScoreBytes);
+      b_.add_to(query, at_.query_bytes);
+      b_.add_to(to, TokenLayout::score_bytes);
     });
   }
 
@@ -404,8 +342,8 @@ class AttentionBuilder {
   // (float)(key - origin) of the keys whose scores go to the first head's row at `scores`. Small
   // integers become floats by being the last bits of one of 2^23.
   Reg places(Reg scores) {
-    Reg first = b_.shift_right(b_.sub(scores, scratch(scores_offset(spec_))), 2);
-    b_.add_to(first, saved(kChunkPlace));
+    Reg first = b_.shift_right(b_.sub(scores, scratch(at_.scores)), 2);
+    b_.add_to(first, saved(TokenLayout::chunk_place));
     Reg lane = b_.vor(b_.iota(), b_.splat(0x1p23f));
     return b_.vadd(b_.splat_converted(first), b_.vsub(lane, b_.splat(0x1p23f)));
   }
@@ -425,11 +363,11 @@ class AttentionBuilder {
   // Each head's scores become weights: exp(score - largest), the largest of all chunks until now;
   // of i8 times the value's scale.
   void softmax() {
-    Reg row = scratch(scores_offset(spec_)), factor = scratch(factors_offset(spec_));
+    Reg row = scratch(at_.scores), factor = scratch(at_.factors);
     Reg part = b_.arg(AttentionArgs::part);
     b_.loop(b_.constant(spec_.group), [&] {
       softmax_row(row, part, factor);
-      b_.add_to(row, kScoreBytes);
+      b_.add_to(row, TokenLayout::score_bytes);
       b_.add_to(part, part_.bytes);
       b_.add_to(factor, 4);
     });
@@ -448,7 +386,7 @@ class AttentionBuilder {
     // All masked: subtract 0, and every exp is 0.
     most = b_.select(b_.equal(most, b_.splat(kMinusInfinity)), b_.zero(), most);
     Reg sum = b_.zero(), scales, half, weights;
-    if (spec_.has_scales()) scales = scratch(value_scales_offset(spec_));
+    if (spec_.has_scales()) scales = scratch(at_.value_scales);
     if (spec_.dots) {
       half = b_.splat_bits(0x8000u);
       weights = b_.copy(row);  // over scores that have been read
@@ -476,150 +414,10 @@ class AttentionBuilder {
     b_.store_one(Element::f32, b_.at(part, part_.sum), sum);
   }
 
-  // --- output
-
-  // Adds the weighted values of `keys` keys from `values` on; fetches as many tokens from `ahead`
-  // on.
-  void output(const KeyBlocks::Place& values, Reg keys, Reg ahead) {
-    const OutputTile tile = output_tile(spec_);
-    Reg row = scratch(scores_offset(spec_)), factor = scratch(factors_offset(spec_));
-    Reg part = b_.arg(AttentionArgs::part);
-    b_.loop(b_.constant(spec_.group / tile.heads), [&] {
-      for (int first = 0; first < head_.count(); first += tile.vectors) {
-        const KeyBlocks::Place place{b_.copy(values.entry), b_.copy(values.token)};
-        Weighted to{tile.heads, first, std::min(tile.vectors, head_.count() - first), {}};
-        for (int i = 0; i < to.heads * to.count; ++i) to.sums.push_back(b_.zero());
-        const Reg fetched = first == 0 ? b_.copy(ahead) : Reg{};
-        if (spec_.dots) {
-          weigh_pairs(place, b_.copy(keys), row, fetched, to);
-        } else {
-          weigh(place, b_.copy(keys), row, fetched, to);
-        }
-        std::vector<Reg>& sums = to.sums;
-        const std::size_t count = sums.size() / static_cast<std::size_t>(tile.heads);
-        for (std::size_t i = 0; i < sums.size(); ++i) {
-          const auto head = static_cast<int>(i / count), v = first + static_cast<int>(i % count);
-          Reg left = b_.broadcast(Element::f32, b_.at(factor, 4 * head));
-          const Address total = b_.at(part, head * part_.bytes + v * b_.vector_bytes());
-          b_.fma_load(sums[i], left, total);
-          b_.store(Element::f32, total, sums[i]);
-        }
-      }
-      b_.add_to(row, tile.heads * kScoreBytes);
-      b_.add_to(part, tile.heads * part_.bytes);
-      b_.add_to(factor, 4 * tile.heads);
-    });
-  }
-
-  // Sums over a chunk: [heads][count] vectors of columns, those of a head from `first` on.
-  struct Weighted {
-    int heads, first, count;
-    std::vector<Reg> sums;
-
-    Reg& sum(int head, int vector) { return sums[static_cast<std::size_t>(head * count + vector)]; }
-  };
-
-  void fetch_next(int tokens, Reg ahead) {
-    if (ahead.valid()) prefetch_tokens(tokens, ahead, AttentionArgs::k_token_stride);
-  }
-
-  // The weights of each head for the key, or pair of keys, at `weights`.
-  std::vector<Reg> weights_of(Element element, Reg weights, int heads) {
-    std::vector<Reg> result;
-    for (int head = 0; head < heads; ++head) {
-      result.push_back(b_.broadcast(element, b_.at(weights, head * kScoreBytes)));
-    }
-    return result;
-  }
-
-  // With the weights in rows from `row` on.
-  void weigh(const KeyBlocks::Place& place, Reg keys, Reg row, Reg ahead, Weighted& to) {
-    Reg weights = b_.copy(row);
-    blocks_.walk(place, keys, std::span(&kValues, 1), [&](std::span<const Reg> at, Reg tokens) {
-      Reg token = at[0], stride = b_.arg(AttentionArgs::v_token_stride);
-      b_.loop(tokens, [&] {
-        fetch_next(1, ahead);
-        const std::vector<Reg> p = weights_of(Element::f32, weights, to.heads);
-        for (int v = 0; v < to.count; ++v) {
-          Reg value = load(b_, spec_.cache, token, head_.columns(to.first + v));
-          for (int head = 0; head < to.heads; ++head) {
-            b_.fma(to.sum(head, v), p[static_cast<std::size_t>(head)], value);
-          }
-        }
-        b_.add_to(token, stride);
-        b_.add_to(weights, 4);
-      });
-    });
-  }
-
-  // The same by vdpbf16ps, a step for two keys, the chunk's first and second, third and fourth ...
-  // wherever blocks end: half the products, and no widening.
-  void weigh_pairs(const KeyBlocks::Place& place, Reg keys, Reg row, Reg ahead, Weighted& to) {
-    Reg weights = b_.copy(row);
-    Reg first = b_.constant(0);  // the address of a key whose second is in the next block, or 0
-    blocks_.walk(place, keys, std::span(&kValues, 1), [&](std::span<const Reg> at, Reg tokens) {
-      Reg token = at[0], stride = b_.arg(AttentionArgs::v_token_stride);
-      b_.if_nonzero(first, [&] {
-        weigh_pair(first, token, weights, to);
-        b_.assign(first, b_.constant(0));
-        b_.add_to(token, stride);
-        b_.add_to(tokens, -1);
-      });
-      b_.loop(b_.shift_right(tokens, 1), [&] {
-        fetch_next(2, ahead);
-        Reg second = b_.add(token, stride);
-        weigh_pair(token, second, weights, to);
-        b_.assign(token, b_.add(second, stride));
-      });
-      b_.if_nonzero(b_.bit_and(tokens, 1), [&] { b_.assign(first, token); });
-    });
-    b_.if_nonzero(first, [&] { weigh_pair(first, {}, weights, to); });
-    order_columns(to);
-  }
-
-  bool is_of_pair(int vector) const { return vector < 2 * pairs(); }
-
-  // Without a second key its weight is zero; what lies there could be anything.
-  void weigh_pair(Reg first, Reg second, Reg weights, Weighted& to) {
-    const std::vector<Reg> p = weights_of(Element::i32, weights, to.heads);
-    const auto add = [&](int vector, Reg values) {
-      for (int head = 0; head < to.heads; ++head) {
-        b_.dot_bf16(to.sum(head, vector), values, p[static_cast<std::size_t>(head)]);
-      }
-    };
-    for (int v = 0; v < to.count; ++v) {
-      if (!is_of_pair(to.first + v)) {
-        Reg values = b_.vshift_right(load(b_, spec_.cache, first, head_.columns(to.first + v)), 16);
-        if (second.valid()) {
-          values = b_.vor(values, load(b_, spec_.cache, second, head_.columns(to.first + v)));
-        }
-        add(v, values);
-        continue;
-      }
-      const std::int64_t offset = pair_offset((to.first + v) / 2);
-      Reg a = b_.load(Element::i32, b_.at(first, offset));
-      Reg b = second.valid() ? b_.load(Element::i32, b_.at(second, offset)) : b_.zero();
-      add(v, b_.interleave_halves_low(a, b));
-      add(++v, b_.interleave_halves_high(a, b));
-    }
-    b_.add_to(weights, 4);
-  }
-
-  // Of each 8 columns of a pair, its first vector has the lower 4 and the second the upper.
-  void order_columns(Weighted& to) {
-    for (int head = 0; head < to.heads; ++head) {
-      for (int v = 0; v < to.count && is_of_pair(to.first + v); v += 2) {
-        Reg &low = to.sum(head, v), &high = to.sum(head, v + 1);
-        Reg even = b_.even_runs(low, high), odd = b_.odd_runs(low, high);
-        low = b_.even_runs(even, odd);
-        high = b_.odd_runs(even, odd);
-      }
-    }
-  }
-
   const AttentionKernel& spec_;
   Builder b_;
   KeyBlocks blocks_;
+  TokenLayout at_;
   PartLayout part_;
   HeadVectors head_;
   Reg vectors_;  // of a head's scores in the current chunk
@@ -633,9 +431,7 @@ std::int64_t row_bytes(const AttentionKernel& spec) {
   return spec.head_dim * size_in_bytes(spec.cache) + (spec.has_scales() ? kScaleBytes : 0);
 }
 
-std::int64_t scratch_bytes(const AttentionKernel& spec) {
-  return value_scales_offset(spec) + (spec.has_scales() ? kScaleBytes * kChunkKeys : 0);
-}
+std::int64_t scratch_bytes(const AttentionKernel& spec) { return TokenLayout(spec).bytes; }
 
 std::string print(const AttentionKernel& spec) {
   constexpr std::array masks{"none", "boolean", "additive"};
