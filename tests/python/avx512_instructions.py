@@ -354,8 +354,18 @@ def bytewise(name: str, compute: Callable[[bytes, bytes], list[int]]) -> None:
 
 
 bytewise("VPSHUFB", lambda a, b: [0 if n & 0x80 else a[n & 15] for n in b])
-bytewise("VPUNPCKLBW", lambda a, b: [n for pair in zip(a[:8], b[:8], strict=True) for n in pair])
-bytewise("VPUNPCKHBW", lambda a, b: [n for pair in zip(a[8:], b[8:], strict=True) for n in pair])
+
+
+def _interleaved(a: bytes, b: bytes, unit: int) -> list[int]:
+    """Units of so many bytes of both, in turns."""
+    pairs = ((a[i : i + unit], b[i : i + unit]) for i in range(0, len(a), unit))
+    return [n for x, y in pairs for n in [*x, *y]]
+
+
+bytewise("VPUNPCKLBW", lambda a, b: _interleaved(a[:8], b[:8], 1))
+bytewise("VPUNPCKHBW", lambda a, b: _interleaved(a[8:], b[8:], 1))
+bytewise("VPUNPCKLWD", lambda a, b: _interleaved(a[:8], b[:8], 2))
+bytewise("VPUNPCKHWD", lambda a, b: _interleaved(a[8:], b[8:], 2))
 
 
 @step("VPMOVZXWD")
