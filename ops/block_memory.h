@@ -1,8 +1,9 @@
 // BlockMemory: memory for the blocks of key/value caches, in huge pages.
 //
 // Decode reads all keys and values of a model for each token, a few KB here and there: in pages of
-// 4 KB each of these costs a walk through the page tables (perf/results/attention-zen4.md). A block
-// of 64 tokens of one layer is far smaller than a huge page, so blocks of all layers share slabs.
+// 4 KB each of these costs a walk through the page tables (perf/results/attention-zen4.md). What a
+// layer asks for at once (an extent of kv_cache.h, here a block) may be far smaller than a huge
+// page, so blocks of all layers share slabs.
 //
 // allocate_block() gives a block of the process's slabs, which goes back when the pointer ends. Of
 // slabs without blocks 64 MB stay for the next sequence, for new pages cost more than computing

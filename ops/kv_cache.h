@@ -134,7 +134,7 @@ class KvCache {
     return kv_heads_ * blocks * 2 * block_bytes();
   }
   std::int64_t block_count() const;  // of a head's K
-  // Null: out of memory.
+  // Nothing: out of memory.
   std::optional<Extent> make_extent(std::int64_t blocks) const;
   char* token_in(void* const* blocks, std::int64_t token) const;
   char* scale_in(void* const* blocks, std::int64_t token) const;
