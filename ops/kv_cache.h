@@ -10,10 +10,10 @@
 //
 // Blocks come in extents, as sequences grow: [kv_heads][blocks][K, V] of one sequence. So a head's
 // keys and values lie in the order in which a thread reads them, up to 16 blocks in one piece: from
-// pieces of 8 KB a core gets a third of what it gets from memory in order, with prefetches two
-// thirds (perf/results/attention-zen4.md). A prompt gets what it needs, and what grows by single
-// tokens gets a quarter of what it has, at most 4 blocks: of an extent all pages are new, which
-// a token must not wait long for.
+// pieces of 8 KB a core gets a third of what it gets from memory in order, with prefetches 0.7 to
+// 0.8 (perf/results/attention-zen4.md). An extent has what is asked for, or a quarter of what the
+// sequence has, at most 4 blocks, if that is more: of an extent all pages are new, which a token
+// must not wait long for.
 //
 // Of i8, a block is [block_tokens][head_dim] integers, then [block_tokens] f32 scales
 // (jit/base/eight_bits.h): kernels find both from the one pointer of the table, and read the scales

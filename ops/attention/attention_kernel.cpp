@@ -85,7 +85,6 @@ class AttentionBuilder {
 
  private:
   static constexpr KeyBlocks::Table kKeys{AttentionArgs::k_blocks, AttentionArgs::k_token_stride};
-  static constexpr KeyBlocks::Table kValues{AttentionArgs::v_blocks, AttentionArgs::v_token_stride};
   static constexpr KeyBlocks::Table kKeyScales{AttentionArgs::k_blocks,
                                                AttentionArgs::k_token_stride, true};
   static constexpr KeyBlocks::Table kValueScales{AttentionArgs::v_blocks,
@@ -175,7 +174,7 @@ class AttentionBuilder {
     for (int head = 0; head < spec_.group; ++head) {
       b_.store(Element::f32, b_.at(last, head * TokenLayout::score_bytes), nothing);
     }
-    std::vector<KeyBlocks::Table> tables{kKeys, kValues};
+    std::vector<KeyBlocks::Table> tables{kKeys, kValueTable};
     if (spec_.has_scales()) tables.insert(tables.end(), {kKeyScales, kValueScales});
     blocks_.walk(place, keys, tables, [&](std::span<const Reg> at, Reg tokens) {
       Reg token = at[0], value = at[1];
@@ -258,7 +257,7 @@ class AttentionBuilder {
 
   // Adds to each key's sum its products with a query; address(key, offset in its token). Key by key
   // as they lie in memory, in pieces of as many columns as there are registers for the query:
-  // column by column over 16 keys, memory gave half as much (perf/results/attention-zen4.md).
+  // column by column over 16 keys took 1.2 times as long (perf/results/attention-zen4.md).
   template <class KeyAddress>
   void add_products(const std::vector<Reg>& sums, Reg query, const KeyAddress& address) {
     const int registers = spec_.lanes == 16 ? 8 : 1;  // with AVX2 there are none left

@@ -17,8 +17,6 @@ using jit::vir::Builder;
 using jit::vir::Element;
 using jit::vir::Reg;
 
-constexpr KeyBlocks::Table kValues{AttentionArgs::v_blocks, AttentionArgs::v_token_stride};
-
 std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -125,7 +123,7 @@ std::vector<Reg> WeightedValues::weights_of(Element element, Reg weights, int he
 void WeightedValues::add_keys(const KeyBlocks::Place& place, Reg keys, Reg row, Reg ahead,
                               Sums& sums) {
   Reg weights = b_.copy(row);
-  blocks_.walk(place, keys, std::span(&kValues, 1), [&](std::span<const Reg> at, Reg tokens) {
+  blocks_.walk(place, keys, std::span(&kValueTable, 1), [&](std::span<const Reg> at, Reg tokens) {
     Reg token = at[0], stride = b_.arg(AttentionArgs::v_token_stride);
     b_.loop(tokens, [&] {
       fetch_keys(1, ahead);
@@ -148,7 +146,7 @@ void WeightedValues::add_pairs_of_keys(const KeyBlocks::Place& place, Reg keys, 
                                        Sums& sums) {
   Reg weights = b_.copy(row);
   Reg first = b_.constant(0);  // the address of a key whose second is in the next block, or 0
-  blocks_.walk(place, keys, std::span(&kValues, 1), [&](std::span<const Reg> at, Reg tokens) {
+  blocks_.walk(place, keys, std::span(&kValueTable, 1), [&](std::span<const Reg> at, Reg tokens) {
     Reg token = at[0], stride = b_.arg(AttentionArgs::v_token_stride);
     b_.if_nonzero(first, [&] {
       add_pair_of_keys(first, token, weights, sums);

@@ -27,6 +27,9 @@ struct TokenLayout {
   std::int64_t factors, scores, value_scales, bytes;
 };
 
+inline constexpr KeyBlocks::Table kValueTable{AttentionArgs::v_blocks,
+                                              AttentionArgs::v_token_stride};
+
 // Vectors of bf16 that a key or value is read in as a whole, each two vectors of columns.
 int bf16_pairs(const AttentionKernel& spec);
 
