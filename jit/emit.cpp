@@ -67,12 +67,17 @@ Status check_target(const vir::Function& function, const Target& target) {
   };
   if (!target.has(Isa::avx2)) return missing("all code", Isa::avx2);
   if (function.lanes == 16 && !target.has(Isa::avx512)) return missing("lanes=16", Isa::avx512);
-  const bool dots = std::any_of(function.code.begin(), function.code.end(),
-                                [](const Instruction& in) { return in.op == Op::vdpbf16; });
+  const auto uses = [&](Op op) {
+    return std::any_of(function.code.begin(), function.code.end(),
+                       [op](const Instruction& in) { return in.op == op; });
+  };
   if (function.tile_count > 0 && !target.has(Isa::amx_bf16)) {
     return missing("tiles", Isa::amx_bf16);
   }
-  if (dots && !target.has(Isa::avx512_bf16)) return missing("vdpbf16", Isa::avx512_bf16);
+  for (auto [op, step] :
+       {std::pair(Op::vdpbytes, Isa::avx512_vnni), std::pair(Op::vdpbf16, Isa::avx512_bf16)}) {
+    if (!target.has(step) && uses(op)) return missing(vir::op_name(op), step);
+  }
   return {};
 }
 

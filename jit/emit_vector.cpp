@@ -207,6 +207,7 @@ TILEWRIGHT_ACCUMULATE(vfma, vfmadd231ps)
 TILEWRIGHT_ACCUMULATE(vfnma, vfnmadd231ps)
 TILEWRIGHT_ACCUMULATE(vfms, vfmsub231ps)
 TILEWRIGHT_ACCUMULATE(vdpbf16, vdpbf16ps)
+TILEWRIGHT_ACCUMULATE(vdpbytes, vpdpbusd)
 #undef TILEWRIGHT_ACCUMULATE
 
 void vfma_load(Site& s) { s.as.vfmadd231ps(s.v(0), s.v(1), s.memory); }

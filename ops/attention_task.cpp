@@ -98,19 +98,45 @@ class QueryRows {
   const Frame& frame_;
 };
 
-std::int64_t parts_of(std::int64_t keys) { return (keys + kPartKeys - 1) / kPartKeys; }
+// The parts of a query's keys. They end, as their chunks do, where those of the whole sequence do:
+// so behind a window, too, chunks are blocks of the cache, which are read in order.
+class KeyParts {
+ public:
+  explicit KeyParts(const KeyRange& keys) : keys_(keys) {}
+
+  std::int64_t count() const {
+    return keys_.count == 0 ? 0 : (skipped() + keys_.count + kPartKeys - 1) / kPartKeys;
+  }
+  // [first, first + count) is part `index`; none if it is not one of them.
+  KeyRange part(std::int64_t index) const {
+    const std::int64_t end = keys_.first + keys_.count;
+    const std::int64_t begin = keys_.first - skipped() + index * kPartKeys;
+    const std::int64_t first = std::min(std::max(begin, keys_.first), end);
+    return {first, std::min(begin + kPartKeys, end) - first, keys_.origin};
+  }
+  // The part that has the key nearest to `key` of the query's keys as its first.
+  std::int64_t nearest(std::int64_t key) const {
+    return (skipped() + key + kPartKeys / 2) / kPartKeys;
+  }
+
+ private:
+  // Keys of the first part that the query does not see.
+  std::int64_t skipped() const { return (keys_.first - keys_.origin) % kPartKeys; }
+
+  KeyRange keys_;
+};
 
 // A sequence's tokens, if they go one at a time, and the keys of the last, who sees the most.
 struct FewQueries {
-  std::int64_t queries = 0, keys = 0;
-  std::int64_t work() const { return queries * keys; }
+  std::int64_t queries = 0;
+  KeyRange keys = {};
+  std::int64_t work() const { return queries * keys.count; }
 };
 
 FewQueries few_queries(const AttentionTask& task, const Frame& frame, std::int64_t sequence) {
   const Queries queries = queries_of(task, frame, sequence);
   if (fills_tiles(task, queries) || queries.count == 0) return {};
-  return {queries.count - queries.padding(),
-          keys_of(task, frame, queries.batch, queries.last()).count};
+  return {queries.count - queries.padding(), keys_of(task, frame, queries.batch, queries.last())};
 }
 
 // Tokens one at a time, in parts. A part of all queries of a sequence's head is one item, since the
@@ -122,7 +148,9 @@ class Parts {
     for (std::int64_t sequence = 0; sequence < sequence_count(task, frame); ++sequence) {
       const FewQueries few = few_queries(task, frame, sequence);
       queries_ = std::max(queries_, few.queries);
-      parts_ = std::max(parts_, parts_of(few.keys));
+      // Of earlier tokens a window's keys can be cut into one part more.
+      const bool windows = task.window > 0 && few.queries > 1;
+      parts_ = std::max(parts_, KeyParts(few.keys).count() + (windows ? 1 : 0));
       work_ += few.work();
     }
     part_args_[AttentionArgs::q_head_stride] =
@@ -170,7 +198,7 @@ class Parts {
       const FewQueries few = few_queries(task_, frame_, sequence);
       if (before < kv_heads_ * few.work()) {
         const std::int64_t head = before / few.work(), keys = before % few.work() / few.queries;
-        return (sequence * kv_heads_ + head) * parts_ + (keys + kPartKeys / 2) / kPartKeys;
+        return (sequence * kv_heads_ + head) * parts_ + KeyParts(few.keys).nearest(keys);
       }
       before -= kv_heads_ * few.work();
     }
@@ -197,15 +225,17 @@ class Parts {
     for (std::int64_t query = queries.padding(); query < queries.count; ++query) {
       const std::int64_t batch = queries.batch, row = queries.first + query;
       const KeyRange keys = keys_of(task_, frame_, batch, row);
-      const std::int64_t before = index * kPartKeys;
-      if (keys.count <= before) continue;
+      if (index >= KeyParts(keys).count()) continue;
+      const KeyRange of_part = KeyParts(keys).part(index);
       part_args_[AttentionArgs::q] = argument(rows_.q(batch, first_head, row));
       part_args_[AttentionArgs::part] =
           argument(part(sequence, head, query - queries.padding(), index));
       part_args_[AttentionArgs::mask] = argument(rows_.mask(batch, first_head, row));
       part_args_[AttentionArgs::origin] = keys.first;
-      part_args_[AttentionArgs::first_key] = keys.first + before;
-      part_args_[AttentionArgs::key_count] = std::min(kPartKeys, keys.count - before);
+      part_args_[AttentionArgs::first_key] = of_part.first;
+      part_args_[AttentionArgs::key_count] = of_part.count;
+      part_args_[AttentionArgs::first_chunk] =
+          kChunkKeys - (of_part.first - of_part.origin) % kChunkKeys;
       task_.kernel->function(part_args_);
     }
   }
@@ -214,11 +244,11 @@ class Parts {
   const char* first_key(std::int64_t item) const {
     const std::int64_t head = item / parts_ % kv_heads_, sequence = item / parts_ / kv_heads_;
     const Queries queries = queries_of(task_, frame_, sequence);
-    const std::int64_t before = item % parts_ * kPartKeys, query = queries.padding();
+    const std::int64_t index = item % parts_, query = queries.padding();
     if (fills_tiles(task_, queries) || query == queries.count) return nullptr;
-    const KeyRange keys = keys_of(task_, frame_, queries.batch, queries.first + query);
-    if (keys.count <= before) return nullptr;
-    return KeysAndValues(task_, frame_, sequence, head).key(keys.first + before);
+    const KeyParts parts(keys_of(task_, frame_, queries.batch, queries.first + query));
+    if (index >= parts.count()) return nullptr;
+    return KeysAndValues(task_, frame_, sequence, head).key(parts.part(index).first);
   }
 
   void merge(std::int64_t sequence, const Queries& queries, std::int64_t head) {
@@ -227,7 +257,7 @@ class Parts {
       const std::int64_t batch = queries.batch, row = queries.first + query;
       merge_args_[MergeArgs::parts] =
           argument(part(sequence, head, std::max<std::int64_t>(query - queries.padding(), 0), 0));
-      merge_args_[MergeArgs::part_count] = parts_of(keys_of(task_, frame_, batch, row).count);
+      merge_args_[MergeArgs::part_count] = KeyParts(keys_of(task_, frame_, batch, row)).count();
       merge_args_[MergeArgs::output] = argument(rows_.output(batch, head * task_.spec.group, row));
       task_.merge->function(merge_args_);
     }

@@ -12,7 +12,7 @@ namespace tilewright::ops {
 namespace {
 
 // Of an extent.
-constexpr std::int64_t kMostBlocks = 16;
+constexpr std::int64_t kMostBlocks = 64;
 // Blocks that nobody has asked for yet: a part of what a sequence has, and at most so many.
 constexpr std::int64_t kGrowthPart = 4, kMostBlocksAhead = 4;
 
@@ -51,10 +51,11 @@ std::int64_t KvCache::head_stride(std::int64_t token) const {
   return blocks * 2 * block_bytes();
 }
 
-std::int64_t KvCache::block_bytes() const {
-  const std::int64_t scale_bytes = dtype_ == graph::DataType::i8 ? sizeof(float) : 0;
-  return block_tokens * (row_bytes() + scale_bytes);
+std::int64_t KvCache::scale_bytes() const {
+  return dtype_ == graph::DataType::i8 ? block_tokens * std::int64_t{sizeof(float)} : 0;
 }
+
+std::int64_t KvCache::block_bytes() const { return scale_bytes() + block_tokens * row_bytes(); }
 
 std::int64_t KvCache::block_count() const {
   std::int64_t count = 0;
@@ -133,7 +134,7 @@ void KvCache::rebuild_tables() {
       }
       for (const Extent& extent : extents_) {
         char* const head = extent.memory[static_cast<std::size_t>(b)].get() +
-                           h * extent.blocks * 2 * block_bytes();
+                           h * extent.blocks * 2 * block_bytes() + scale_bytes();
         for (std::int64_t block = 0; block < extent.blocks; ++block) {
           keys.push_back(head + 2 * block * block_bytes());
           values.push_back(head + (2 * block + 1) * block_bytes());
@@ -165,7 +166,7 @@ char* KvCache::value(std::int64_t sequence, std::int64_t token) const {
 }
 
 char* KvCache::scale_in(void* const* blocks, std::int64_t token) const {
-  return static_cast<char*>(blocks[token / block_tokens]) + block_tokens * token_stride() +
+  return static_cast<char*>(blocks[token / block_tokens]) - scale_bytes() +
          token % block_tokens * static_cast<std::int64_t>(sizeof(float));
 }
 

@@ -9,15 +9,15 @@
 // step has succeeded, so a failed step leaves the cache as it was.
 //
 // Blocks come in extents, as sequences grow: [kv_heads][blocks][K, V] of one sequence. So a head's
-// keys and values lie in the order in which a thread reads them, up to 16 blocks in one piece: from
+// keys and values lie in the order in which a thread reads them, up to 64 blocks in one piece: from
 // pieces of 8 KB a core gets a third of what it gets from memory in order, with prefetches 0.7 to
 // 0.8 (perf/results/attention-zen4.md). An extent has what is asked for, or a quarter of what the
 // sequence has, at most 4 blocks, if that is more: of an extent all pages are new, which a token
 // must not wait long for.
 //
-// Of i8, a block is [block_tokens][head_dim] integers, then [block_tokens] f32 scales
-// (jit/base/eight_bits.h): kernels find both from the one pointer of the table, and read the scales
-// of neighbouring tokens as vectors.
+// Of i8, a block is [block_tokens] f32 scales, then [block_tokens][head_dim] integers
+// (jit/base/eight_bits.h): kernels find both from the one pointer of the table, which is the first
+// token's, and read the scales of neighbouring tokens as vectors, before the tokens.
 //
 // Thread-compatible: one program step at a time uses a cache. Tested by kv_cache_test.
 #pragma once
@@ -129,6 +129,7 @@ class KvCache {
     std::int64_t blocks;
     std::vector<BlockBytes> memory;  // [sequence]
   };
+  std::int64_t scale_bytes() const;  // of a block
   std::int64_t block_bytes() const;  // of K or V of a head
   std::int64_t extent_bytes(std::int64_t blocks) const {
     return kv_heads_ * blocks * 2 * block_bytes();

@@ -163,9 +163,7 @@ Status Lowering::lower_attention(const graph::Node& node) {
   AttentionTask task;
   task.spec.lanes = target_.lanes();
   task.spec.prefetch_level = static_cast<int>(options_.choices.prefetch_keys_level);
-  // Where hardware reads the other lines along: in the huge pages of a cache, not in a tensor's
-  // small ones, of which it leaves each.
-  task.spec.prefetch_first_lines = cached && options_.choices.prefetch_keys_first_lines != 0;
+  task.spec.prefetch_only_jumps = options_.choices.prefetch_only_jumps != 0;
   task.spec.group = static_cast<int>(shape[1].constant() / kv_heads.constant());
   task.spec.head_dim = static_cast<int>(shape[3].constant());
   task.spec.input = type(query).dtype;
@@ -244,6 +242,7 @@ Status Lowering::lower_attention(const graph::Node& node) {
   task.output = operand(output, task.spec.input);
   task.output_strides = head_strides(output);
   task.spec.dots = attention_by_dots(target_, task.spec);
+  task.spec.integers = attention_in_integers(target_, task.spec);
   const AttentionKernel spec = task.spec;
   const std::string specification = print(spec);
   task.kernel = kernels_->request(specification, [spec] { return build(spec); });

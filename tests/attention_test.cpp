@@ -88,6 +88,7 @@ class Problem {
     list[AttentionArgs::block_tokens] = keys.block_tokens;
     list[AttentionArgs::first_key] = keys.first + part * keys.part;
     list[AttentionArgs::key_count] = std::min(keys.part, keys.count - part * keys.part);
+    list[AttentionArgs::first_chunk] = part == 0 ? first_chunk : ops::kChunkKeys;
     list[AttentionArgs::next_key] = part % 2 == 0 ? 0 : k_.table();
     list[AttentionArgs::origin] = keys.first;
     list[AttentionArgs::mask] = mask->address();
@@ -139,6 +140,10 @@ class Problem {
     return (which == 0 ? k_ : v_).element(key, d);
   }
 
+  // REQUIRES: a cache of i8
+  double value_scale(std::int64_t key) const { return v_.scale(key); }
+  void set_value_scale(std::int64_t key, double scale_of_key) { v_.set_scale(key, scale_of_key); }
+
   double head_number(const Rows& numbers, int head) const {
     return value_at(*numbers, DataType::f32, 0, head);
   }
@@ -155,6 +160,7 @@ class Problem {
   Rows q, output, mask, parts, scratch, slopes, sinks;
   float scale;
   float softcap = 1.5f;
+  std::int64_t first_chunk = ops::kChunkKeys;
 
  private:
   double draw() { return std::normal_distribution<double>()(random_); }
@@ -214,14 +220,18 @@ Scores exact_scores(const Problem& p, int head) {
   const double depth = std::ceil(p.spec.head_dim / lanes) + std::log2(lanes);
   Scores scores;
   for (std::int64_t key = p.keys.first; key < p.keys.first + p.keys.count; ++key) {
-    double sum = 0, magnitude = 0;
+    double sum = 0, magnitude = 0, of_key = 0, most = 0;
     for (int d = 0; d < p.spec.head_dim; ++d) {
-      const double term = value_at(*p.q, p.spec.input, head, d) * p.cached(0, key, d);
-      sum += term;
-      magnitude += std::abs(term);
+      const double q = value_at(*p.q, p.spec.input, head, d), k = p.cached(0, key, d);
+      sum += q * k;
+      magnitude += std::abs(q * k);
+      of_key += std::abs(k);
+      most = std::max(most, std::abs(q));
     }
     // Times scale, of i8 a product itself.
     double error = gamma(depth + (p.spec.has_scales() ? 2 : 1)) * magnitude * p.scale;
+    // Half a unit of an integer of the query.
+    if (p.spec.integers) error += most / 32639 / 2 * of_key * p.scale;
     double value = sum * p.scale;
     if (p.spec.softcap) {  // tanh contracts; 4 units for it, one each for the quotient and product
       value = p.softcap * std::tanh(value / p.softcap);
@@ -271,10 +281,17 @@ void expect_within_bounds(const Problem& p, std::string_view by) {
       sum += weights[i];
       sum_error += weights[i] * errors[i];
     }
+    // Half a unit of an integer weight.
+    const auto key = [&](std::size_t i) { return p.keys.first + static_cast<std::int64_t>(i); };
+    double half_unit = 0;
+    for (std::size_t i = 0; p.spec.integers && i < weights.size(); ++i) {
+      half_unit = std::max(half_unit, weights[i] * p.value_scale(key(i)) / 65535 / 2);
+    }
     for (int d = 0; d < p.spec.head_dim; ++d) {
       double wanted = 0, magnitude = 0, error = 0;
       for (std::size_t i = 0; i < weights.size(); ++i) {
-        const double v = p.cached(1, p.keys.first + static_cast<std::int64_t>(i), d);
+        const double v = p.cached(1, key(i), d);
+        if (half_unit > 0 && v != 0) error += half_unit * std::abs(v) / p.value_scale(key(i));
         wanted += weights[i] * v;
         magnitude += weights[i] * std::abs(v);
         const double rounding = p.spec.dots ? output_unit(DataType::bf16) : 0;
@@ -298,7 +315,10 @@ void expect_within_bounds(const Problem& p, std::string_view by) {
 }
 
 std::vector<Engine> engines(const AttentionKernel& spec) {
-  if (spec.dots && !Target::host().has(Isa::avx512_bf16)) return {Engine::interpreter};
+  const Target& host = Target::host();
+  const bool runs =
+      (!spec.dots || host.has(Isa::avx512_bf16)) && (!spec.integers || host.has(Isa::avx512_vnni));
+  if (!runs) return {Engine::interpreter};
   return tilewright::engines(spec.lanes);
 }
 
@@ -334,7 +354,7 @@ class Attention : public ::testing::TestWithParam<int> {
 
 TEST_P(Attention, MatchesTheBoundsForEveryShape) {
   unsigned turn = 0;
-  for (int group : {1, 2, 3, 4, 5, 8}) {
+  for (int group : {1, 2, 3, 4, 5, 7, 8}) {
     for (int head_dim : {1, 7, 8, 16, 20, 64, 80, 128}) {
       for (std::int64_t count : {0, 1, 7, 8, 9, 16, 17, 33, 70}) {
         AttentionKernel spec = kernel(group, head_dim);
@@ -365,6 +385,73 @@ TEST_P(Attention, MatchesTheBoundsWhereBf16ComesInPairs) {
         spec.dots = dots;
         if (supported(spec).ok()) check(spec, {3, count, 16, 20}, turn++);
         if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_P(Attention, MatchesTheBoundsInIntegers) {
+  unsigned turn = 0;
+  for (int head_dim : {64, 128, 192, 256}) {
+    for (int group : {1, 2, 3, 4, 7}) {
+      for (std::int64_t count : {0, 1, 6, 16, 37, 70}) {
+        AttentionKernel spec = kernel(group, head_dim);
+        spec.input = turn % 2 == 0 ? DataType::bf16 : DataType::f16;
+        spec.cache = DataType::i8;
+        spec.integers = true;
+        spec.mask = kMasks[turn % 3];
+        spec.slopes = turn % 5 == 0;
+        constexpr std::array<std::int64_t, 5> blocks{1, 5, 16, 64, 1000};
+        if (!supported(spec).ok()) continue;
+        check(spec, {turn % 7, count, blocks[turn % 5], turn % 4 == 0 ? 20 : 256}, turn);
+        if (HasFatalFailure()) return;
+        ++turn;
+      }
+    }
+  }
+  EXPECT_EQ(turn > 0, GetParam() == 16);
+}
+
+// Integers have no NaN: units carry it.
+TEST_P(Attention, WhatIsNotFiniteGivesNaNInIntegers) {
+  AttentionKernel spec = kernel(2, 64);
+  spec.input = DataType::bf16;
+  spec.cache = DataType::i8;
+  spec.integers = true;
+  if (!supported(spec).ok()) return;
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  for (Engine engine : engines(spec)) {
+    for (double number : {nan, kInfinity, -kInfinity}) {
+      Problem problem(spec, {0, 70, 16}, 3, GuardedRows::Flush::end);
+      ops::write_scalar(spec.input, problem.q->row(1) + 2 * 17, number);  // of the second head
+      problem.run(engine);
+      const std::vector<double> results = problem.results();
+      EXPECT_TRUE(std::ranges::all_of(results.begin(), results.begin() + 64,
+                                      [](double x) { return std::isfinite(x); }));
+      EXPECT_TRUE(std::ranges::all_of(results.begin() + 64, results.end(),
+                                      [](double x) { return std::isnan(x); }));
+    }
+    for (double scale : {nan, kInfinity}) {
+      Problem problem(spec, {0, 70, 16}, 3, GuardedRows::Flush::end);
+      problem.set_value_scale(41, scale);
+      problem.run(engine);
+      EXPECT_TRUE(std::ranges::all_of(problem.results(), [](double x) { return std::isnan(x); }));
+    }
+  }
+}
+
+// A window's first chunk can be short, so that the others are those of the whole sequence.
+TEST_P(Attention, TheFirstChunkCanBeShort) {
+  for (DataType cache : kCaches) {
+    for (std::int64_t first_chunk : {1, 16, 23, 63}) {
+      AttentionKernel spec = kernel(3, 64);
+      spec.cache = cache;
+      spec.slopes = true;
+      Problem problem(spec, {9, 150, 16}, 5, GuardedRows::Flush::end);
+      problem.first_chunk = first_chunk;
+      for (Engine engine : engines(spec)) {
+        problem.run(engine);
+        expect_within_bounds(problem, name(engine));
       }
     }
   }
@@ -431,11 +518,14 @@ TEST_P(Attention, ReferenceAgrees) {
 
 // How the keys are cut into blocks must not show in the result.
 TEST_P(Attention, BitsDoNotDependOnBlocks) {
-  AttentionKernel eight_bits = kernel(3, 64), by_dots = kernel(3, 80);
+  AttentionKernel eight_bits = kernel(3, 64), integers = kernel(3, 64), by_dots = kernel(3, 80);
   eight_bits.cache = DataType::i8;
   by_dots.input = by_dots.cache = DataType::bf16;
   by_dots.dots = true;
-  for (AttentionKernel spec : {kernel(3, 64), eight_bits, by_dots}) {
+  integers.input = DataType::bf16;
+  integers.cache = DataType::i8;
+  integers.integers = true;
+  for (AttentionKernel spec : {kernel(3, 64), eight_bits, integers, by_dots}) {
     if (!supported(spec).ok()) continue;
     spec.mask = MaskKind::additive;
     std::vector<double> wanted;
@@ -455,7 +545,7 @@ TEST_P(Attention, BitsDoNotDependOnPrefetches) {
   const AttentionKernel usual = kernel(3, 64);
   AttentionKernel far = usual, sparse = usual;
   far.prefetch_level = 1;
-  sparse.prefetch_first_lines = true;
+  sparse.prefetch_only_jumps = true;
   const Target target = target_with_lanes(usual.lanes);
   for (const AttentionKernel& spec : {far, sparse}) {
     EXPECT_NE(jit::emit(build(spec), target)->bytes, jit::emit(build(usual), target)->bytes);
@@ -488,8 +578,9 @@ TEST_P(Attention, InnerLoopsDoNotSpill) {
           spec.input = type == DataType::i8 ? DataType::bf16 : type;
           spec.cache = type;
           spec.mask = mask;
-          for (bool dots : {false, true}) {
-            spec.dots = dots;
+          for (bool fast : {false, true}) {
+            spec.dots = fast && type != DataType::i8;
+            spec.integers = fast && type == DataType::i8;
             if (!supported(spec).ok()) continue;
             for (const auto& kernel : {build(spec), build_merge(spec)}) {
               const auto code = jit::emit(kernel, target_with_lanes(spec.lanes));
@@ -529,6 +620,14 @@ TEST(AttentionSupported, SaysWhyNot) {
   EXPECT_EQ(supported(spec).error().message,
             "products by vdpbf16ps of other than bf16 with AVX-512");
   spec.dots = false;
+  spec.cache = DataType::i8;
+  spec.integers = true;
+  spec.head_dim = 64;
+  EXPECT_TRUE(supported(spec).ok());
+  spec.head_dim = 80;
+  EXPECT_EQ(supported(spec).error().message,
+            "products by vpdpbusd of other than 16 bits with i8, in whole vectors of AVX-512");
+  spec.integers = false;
   spec.prefetch_level = 2;
   EXPECT_EQ(supported(spec).error().message, "keys asked for into level 2");
 }
@@ -542,10 +641,10 @@ TEST(AttentionPrint, TellsEveryFieldApart) {
   EXPECT_EQ(print(spec),
             "attention lanes=8 group=3 head_dim=64 input=f32 cache=f32 mask=boolean "
             "prefetch_level=1");
-  spec.dots = spec.prefetch_first_lines = true;
+  spec.dots = spec.integers = spec.prefetch_only_jumps = true;
   EXPECT_EQ(print(spec),
             "attention lanes=8 group=3 head_dim=64 input=f32 cache=f32 mask=boolean dots "
-            "prefetch_level=1 prefetch_first_lines");
+            "integers prefetch_level=1 prefetch_only_jumps");
 }
 
 }  // namespace

@@ -335,7 +335,7 @@ TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
       R"({"twelve_bits_from": 0})",
       R"({"twelve_bits_percent": 75, "twelve_bits_from": 0})",
       R"({"prefetch_keys_level": 1})",
-      R"({"prefetch_keys_first_lines": 1})",
+      R"({"prefetch_only_jumps": 1})",
       R"({"few_queries": 3})",
       R"({"fp32_products": 6})",
   };
@@ -343,7 +343,7 @@ TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
                                          "prefetch_block",       "prefetch_row",
                                          "prefetch_near",        "streams_row",
                                          "prefetch_twelve_bits", "twelve_bits_from",
-                                         "prefetch_keys_level",  "prefetch_keys_first_lines"};
+                                         "prefetch_keys_level",  "prefetch_only_jumps"};
   for (const ChoiceRow& row : rows({})) {
     const bool is_tried = std::ranges::any_of(changes, [&](std::string_view change) {
       return change.find('"' + std::string(row.name) + '"') != std::string_view::npos;

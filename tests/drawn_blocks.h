@@ -35,13 +35,12 @@ class DrawnBlocks {
     const std::int64_t end = keys.first + keys.count;
     for (std::int64_t token = 0; token < end; token += block_tokens_) {
       const std::int64_t tokens = std::min(block_tokens_, end - token);
-      const std::int64_t bytes = has_scales() ? block_tokens_ * stride_ + 4 * tokens
-                                              : tokens * stride_ - 3 * size_in_bytes(type);
+      const std::int64_t bytes = scale_bytes() + tokens * stride_ - 3 * size_in_bytes(type);
       auto block = std::make_unique<GuardedRows>(1, bytes, 0, flush);
       for (std::int64_t t = std::max<std::int64_t>(keys.first - token, 0); t < tokens; ++t) {
-        draw(block->row(0), t, random);
+        draw(first_token(*block), t, random);
       }
-      table_.push_back(token + tokens > keys.first ? block->row(0) : nullptr);
+      table_.push_back(token + tokens > keys.first ? first_token(*block) : nullptr);
       blocks_.push_back(std::move(block));
     }
   }
@@ -50,19 +49,31 @@ class DrawnBlocks {
   std::int64_t stride() const { return stride_; }
 
   double element(std::int64_t key, int d) const {
-    const std::byte* block = blocks_[static_cast<std::size_t>(key / block_tokens_)]->row(0);
-    const std::int64_t token = key % block_tokens_;
-    const double number =
-        ops::read_scalar(type_, block + token * stride_ + d * size_in_bytes(type_));
-    return has_scales() ? number * ops::read_scalar(DataType::f32, scale(block, token)) : number;
+    const std::byte* token = block_of(key) + key % block_tokens_ * stride_;
+    const double number = ops::read_scalar(type_, token + d * size_in_bytes(type_));
+    return has_scales() ? number * scale(key) : number;
+  }
+
+  // REQUIRES, as what is below: i8
+  double scale(std::int64_t key) const {
+    return ops::read_scalar(DataType::f32, scale(block_of(key), key % block_tokens_));
+  }
+  void set_scale(std::int64_t key, double scale_of_key) {
+    ops::write_scalar(DataType::f32, scale(block_of(key), key % block_tokens_), scale_of_key);
   }
 
  private:
   bool has_scales() const { return type_ == DataType::i8; }
 
+  std::int64_t scale_bytes() const { return has_scales() ? 4 * block_tokens_ : 0; }
+  std::byte* block_of(std::int64_t key) const {
+    return first_token(*blocks_[static_cast<std::size_t>(key / block_tokens_)]);
+  }
+  std::byte* first_token(const GuardedRows& block) const { return block.row(0) + scale_bytes(); }
+
   template <class Byte>
   Byte* scale(Byte* block, std::int64_t token) const {
-    return block + block_tokens_ * stride_ + 4 * token;
+    return block - scale_bytes() + 4 * token;
   }
 
   template <class Random>

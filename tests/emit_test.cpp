@@ -74,10 +74,11 @@ class EveryOp : public ::testing::TestWithParam<int> {};
 
 TEST_P(EveryOp, DoesWhatTheInterpreterDoes) {
   SKIP_WITHOUT_ISA(GetParam());
-  const bool has_bf16 = Target::host().has(Isa::avx512_bf16);
+  const Target& host = Target::host();
   for (const VirCase& vir_case : testing::op_cases(GetParam(), 4)) {
-    if (vir_case.name.starts_with("vdpbf16") && !has_bf16) continue;
-    if (vir_case.function.tile_count > 0 && !Target::host().has(Isa::amx_bf16)) continue;
+    if (vir_case.name.starts_with("vdpbf16") && !host.has(Isa::avx512_bf16)) continue;
+    if (vir_case.name.starts_with("vdpbytes") && !host.has(Isa::avx512_vnni)) continue;
+    if (vir_case.function.tile_count > 0 && !host.has(Isa::amx_bf16)) continue;
     expect_equal(vir_case);
     if (HasFatalFailure()) return;
   }
@@ -98,7 +99,7 @@ TEST_P(EveryOp, CasesCoverTheTable) {
     const std::string_view op = vir::op_name(vir::Op::name);                                \
     const bool structure = op == "loop" || op == "endloop" || op == "if" || op == "else" || \
                            op == "endif" || op == "garg";                                   \
-    const bool wide_only = op == "vscalef" || op == "vdpbf16" || op.starts_with('t');       \
+    const bool wide_only = op == "vscalef" || op.starts_with("vdp") || op.starts_with('t'); \
     if (!structure && (GetParam() == 16 || !wide_only)) {                                   \
       EXPECT_TRUE(covered(op)) << op;                                                       \
     }                                                                                       \
@@ -245,10 +246,10 @@ TEST(Determinism, ProcessesEmitTheSameBytes) {
 
 // --- refusals
 
-vir::Function dot_function() {
+vir::Function dot_function(bool bytes = false) {
   vir::Builder b("dot", 16, 0);
   const vir::Reg w = b.zero(), a = b.zero();
-  b.dot_bf16(w, a, a);
+  bytes ? b.dot_bytes(w, a, a) : b.dot_bf16(w, a, a);
   return std::move(b).finish();
 }
 
@@ -260,6 +261,10 @@ TEST(Refusals, NameTheIsa) {
   ASSERT_FALSE(dot.ok());
   EXPECT_NE(dot.error().message.find("avx512_bf16"), std::string::npos) << dot.error().message;
   EXPECT_TRUE(emit(dot_function(), rung("avx512_bf16")).ok());
+  const Result<CodeObject> bytes = emit(dot_function(true), rung("avx512"));
+  ASSERT_FALSE(bytes.ok());
+  EXPECT_NE(bytes.error().message.find("avx512_vnni"), std::string::npos) << bytes.error().message;
+  EXPECT_TRUE(emit(dot_function(true), rung("avx512_vnni")).ok());
 }
 
 vir::Function tile_function(int tiles) {
@@ -307,6 +312,7 @@ TEST(RequiredIsa, IsWhatWasEmitted) {
   wide.splat(1.0f);
   EXPECT_EQ(isa_of(std::move(wide).finish()), bit(Isa::avx2) | bit(Isa::avx512));
   EXPECT_EQ(isa_of(dot_function()), bit(Isa::avx2) | bit(Isa::avx512) | bit(Isa::avx512_bf16));
+  EXPECT_EQ(isa_of(dot_function(true)), bit(Isa::avx2) | bit(Isa::avx512) | bit(Isa::avx512_vnni));
   EXPECT_EQ(isa_of(tile_function(1)), bit(Isa::amx_bf16));
 }
 

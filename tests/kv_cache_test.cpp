@@ -225,7 +225,7 @@ TEST(EightBitCache, TakesAndGivesTheTypesOfModels) {
   EXPECT_EQ(keys[3], 0x57f0);
 }
 
-TEST(EightBitCache, ScalesLieBehindTheTokensOfAHeadsBlock) {
+TEST(EightBitCache, ScalesLieBeforeTheTokensOfAHeadsBlock) {
   KvCache cache(2, 3, 16, graph::DataType::i8);
   const std::int64_t tokens = KvCache::block_tokens + 3;
   const std::vector<float> keys = drawn(2 * 3 * tokens * 16, 1),
@@ -237,7 +237,7 @@ TEST(EightBitCache, ScalesLieBehindTheTokensOfAHeadsBlock) {
     const std::int64_t block = token / KvCache::block_tokens,
                        inside = token % KvCache::block_tokens;
     const auto scale_at = [&](void* const* blocks) {
-      return static_cast<char*>(blocks[block]) + KvCache::block_tokens * 16 + 4 * inside;
+      return static_cast<char*>(blocks[block]) + 4 * (inside - KvCache::block_tokens);
     };
     for (std::int64_t head : {0, 2}) {
       EXPECT_EQ(cache.key_scale(1, token) + head * cache.head_stride(token),

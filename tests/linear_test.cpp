@@ -326,6 +326,10 @@ TEST(ArithmeticChoice, FollowsTheTargetAndTheTypes) {
   EXPECT_FALSE(attention_by_dots(intel, attention));
   attention.cache = DataType::i8;
   EXPECT_FALSE(attention_by_dots(*Target::for_rung("avx512_bf16"), attention));
+  EXPECT_TRUE(attention_in_integers(intel, attention));
+  EXPECT_FALSE(attention_in_integers(*Target::for_rung("avx512"), attention));
+  attention.input = DataType::f32;
+  EXPECT_FALSE(attention_in_integers(intel, attention)) << "fp32 keeps fp32's accuracy";
 
   const auto many = [&](const char* rung, DataType x, ops::PackedForm weight, int fp32_products) {
     return choose_arithmetic(*Target::for_rung(rung), fp32_products, x, weight).many_rows;

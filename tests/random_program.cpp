@@ -73,6 +73,7 @@ class ProgramWriter {
     switch (op) {
       case Op::glea:
       case Op::vdpbf16:
+      case Op::vdpbytes:
       case Op::vfma_load:
         return false;
       case Op::vmax:

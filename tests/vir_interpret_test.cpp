@@ -281,6 +281,20 @@ TEST(Interpret, ScalefFollowsTheManual) {
 
 std::uint32_t pair(float high, float low) { return (bits(high) & 0xffff0000u) | bits(low) >> 16; }
 
+TEST(Interpret, DotBytesMultipliesUnsignedBySigned) {
+  const Body body = [](Builder& b, Reg acc, Reg x, Reg y) {
+    b.dot_bytes(acc, x, y);
+    return acc;
+  };
+  const auto dot = [&](std::uint32_t acc, std::uint32_t x, std::uint32_t y) {
+    return compute(16, body, {acc}, {x}, {y})[0];
+  };
+  EXPECT_EQ(dot(5, 0x04030201, 0x40302010), 5u + 0x10 + 2 * 0x20 + 3 * 0x30 + 4 * 0x40);
+  EXPECT_EQ(dot(0, 0xff, 0xff), static_cast<std::uint32_t>(-255));
+  EXPECT_EQ(dot(0, 0xffffffff, 0x80808080), static_cast<std::uint32_t>(-4 * 255 * 128));
+  EXPECT_EQ(dot(0x7fffffff, 0x01, 0x01), 0x80000000u);  // wraps
+}
+
 TEST(Interpret, DotBf16TakesTheOddElementFirstAndFlushesDenormals) {
   const Body body = [](Builder& b, Reg acc, Reg x, Reg y) {
     b.dot_bf16(acc, x, y);

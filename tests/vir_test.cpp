@@ -422,6 +422,7 @@ TEST(VirBuilder, ReachesEveryOp) {
   b.fms(v, w, i);
   b.fma_load(v, w, at);
   b.dot_bf16(v, w, i);
+  b.dot_bytes(v, w, i);
   v = b.low_f16_to_f32(b.to_f32(b.to_i32(b.scalef(v, w))));
   v = b.vandn(b.vxor(b.vor(b.vand(v, w), w), w), w);
   v = b.imul(b.isub(b.iadd(v, w), w), w);

@@ -292,6 +292,9 @@ Reg Builder::low_f16_to_f32(Reg a) { return unary(Op::vcvt_f16, Kind::vec, a); }
 void Builder::dot_bf16(Reg accumulator, Reg a, Reg b) {
   accumulate(Op::vdpbf16, accumulator, a, b);
 }
+void Builder::dot_bytes(Reg accumulator, Reg a_unsigned, Reg b_signed) {
+  accumulate(Op::vdpbytes, accumulator, a_unsigned, b_signed);
+}
 
 Reg Builder::vand(Reg a, Reg b) { return binary(Op::vand, Kind::vec, a, b); }
 Reg Builder::vor(Reg a, Reg b) { return binary(Op::vor, Kind::vec, a, b); }

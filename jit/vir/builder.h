@@ -111,6 +111,7 @@ class Builder {
   Reg to_f32(Reg a);
   Reg low_f16_to_f32(Reg a);
   void dot_bf16(Reg accumulator, Reg a, Reg b);
+  void dot_bytes(Reg accumulator, Reg a_unsigned, Reg b_signed);
 
   Reg vand(Reg a, Reg b);
   Reg vor(Reg a, Reg b);

@@ -166,6 +166,15 @@ Bits dot_bf16(Bits accumulator, Bits a, Bits b) {
   return as_bits(sum);
 }
 
+Bits dot_bytes(Bits accumulator, Bits a, Bits b) {
+  for (int shift = 0; shift < 32; shift += 8) {
+    const auto x = static_cast<std::uint8_t>(a >> shift);
+    const auto y = static_cast<std::int8_t>(b >> shift);
+    accumulator += static_cast<Bits>(x * y);
+  }
+  return accumulator;
+}
+
 // tdpbf16ps: see op_list.def.
 void add_tile_product(Tile& y, const Tile& a, const Tile& b) {
   const auto high = [](Bits pair) { return flush_denormal(as_float(pair & 0xffff0000u)); };
@@ -375,9 +384,10 @@ class Machine {
       return as_bits(std::fma(as_float(a[k]), read<float>(base + 4 * k), as_float(w[k])));
     });
   }
-  void dot(const Instruction& i) {
+  template <class Compute>
+  void dot(const Instruction& i, Compute&& compute) {
     const Vector w = v(i.src[0]), a = v(i.src[1]), b = v(i.src[2]);
-    set_lanes(i.src[0], [&](std::size_t k) { return dot_bf16(w[k], a[k], b[k]); });
+    set_lanes(i.src[0], [&](std::size_t k) { return compute(w[k], a[k], b[k]); });
   }
   void select(const Instruction& i) {
     const Mask mask = m(i.src[0]);
@@ -475,7 +485,8 @@ std::size_t Machine::step(std::size_t at) {
     case Op::vcvt_i32: int_unary(i, [](Bits a) { return to_int(as_float(a)); }); break;
     case Op::vcvt_f32: int_unary(i, to_float_bits); break;
     case Op::vcvt_f16: int_unary(i, widen_low_f16); break;
-    case Op::vdpbf16: dot(i); break;
+    case Op::vdpbf16: dot(i, dot_bf16); break;
+    case Op::vdpbytes: dot(i, dot_bytes); break;
 
     case Op::vand: ints(i, [](Bits a, Bits b) { return a & b; }); break;
     case Op::vor: ints(i, [](Bits a, Bits b) { return a | b; }); break;

@@ -30,7 +30,9 @@
 #include "jit/math.h"
 #include "jit/vir/builder.h"
 #include "ops/attention/head_vectors.h"
+#include "ops/attention/integer_products.h"
 #include "ops/attention/key_blocks.h"
+#include "ops/attention/lane_sums.h"
 #include "ops/attention/token_products.h"
 #include "ops/columns.h"
 
@@ -67,18 +69,21 @@ class AttentionBuilder {
       b_.add_to(mask, b_.mul(b_.arg(AttentionArgs::first_key), mask_bytes()));
     }
     const KeyBlocks::Place place = blocks_.first();
-    Reg remaining = blocks_.key_count();
+    Reg remaining = blocks_.key_count(), chunk = b_.arg(AttentionArgs::first_chunk);
     b_.loop(remaining, [&] {
-      Reg keys = blocks_.take(remaining, b_.constant(kChunkKeys));
+      Reg keys = blocks_.take(remaining, chunk);
+      b_.assign(chunk, b_.constant(kChunkKeys));
       vectors_ = b_.shift_right(b_.add(keys, spec_.lanes - 1), log2_lanes());
       const KeyBlocks::Place values{b_.copy(place.entry), b_.copy(place.token)};
       score(place, b_.copy(keys), mask);
+      if (spec_.has_scales()) copy_value_scales(values, b_.copy(keys));
       softmax();
       Reg ahead = b_.arg(AttentionArgs::next_key);  // fetched meanwhile
       b_.if_nonzero(b_.add(remaining, -1),
                     [&] { b_.assign(ahead, blocks_.address(kKeys, place)); });
+      if (spec_.prefetch_only_jumps) forget_if_next(ahead, values, keys);
       WeightedValues(b_, spec_, blocks_, head_).add(values, keys, ahead);
-      save(TokenLayout::chunk_place, b_.add(saved(TokenLayout::chunk_place), kChunkKeys));
+      save(TokenLayout::chunk_place, b_.add(saved(TokenLayout::chunk_place), keys));
     });
     return std::move(b_).finish();
   }
@@ -105,6 +110,28 @@ class AttentionBuilder {
   }
   void save(std::int64_t offset, Reg value) {
     b_.store_gpr(Element::i64, b_.at(b_.arg(AttentionArgs::scratch), offset), value);
+  }
+
+  // Where those that lie behind `tokens` tokens of a block from `address` on begin.
+  Reg behind(Reg address, int stride_slot, Reg tokens) {
+    Reg end = b_.add(address, b_.mul(b_.arg(stride_slot), tokens));
+    if (spec_.has_scales()) {
+      b_.add_to(end, b_.mul(b_.arg(AttentionArgs::block_tokens), kScaleBytes));
+    }
+    return end;
+  }
+
+  // The keys at `ahead` need not be asked for where they lie behind `keys` values from `values` on,
+  // and those in one block: across blocks, keys and values are parts of blocks by turns.
+  void forget_if_next(Reg ahead, const KeyBlocks::Place& values, Reg keys) {
+    Reg next = behind(blocks_.address(kValueTable, values), AttentionArgs::v_token_stride, keys);
+    Reg across = b_.sub(b_.add(values.token, keys), b_.arg(AttentionArgs::block_tokens));
+    b_.if_nonzero(
+        b_.sub(ahead, next), [] {},
+        [&] {
+          b_.if_nonzero(
+              b_.max(across, b_.constant(0)), [] {}, [&] { b_.assign(ahead, b_.constant(0)); });
+        });
   }
 
   Address query_vector(Reg query, int vector) const {
@@ -143,21 +170,29 @@ class AttentionBuilder {
     Reg from = b_.arg(AttentionArgs::q), to = scratch(TokenLayout::queries);
     Reg stride = b_.arg(AttentionArgs::q_head_stride);
     b_.loop(b_.constant(spec_.group), [&] {
-      for (int pair = 0; pair < pairs(); ++pair) {
-        Reg columns = b_.load(Element::i32, b_.at(from, pair_offset(pair)));
-        if (spec_.dots) {
-          b_.store(Element::i32, query_vector(to, 2 * pair), columns);
-          continue;
-        }
-        b_.store(Element::f32, query_vector(to, 2 * pair), even_columns(columns));
-        b_.store(Element::f32, query_vector(to, 2 * pair + 1), odd_columns(columns));
-      }
-      for (int v = 2 * pairs(); v < head_.count(); ++v) {
-        b_.store(Element::f32, query_vector(to, v), load(b_, spec_.input, from, head_.columns(v)));
+      if (spec_.integers) {
+        split_query(b_, spec_, from, to);
+      } else {
+        copy_query(from, to);
       }
       b_.add_to(from, stride);
       b_.add_to(to, at_.query_bytes);
     });
+  }
+
+  void copy_query(Reg from, Reg to) {
+    for (int pair = 0; pair < pairs(); ++pair) {
+      Reg columns = b_.load(Element::i32, b_.at(from, pair_offset(pair)));
+      if (spec_.dots) {
+        b_.store(Element::i32, query_vector(to, 2 * pair), columns);
+        continue;
+      }
+      b_.store(Element::f32, query_vector(to, 2 * pair), even_columns(columns));
+      b_.store(Element::f32, query_vector(to, 2 * pair + 1), odd_columns(columns));
+    }
+    for (int v = 2 * pairs(); v < head_.count(); ++v) {
+      b_.store(Element::f32, query_vector(to, v), load(b_, spec_.input, from, head_.columns(v)));
+    }
   }
 
   // --- scores
@@ -175,19 +210,21 @@ class AttentionBuilder {
       b_.store(Element::f32, b_.at(last, head * TokenLayout::score_bytes), nothing);
     }
     std::vector<KeyBlocks::Table> tables{kKeys, kValueTable};
-    if (spec_.has_scales()) tables.insert(tables.end(), {kKeyScales, kValueScales});
+    if (spec_.has_scales()) tables.push_back(kKeyScales);
     blocks_.walk(place, keys, tables, [&](std::span<const Reg> at, Reg tokens) {
-      Reg token = at[0], value = at[1];
+      Reg token = at[0], value = at[1], jump;
+      if (spec_.prefetch_only_jumps) {
+        jump = b_.sub(value, behind(token, AttentionArgs::k_token_stride, tokens));
+      }
       for (int count : {spec_.lanes, 1}) {
         Reg steps =
             count == 1 ? b_.bit_and(tokens, spec_.lanes - 1) : b_.shift_right(tokens, log2_lanes());
         b_.loop(steps, [&] {
-          prefetch_tokens(b_, spec_, count, value, AttentionArgs::v_token_stride);
+          prefetch_tokens(b_, spec_, count, value, AttentionArgs::v_token_stride, jump);
           Reg scale = scale_;
           if (spec_.has_scales()) {
             scale = key_scales(at[2], count);
-            keep_value_scales(at[3], scores, count);
-            for (Reg scales : at.subspan(2)) b_.add_to(scales, kScaleBytes * count);
+            b_.add_to(at[2], kScaleBytes * count);
           }
           score_step(count, token, scores, mask, scale);
           b_.add_to(token, b_.mul(b_.arg(AttentionArgs::k_token_stride), count));
@@ -205,14 +242,30 @@ class AttentionBuilder {
     return b_.vmul(of_keys, scale_);
   }
 
-  // For the softmax, as it meets the scores: in one run, whatever the blocks.
-  void keep_value_scales(Reg scales, Reg scores, int keys) {
-    const Address to = b_.at(scores, at_.value_scales - at_.scores);
-    if (keys == 1) {
-      b_.store_one(Element::f32, to, b_.load_one(Element::f32, b_.at(scales)));
-    } else {
-      b_.store(Element::f32, to, b_.load(Element::f32, b_.at(scales)));
-    }
+  // Of `keys` keys from `place` on, which moves behind them: for the softmax, as it meets the
+  // scores, in one run, whatever the blocks, and zero behind the last. Not while scores are
+  // computed: the scales lie between the keys and the values, which are read in their order.
+  void copy_value_scales(const KeyBlocks::Place& values, Reg keys) {
+    const KeyBlocks::Place place{b_.copy(values.entry), b_.copy(values.token)};
+    Reg to = scratch(at_.value_scales);
+    Reg last = b_.add(b_.shift_left(vectors_, log2_lanes() + 2), -b_.vector_bytes());
+    b_.store(Element::f32, b_.at(to, last, 1), b_.zero());
+    blocks_.walk(place, keys, std::span(&kValueScales, 1), [&](std::span<const Reg> at, Reg count) {
+      for (int width : {spec_.lanes, 1}) {
+        const bool one = width == 1;
+        b_.loop(one ? b_.bit_and(count, spec_.lanes - 1) : b_.shift_right(count, log2_lanes()),
+                [&] {
+                  const Address from = b_.at(at[0]);
+                  if (one) {
+                    b_.store_one(Element::f32, b_.at(to), b_.load_one(Element::f32, from));
+                  } else {
+                    b_.store(Element::f32, b_.at(to), b_.load(Element::f32, from));
+                  }
+                  b_.add_to(at[0], kScaleBytes * width);
+                  b_.add_to(to, kScaleBytes * width);
+                });
+      }
+    });
   }
 
   // The scores of all heads for `keys` keys (a vector of them, or one) from `token` on.
@@ -232,13 +285,12 @@ class AttentionBuilder {
       if (key % 4 == 3) return b_.at(base, stride3, 1, offset);
       return b_.at(base, stride, key % 4, offset);
     };
+    if (spec_.integers) IntegerKeySums(b_, spec_).write(keys, scores, address);
     Reg query = scratch(TokenLayout::queries), to = b_.copy(scores), slope;
     if (spec_.slopes) slope = b_.arg(AttentionArgs::slopes);
     b_.loop(b_.constant(spec_.group), [&] {
-      std::vector<Reg> sums;
-      for (int key = 0; key < keys; ++key) sums.push_back(b_.zero());
-      add_products(sums, query, address);
-      Reg value = b_.vmul(keys == 1 ? lane_sum(sums[0]) : lane_sums(sums), scale);
+      Reg sums = spec_.integers ? b_.load(Element::f32, b_.at(to)) : key_sums(keys, query, address);
+      Reg value = b_.vmul(sums, scale);
       if (spec_.softcap) value = capped(value);
       if (spec_.slopes) {
         value = b_.vadd(value, b_.vmul(b_.broadcast(Element::f32, b_.at(slope)), places(scores)));
@@ -253,6 +305,16 @@ class AttentionBuilder {
       b_.add_to(query, at_.query_bytes);
       b_.add_to(to, TokenLayout::score_bytes);
     });
+  }
+
+  // The products of a query with `keys` keys, a vector of them or one (in all lanes).
+  template <class KeyAddress>
+  Reg key_sums(int keys, Reg query, const KeyAddress& address) {
+    std::vector<Reg> sums;
+    for (int key = 0; key < keys; ++key) sums.push_back(b_.zero());
+    add_products(sums, query, address);
+    return keys == 1 ? lane_sum(b_, &Builder::vadd, sums[0])
+                     : lane_sums(b_, &Builder::vadd, std::move(sums));
   }
 
   // Adds to each key's sum its products with a query; address(key, offset in its token). Key by key
@@ -312,27 +374,6 @@ class AttentionBuilder {
     b_.fma(sum, q, partial ? b_.load_masked(element, key, head_.mask()) : b_.load(element, key));
   }
 
-  // The sum of the lanes in every lane, in the order of lane_sums.
-  Reg lane_sum(Reg a) {
-    for (int distance = 1; distance < spec_.lanes; distance *= 2) {
-      a = b_.vadd(a, b_.swap(a, distance));
-    }
-    return a;
-  }
-
-  // Lane i: the sum of the lanes of a[i]. Each step adds neighbours, of two vectors at a time.
-  Reg lane_sums(std::vector<Reg> a) {
-    for (int distance = 1; distance < spec_.lanes; distance *= 2) {
-      for (std::size_t i = 0; i < a.size() / 2; ++i) {
-        Reg x = a[2 * i], y = a[2 * i + 1];
-        a[i] = distance < 4 ? b_.vadd(b_.even_lanes(x, y), b_.odd_lanes(x, y))
-                            : b_.vadd(b_.even_runs(x, y), b_.odd_runs(x, y));
-      }
-      a.resize(a.size() / 2);
-    }
-    return a[0];
-  }
-
   Reg capped(Reg value) {
     Reg cap = b_.splat(b_.arg(AttentionArgs::softcap));
     return b_.vmul(jit::math::tanh(b_, b_.vdiv(value, cap)), cap);
@@ -362,17 +403,20 @@ class AttentionBuilder {
   // Each head's scores become weights: exp(score - largest), the largest of all chunks until now;
   // of i8 times the value's scale.
   void softmax() {
-    Reg row = scratch(at_.scores), factor = scratch(at_.factors);
+    Reg row = scratch(at_.scores), factor = scratch(at_.factors), planes;
+    if (spec_.integers) planes = scratch(at_.weights);
     Reg part = b_.arg(AttentionArgs::part);
     b_.loop(b_.constant(spec_.group), [&] {
-      softmax_row(row, part, factor);
+      softmax_row(row, part, factor, planes);
       b_.add_to(row, TokenLayout::score_bytes);
       b_.add_to(part, part_.bytes);
       b_.add_to(factor, 4);
+      if (spec_.integers) b_.add_to(planes, at_.weight_bytes);
     });
   }
 
-  void softmax_row(Reg row, Reg part, Reg factor) {
+  // planes: where the weights go as integers.
+  void softmax_row(Reg row, Reg part, Reg factor, Reg planes) {
     Reg before = b_.broadcast(Element::f32, b_.at(part, part_.most));
     Reg most = b_.copy(before);
     Reg at = b_.copy(row);
@@ -384,19 +428,27 @@ class AttentionBuilder {
     b_.store_one(Element::f32, b_.at(part, part_.most), most);
     // All masked: subtract 0, and every exp is 0.
     most = b_.select(b_.equal(most, b_.splat(kMinusInfinity)), b_.zero(), most);
-    Reg sum = b_.zero(), scales, half, weights;
+    Reg sum = b_.zero(), scales, half, weights, most_weight, zero;
     if (spec_.has_scales()) scales = scratch(at_.value_scales);
     if (spec_.dots) {
       half = b_.splat_bits(0x8000u);
       weights = b_.copy(row);  // over scores that have been read
     }
+    if (spec_.integers) {
+      most_weight = b_.zero();
+      zero = b_.zero();
+    }
     b_.assign(at, row);
     b_.loop(b_.copy(vectors_), [&] {
       Reg e = jit::math::exp(b_, b_.vsub(b_.load(Element::f32, b_.at(at)), most));
       b_.assign(sum, b_.vadd(sum, e));
-      if (spec_.has_scales()) {  // behind the last key anything, where no weight is read
+      if (spec_.has_scales()) {
         e = b_.vmul(e, b_.load(Element::f32, b_.at(scales)));
         b_.add_to(scales, b_.vector_bytes());
+      }
+      if (spec_.integers) {
+        b_.assign(most_weight, b_.vmax(most_weight, e));
+        b_.fma(sum, e, zero);  // of a scale that is NaN no integer tells
       }
       if (spec_.dots) {
         b_.store(Element::u16, b_.at(weights), b_.vshift_right(b_.iadd(e, half), 16));
@@ -406,9 +458,13 @@ class AttentionBuilder {
       }
       b_.add_to(at, b_.vector_bytes());
     });
+    if (spec_.integers) {
+      split_weights(b_, row, vectors_, b_.reduce_max(most_weight), planes,
+                    b_.add(factor, at_.units - at_.factors));
+    }
     Reg left = jit::math::exp(b_, b_.vsub(before, most));
     b_.store_one(Element::f32, b_.at(factor), left);
-    sum = lane_sum(sum);
+    sum = lane_sum(b_, &Builder::vadd, sum);
     b_.fma(sum, left, b_.broadcast(Element::f32, b_.at(part, part_.sum)));
     b_.store_one(Element::f32, b_.at(part, part_.sum), sum);
   }
@@ -442,8 +498,9 @@ std::string print(const AttentionKernel& spec) {
   if (spec.slopes) text += " slopes";
   if (spec.sinks) text += " sinks";
   if (spec.dots) text += " dots";
+  if (spec.integers) text += " integers";
   if (spec.prefetch_level > 0) text += fmt::format(" prefetch_level={}", spec.prefetch_level);
-  if (spec.prefetch_first_lines) text += " prefetch_first_lines";
+  if (spec.prefetch_only_jumps) text += " prefetch_only_jumps";
   return text;
 }
 
@@ -456,6 +513,11 @@ Status supported(const AttentionKernel& spec) {
   if (spec.dots &&
       (spec.lanes != 16 || spec.input != DataType::bf16 || spec.cache != DataType::bf16)) {
     return Error{"products by vdpbf16ps of other than bf16 with AVX-512"};
+  }
+  if (spec.integers &&
+      (spec.lanes != 16 || size_in_bytes(spec.input) != 2 || spec.cache != DataType::i8 ||
+       spec.head_dim % kBytesOfVector != 0 || spec.head_dim > kMostIntegerColumns)) {
+    return Error{"products by vpdpbusd of other than 16 bits with i8, in whole vectors of AVX-512"};
   }
   for (DataType type : {spec.input, spec.cache}) {
     const bool is_float = type == DataType::f32 || type == DataType::bf16 || type == DataType::f16;

@@ -5,18 +5,17 @@
 // Plain tensors, our own cache blocks and paged caches are three fillings of the same table: block
 // i holds tokens [i * block_tokens, (i + 1) * block_tokens) as k[token][head_dim],
 // v[token][head_dim] with a byte stride per token. Parts are ranges of kPartKeys keys, counted from
-// the first that the token sees: the order of additions depends on the problem only, so results are
-// the same for any thread count.
+// the sequence's first: the order of additions depends on the problem only, so results are the same
+// for any thread count and any padding.
 //
 // Within a part, keys come in chunks: scores, softmax and weighted sum of 64 keys before the next
 // 64, rescaled when a larger score appears (Milakov and Gimelshein, Online normalizer calculation
 // for softmax, 2018; Dao, FlashAttention-2, 2023). So while a chunk's scores are computed its
 // values come from memory, and while its values are summed, the next chunk's keys.
 //
-// Of i8, block i ends with the f32 scales of its block_tokens tokens (ops/kv_cache.h). Keys are
-// widened in registers and a score multiplied by its key's scale; a value's scale goes into its
-// weight once the softmax has summed that, so what the sums over keys cost is what they cost in
-// bf16.
+// Of i8, the f32 scales of a block's block_tokens tokens lie before them (ops/kv_cache.h). Keys are
+// widened in registers, or multiplied as they are (integer_products.h), and a score multiplied by
+// its key's scale; a value's scale goes into its weight once the softmax has summed that.
 //
 // Tested by attention_test (double-precision reference; block tables of one block and many).
 #pragma once
@@ -49,10 +48,13 @@ struct AttentionKernel {
   // Products by vdpbf16ps, of bf16 q, k and v; of scores in as many columns as fill vectors. The
   // weights of values are rounded to bf16, as PyTorch rounds them.
   bool dots = false;
-  // How keys and values are asked for, which changes no bit: into L1, or 1: into L2; all lines, or
-  // of tokens that lie behind one another the first.
+  // Products by vpdpbusd, of 16-bit queries with a cache of i8, over 16-bit integers that queries
+  // and weights are rounded to (integer_products.h).
+  bool integers = false;
+  // How keys and values are asked for, which changes no bit: into L1, or 1: into L2; all, or only
+  // what does not lie behind what is read before it.
   int prefetch_level = 0;
-  bool prefetch_first_lines = false;
+  bool prefetch_only_jumps = false;
 
   bool has_scales() const { return cache == graph::DataType::i8; }
 };
@@ -82,6 +84,7 @@ struct PartLayout {
 //     that block; entry 0 holds token 0; entries of blocks without keys that take part are not read
 //   block_tokens: at least 1
 //   first_key, key_count: keys [first_key, first_key + key_count) make this part
+//   first_chunk: keys of the first chunk, 1..kChunkKeys, if the part has so many
 //   next_key: what the thread reads after this part, at k_token_stride: asked for beside the last
 //     sums, and never read. Any address
 //   origin: the first key that the token sees, in whatever part (left padding, windows)
@@ -101,6 +104,7 @@ struct AttentionArgs {
     block_tokens,
     first_key,
     key_count,
+    first_chunk,
     next_key,
     origin,
     mask,

@@ -43,7 +43,7 @@ class Reference {
     const char* token = block + key % per_block * arg(stride);
     const double number = read_scalar(spec_.cache, token + index * size_in_bytes(spec_.cache));
     if (spec_.cache != graph::DataType::i8) return number;
-    const char* scales = block + per_block * arg(stride);
+    const char* scales = block - per_block * kScaleBytes;
     return number * read_scalar(graph::DataType::f32, scales + key % per_block * kScaleBytes);
   }
 

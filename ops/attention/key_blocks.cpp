@@ -55,8 +55,7 @@ KeyBlocks::Place KeyBlocks::first() { return {saved(kFirstBlock), saved(kFirstTo
 Reg KeyBlocks::address(const Table& table, const Place& place) {
   Reg block = b_.load_gpr(Element::i64, b_.at(b_.arg(table.blocks), place.entry, 1));
   if (table.scales) {
-    b_.add_to(block, b_.mul(b_.arg(slots_.block_tokens), b_.arg(table.stride)));
-    return b_.lea(b_.at(block, place.token, kScaleBytes));
+    return b_.lea(b_.at(block, b_.sub(place.token, b_.arg(slots_.block_tokens)), kScaleBytes));
   }
   b_.add_to(block, b_.mul(place.token, b_.arg(table.stride)));
   return block;

@@ -29,7 +29,7 @@ class KeyBlocks {
   KeyBlocks(jit::vir::Builder& builder, const Slots& slots) : b_(builder), slots_(slots) {}
 
   // Argument slots of a table of blocks and of the bytes between their tokens. scales: not the
-  // tokens are walked, but their f32 scales, which lie behind a block's last token.
+  // tokens are walked, but their f32 scales, which lie before a block's first token.
   struct Table {
     int blocks, stride;
     bool scales = false;

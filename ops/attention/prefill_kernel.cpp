@@ -444,8 +444,8 @@ std::string print(const PrefillKernel& spec) {
   AttentionKernel any_group = spec.attention;
   any_group.group = 1;
   any_group.prefetch_level = 0;
-  any_group.prefetch_first_lines = false;
-  any_group.dots = false;
+  any_group.prefetch_only_jumps = false;
+  any_group.dots = any_group.integers = false;
   const char* arithmetic = spec.arithmetic == Arithmetic::dot     ? "avx512_bf16_"
                            : spec.arithmetic == Arithmetic::tiles ? "amx_bf16_"
                                                                   : "";

@@ -4,8 +4,11 @@
 #include "ops/attention/token_products.h"
 
 #include <algorithm>
+#include <array>
 #include <span>
+#include <utility>
 
+#include "ops/attention/integer_products.h"
 #include "ops/columns.h"
 
 namespace tilewright::ops {
@@ -17,19 +20,26 @@ using jit::vir::Builder;
 using jit::vir::Element;
 using jit::vir::Reg;
 
+constexpr int kIntegerVectors = 4;  // of the sums of a vector of bytes
+
 std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// How the sums cut the group and head_dim.
+// How the sums cut the group and head_dim. What is left of the group is a smaller tile.
 struct SumsTile {
-  int heads;    // divides the group; at most 4
+  int heads;
   int vectors;  // of head_dim
 };
 
 SumsTile sums_tile(const AttentionKernel& spec) {
-  SumsTile tile{4, 0};
-  while (spec.group % tile.heads != 0) --tile.heads;
+  const auto cut = [&](int most) {
+    const int tiles = (spec.group + most - 1) / most;
+    return (spec.group + tiles - 1) / tiles;
+  };
+  // Two sums each, of upper and lower bytes, a step's 4 vectors of values, and a weight.
+  if (spec.integers) return {cut(3), kIntegerVectors};
+  SumsTile tile{cut(4), 0};
   // Beside the accumulators: a weight per head, a value, and with AVX2 the mask of a tail.
   const int registers = spec.lanes == 16 ? 32 : 16;
   const int mask = spec.lanes == 8 && spec.head_dim % spec.lanes != 0 ? 1 : 0;
@@ -47,9 +57,13 @@ SumsTile sums_tile(const AttentionKernel& spec) {
 TokenLayout::TokenLayout(const AttentionKernel& spec)
     : query_bytes(round_up(spec.head_dim, spec.lanes) * 4),
       factors(queries + round_up(spec.group * query_bytes, 64)),
-      scores(factors + round_up(4 * spec.group, 64)),
+      units(factors + round_up(4 * spec.group, 64)),
+      scores(units + (spec.integers ? round_up(4 * spec.group, 64) : 0)),
       value_scales(scores + spec.group * score_bytes),
-      bytes(value_scales + (spec.has_scales() ? kScaleBytes * kChunkKeys : 0)) {
+      weights(spec.integers ? value_scales + kScaleBytes * kChunkKeys : scores),
+      weight_bytes(spec.integers ? 2 * kChunkKeys : score_bytes),
+      bytes(spec.integers ? weights + spec.group * weight_bytes + 64
+                          : value_scales + (spec.has_scales() ? kScaleBytes * kChunkKeys : 0)) {
   static_assert(kScaleBytes == 4);  // scales lie as scores do
 }
 
@@ -59,39 +73,38 @@ int bf16_pairs(const AttentionKernel& spec) {
 }
 
 void prefetch_tokens(Builder& builder, const AttentionKernel& spec, int tokens, Reg address,
-                     int stride_slot) {
-  const int bytes = spec.head_dim * static_cast<int>(size_in_bytes(spec.cache));
-  Reg stride = builder.arg(stride_slot);
-  const auto ask = [&](int end) {
+                     int stride_slot, Reg asked) {
+  const auto ask = [&] {
     for (int token = 0; token < tokens; ++token) {
-      for (int line = 0; line < end; line += 64) {
+      for (std::int64_t line = 0; line < spec.head_dim * size_in_bytes(spec.cache); line += 64) {
         builder.prefetch(builder.at(address, line), spec.prefetch_level);
       }
-      builder.add_to(address, stride);
+      builder.add_to(address, builder.arg(stride_slot));
     }
   };
-  if (!spec.prefetch_first_lines) return ask(bytes);
-  builder.if_nonzero(
-      builder.add(stride, -bytes), [&] { ask(bytes); }, [&] { ask(1); });
+  spec.prefetch_only_jumps ? builder.if_nonzero(asked, ask) : ask();
 }
 
 void WeightedValues::add(const KeyBlocks::Place& values, Reg keys, Reg ahead) {
   const SumsTile tile = sums_tile(spec_);
-  Reg row = b_.add(b_.arg(AttentionArgs::scratch), at_.scores);
+  Reg row = b_.add(b_.arg(AttentionArgs::scratch), at_.weights);
   Reg factor = b_.add(b_.arg(AttentionArgs::scratch), at_.factors);
   Reg part = b_.arg(AttentionArgs::part);
-  b_.loop(b_.constant(spec_.group / tile.heads), [&] {
+  const auto add_heads = [&](int heads) {
     for (int first = 0; first < head_.count(); first += tile.vectors) {
       const KeyBlocks::Place place{b_.copy(values.entry), b_.copy(values.token)};
-      Sums sums{tile.heads, first, std::min(tile.vectors, head_.count() - first), {}};
-      for (int i = 0; i < sums.heads * sums.count; ++i) sums.vectors.push_back(b_.zero());
+      Sums sums{heads, first, std::min(tile.vectors, head_.count() - first), {}};
+      const int planes = spec_.integers ? 2 : 1;
+      for (int i = 0; i < planes * heads * sums.count; ++i) sums.vectors.push_back(b_.zero());
       const Reg fetched = first == 0 ? b_.copy(ahead) : Reg{};
-      if (spec_.dots) {
+      if (spec_.integers) {
+        add_integers(place, b_.copy(keys), row, factor, fetched, sums);
+      } else if (spec_.dots) {
         add_pairs_of_keys(place, b_.copy(keys), row, fetched, sums);
       } else {
         add_keys(place, b_.copy(keys), row, fetched, sums);
       }
-      for (int head = 0; head < sums.heads; ++head) {
+      for (int head = 0; head < heads; ++head) {
         for (int v = 0; v < sums.count; ++v) {
           Reg left = b_.broadcast(Element::f32, b_.at(factor, 4 * head));
           const Address total = b_.at(part, head * part_.bytes + (first + v) * b_.vector_bytes());
@@ -100,21 +113,26 @@ void WeightedValues::add(const KeyBlocks::Place& values, Reg keys, Reg ahead) {
         }
       }
     }
-    b_.add_to(row, tile.heads * TokenLayout::score_bytes);
+  };
+  b_.loop(b_.constant(spec_.group / tile.heads), [&] {
+    add_heads(tile.heads);
+    b_.add_to(row, tile.heads * at_.weight_bytes);
     b_.add_to(part, tile.heads * part_.bytes);
     b_.add_to(factor, 4 * tile.heads);
   });
+  if (spec_.group % tile.heads != 0) add_heads(spec_.group % tile.heads);
 }
 
 void WeightedValues::fetch_keys(int tokens, Reg ahead) {
-  if (ahead.valid()) prefetch_tokens(b_, spec_, tokens, ahead, AttentionArgs::k_token_stride);
+  if (!ahead.valid()) return;
+  prefetch_tokens(b_, spec_, tokens, ahead, AttentionArgs::k_token_stride, ahead);
 }
 
 // The weights of each head for the key, or pair of keys, at `weights`.
 std::vector<Reg> WeightedValues::weights_of(Element element, Reg weights, int heads) {
   std::vector<Reg> result;
   for (int head = 0; head < heads; ++head) {
-    result.push_back(b_.broadcast(element, b_.at(weights, head * TokenLayout::score_bytes)));
+    result.push_back(b_.broadcast(element, b_.at(weights, head * at_.weight_bytes)));
   }
   return result;
 }
@@ -164,6 +182,83 @@ void WeightedValues::add_pairs_of_keys(const KeyBlocks::Place& place, Reg keys, 
   });
   b_.if_nonzero(first, [&] { add_pair_of_keys(first, {}, weights, sums); });
   order_columns(sums);
+}
+
+// With the weights in planes from `row` on (integer_products.h): four keys at a time, whose bytes
+// of a column are brought together. The sums become f32, times the weights' units. What is left of
+// a run is taken key by key: sums of integers are the same.
+void WeightedValues::add_integers(const KeyBlocks::Place& place, Reg keys, Reg row, Reg factor,
+                                  Reg ahead, Sums& sums) {
+  Reg weights = b_.copy(row);
+  blocks_.walk(place, keys, std::span(&kValueTable, 1), [&](std::span<const Reg> at, Reg tokens) {
+    Reg token = at[0], stride = b_.arg(AttentionArgs::v_token_stride);
+    b_.loop(b_.shift_right(tokens, 2), [&] {
+      fetch_keys(4, ahead);
+      Reg third = b_.lea(b_.at(token, stride, 2));
+      add_four_keys({b_.at(token), b_.at(token, stride, 1), b_.at(third), b_.at(third, stride, 1)},
+                    weights, sums);
+      b_.add_to(weights, 4);
+      b_.assign(token, b_.lea(b_.at(third, stride, 2)));
+    });
+    b_.loop(b_.bit_and(tokens, 3), [&] {
+      add_four_keys({b_.at(token)}, weights, sums);
+      b_.add_to(weights, 1);
+      b_.add_to(token, stride);
+    });
+  });
+  const std::int64_t unit = at_.units - at_.factors;
+  for (int head = 0; head < sums.heads; ++head) {
+    for (int v = 0; v < sums.count; ++v) {
+      Reg upper = b_.vshift_left(sums.at(head, v), 8);
+      Reg sum = b_.to_f32(b_.iadd(upper, sums.at(sums.heads + head, v)));
+      sums.at(head, v) = b_.vmul(sum, b_.broadcast(Element::f32, b_.at(factor, unit + 4 * head)));
+    }
+  }
+  order_integers(sums);
+}
+
+// Of fewer keys the others' values are zero, whatever weights lie behind.
+void WeightedValues::add_four_keys(const std::vector<Address>& keys, Reg weights, Sums& sums) {
+  const auto pair = [&](std::size_t key) {
+    const auto row = [&](std::size_t i) {
+      if (i >= keys.size()) return b_.zero();
+      Address address = keys[i];
+      address.disp += static_cast<std::int64_t>(sums.first) * spec_.lanes;
+      return b_.load(Element::i32, address);
+    };
+    Reg a = row(key), b = row(key + 1);
+    return std::pair(b_.interleave_low(a, b), b_.interleave_high(a, b));
+  };
+  const auto [low, high] = pair(0);
+  const auto [low2, high2] = keys.size() > 1 ? pair(2) : std::pair(b_.zero(), b_.zero());
+  const std::array values{b_.interleave_halves_low(low, low2), b_.interleave_halves_high(low, low2),
+                          b_.interleave_halves_low(high, high2),
+                          b_.interleave_halves_high(high, high2)};
+  static_assert(values.size() == kIntegerVectors);
+  for (int head = 0; head < sums.heads; ++head) {
+    for (int plane = 0; plane < 2; ++plane) {
+      Reg weight =
+          b_.broadcast(Element::i32, b_.at(weights, head * at_.weight_bytes + plane * kChunkKeys));
+      for (int v = 0; v < kIntegerVectors; ++v) {
+        b_.dot_bytes(sums.at(plane * sums.heads + head, v), weight,
+                     values[static_cast<std::size_t>(v)]);
+      }
+    }
+  }
+}
+
+// Run r of vector v has the 4 columns from 16 * r + 4 * v on: runs and vectors change places.
+void WeightedValues::order_integers(Sums& sums) {
+  for (int head = 0; head < sums.heads; ++head) {
+    std::array<Reg, kIntegerVectors> a;
+    for (int v = 0; v < kIntegerVectors; ++v) a[static_cast<std::size_t>(v)] = sums.at(head, v);
+    Reg even = b_.even_runs(a[0], a[1]), even2 = b_.even_runs(a[2], a[3]);
+    Reg odd = b_.odd_runs(a[0], a[1]), odd2 = b_.odd_runs(a[2], a[3]);
+    sums.at(head, 0) = b_.even_runs(even, even2);
+    sums.at(head, 1) = b_.even_runs(odd, odd2);
+    sums.at(head, 2) = b_.odd_runs(even, even2);
+    sums.at(head, 3) = b_.odd_runs(odd, odd2);
+  }
 }
 
 // Without a second key its weight is zero; what lies there could be anything.

@@ -16,15 +16,19 @@ namespace tilewright::ops {
 
 // A thread's scratch, in bytes from its begin. blocks: of KeyBlocks. chunk_place: i64, the chunk's
 // first key - origin. queries: as the products want them. factors: f32 per head, what a chunk
-// leaves of the sums before. scores: f32 [group][kChunkKeys], later the weights, with dots as bf16.
-// value_scales: of i8, as scores lie.
+// leaves of the sums before. units: likewise, of integers. scores: f32 [group][kChunkKeys], later
+// the weights, with dots as bf16. value_scales: of i8, as scores lie. weights: of integers, the
+// planes of each head (integer_products.h) and as much behind them as a step reads; else the
+// scores.
 struct TokenLayout {
   explicit TokenLayout(const AttentionKernel& spec);
 
   static constexpr std::int64_t blocks = 0, chunk_place = 16, queries = 64;
   static constexpr std::int64_t score_bytes = 4 * kChunkKeys;  // a head's
   std::int64_t query_bytes;                                    // a head's
-  std::int64_t factors, scores, value_scales, bytes;
+  std::int64_t factors, units, scores, value_scales, weights;
+  std::int64_t weight_bytes;  // a head's
+  std::int64_t bytes;
 };
 
 inline constexpr KeyBlocks::Table kValueTable{AttentionArgs::v_blocks,
@@ -34,9 +38,10 @@ inline constexpr KeyBlocks::Table kValueTable{AttentionArgs::v_blocks,
 int bf16_pairs(const AttentionKernel& spec);
 
 // Asks for the keys or values of `tokens` tokens from `address` on, which moves behind them;
-// stride_slot: the argument that lies between them.
+// stride_slot: the argument that lies between them. With prefetch_only_jumps only if `asked` is not
+// 0.
 void prefetch_tokens(jit::vir::Builder& builder, const AttentionKernel& spec, int tokens,
-                     jit::vir::Reg address, int stride_slot);
+                     jit::vir::Reg address, int stride_slot, jit::vir::Reg asked);
 
 class WeightedValues {
  public:
@@ -45,11 +50,12 @@ class WeightedValues {
       : b_(builder), spec_(spec), blocks_(blocks), head_(head), at_(spec), part_(spec) {}
 
   // Adds to the part the values of `keys` keys from `values` on, by the weights in scratch; asks
-  // for as many keys from `ahead` on.
+  // for as many keys from `ahead` on, or for none where that is 0.
   void add(const KeyBlocks::Place& values, jit::vir::Reg keys, jit::vir::Reg ahead);
 
  private:
-  // Sums over a chunk: [heads][count] vectors of columns, those of a head from `first` on.
+  // Sums over a chunk: [heads][count] vectors of columns, those of a head from `first` on. Of
+  // integers those by the upper bytes of weights, then as many by the lower.
   struct Sums {
     int heads, first, count;
     std::vector<jit::vir::Reg> vectors;
@@ -66,6 +72,10 @@ class WeightedValues {
                 jit::vir::Reg ahead, Sums& sums);
   void add_pairs_of_keys(const KeyBlocks::Place& place, jit::vir::Reg keys, jit::vir::Reg row,
                          jit::vir::Reg ahead, Sums& sums);
+  void add_integers(const KeyBlocks::Place& place, jit::vir::Reg keys, jit::vir::Reg row,
+                    jit::vir::Reg factor, jit::vir::Reg ahead, Sums& sums);
+  void add_four_keys(const std::vector<jit::vir::Address>& keys, jit::vir::Reg weights, Sums& sums);
+  void order_integers(Sums& sums);
   void add_pair_of_keys(jit::vir::Reg first, jit::vir::Reg second, jit::vir::Reg weights,
                         Sums& sums);
   bool is_of_pair(int vector) const { return vector < 2 * bf16_pairs(spec_); }

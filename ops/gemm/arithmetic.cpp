@@ -48,4 +48,9 @@ bool attention_by_dots(const Target& target, AttentionKernel attention) {
   return has_fast_dots(target) && supported(attention).ok();
 }
 
+bool attention_in_integers(const Target& target, AttentionKernel attention) {
+  attention.integers = true;
+  return target.has(Isa::avx512_vnni) && supported(attention).ok();
+}
+
 }  // namespace tilewright::ops

@@ -34,7 +34,8 @@ ArithmeticChoice choose_arithmetic(const Target& target, std::int64_t fp32_produ
 // Of attention that fills tiles of rows.
 Arithmetic choose_arithmetic(const Target& target, const AttentionKernel& attention);
 
-// Whether vdpbf16ps multiplies in attention that goes token by token.
+// Whether vdpbf16ps multiplies in attention that goes token by token, and whether vpdpbusd.
 bool attention_by_dots(const Target& target, AttentionKernel attention);
+bool attention_in_integers(const Target& target, AttentionKernel attention);
 
 }  // namespace tilewright::ops

@@ -254,6 +254,19 @@ def _vdpbf16ps(machine: Machine, i: Instruction) -> None:
     machine.put_lanes(i, result)
 
 
+@step("VPDPBUSD")
+def _vpdpbusd(machine: Machine, i: Instruction) -> None:
+    w, a, b = (machine.lanes(i, operand) for operand in range(3))
+    result = []
+    for total, x, y in zip(w, a, b, strict=True):
+        products = (
+            unsigned * signed(octet, 8)
+            for unsigned, octet in zip(x.to_bytes(4, "little"), y.to_bytes(4, "little"), strict=True)
+        )
+        result.append((total + sum(products)) & 0xFFFF_FFFF)
+    machine.put_lanes(i, result)
+
+
 def shift(name: str, compute: Callable[[int, int], int]) -> None:
     @step(name)
     def _execute(machine: Machine, i: Instruction) -> None:

@@ -258,7 +258,7 @@ def experiments(lanes: int, tiles: bool) -> list[Experiment]:
             ],
         ),
         Experiment("prefetch_keys_level", [0, 1], [Attention(1, 32768)]),
-        Experiment("prefetch_keys_first_lines", [0, 1], [Attention(1, 32768)]),
+        Experiment("prefetch_only_jumps", [0, 1], [Attention(1, 32768)]),
         Experiment("few_queries", [32, 64], [Attention(queries, 1024) for queries in (24, 48)]),
     ]
     if lanes == 16:
