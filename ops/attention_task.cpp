@@ -451,8 +451,11 @@ KeyRange keys_of(const AttentionTask& task, const Frame& frame, std::int64_t bat
   std::int64_t origin = 0, end = 0;
   if (const KvCache* cache = cache_of(task, frame)) {
     const KvCache::Place place = cache->place(batch, query);
-    origin = cache->first_keys()[static_cast<std::size_t>(place.sequence)];
-    end = cache->length(place.sequence) +
+    const auto in_blocks = [&](std::int64_t token) {
+      return cache->place_in_blocks(place.sequence, token);
+    };
+    origin = in_blocks(cache->first_keys()[static_cast<std::size_t>(place.sequence)]);
+    end = in_blocks(cache->length(place.sequence)) +
           (task.causal ? place.token + 1 : queries_of(task, frame, place.sequence).count);
   } else {
     const std::int64_t keys = frame.dim(task.keys);

@@ -34,7 +34,8 @@ struct Queries {
 std::int64_t sequence_count(const AttentionTask& task, const Frame& frame);
 Queries queries_of(const AttentionTask& task, const Frame& frame, std::int64_t sequence);
 
-// Keys that a query sees: [first, first + count). Those of its sequence begin at `origin`.
+// Keys that a query sees: [first, first + count). Those of its sequence begin at `origin`. Counted
+// as they lie in their blocks.
 struct KeyRange {
   std::int64_t first, count, origin;
 };

@@ -22,6 +22,7 @@ KvCache::KvCache(std::int64_t batch, std::int64_t kv_heads, std::int64_t head_di
                  graph::DataType dtype)
     : batch_(batch), kv_heads_(kv_heads), head_dim_(head_dim), dtype_(dtype) {
   first_keys_.assign(static_cast<std::size_t>(batch), 0);
+  shifts_ = first_keys_;
   rebuild_tables();
 }
 
@@ -41,14 +42,11 @@ std::int64_t KvCache::token_stride() const {
   return of_pages() ? kv_heads_ * row_bytes() : row_bytes();
 }
 
-std::int64_t KvCache::head_stride(std::int64_t token) const {
-  if (of_pages()) return row_bytes();
-  std::int64_t blocks = 0;
-  for (auto extent = extents_.begin(); token >= 0; ++extent) {
-    blocks = extent->blocks;
-    token -= blocks * block_tokens;
-  }
-  return blocks * 2 * block_bytes();
+std::int64_t KvCache::head_stride(std::int64_t sequence, std::int64_t token) const {
+  if (of_pages() || kv_heads_ == 1) return row_bytes();
+  const std::int64_t block = place_in_blocks(sequence, token) / block_tokens;
+  return static_cast<char*>(key_blocks(sequence, 1)[block]) -
+         static_cast<char*>(key_blocks(sequence, 0)[block]);
 }
 
 std::int64_t KvCache::scale_bytes() const {
@@ -63,6 +61,11 @@ std::int64_t KvCache::block_count() const {
   return count;
 }
 
+std::int64_t KvCache::blocks_for(std::int64_t tokens) const {
+  const std::int64_t shift = shifts_.empty() ? 0 : std::ranges::max(shifts_);
+  return (shift + tokens + block_tokens - 1) / block_tokens;
+}
+
 std::int64_t KvCache::bytes() const { return batch_ * extent_bytes(block_count()); }
 
 Status KvCache::set_first_keys(std::span<const std::int64_t> first_keys) {
@@ -73,6 +76,10 @@ Status KvCache::set_first_keys(std::span<const std::int64_t> first_keys) {
     if (first < 0) return Error{"first_keys has a negative entry"};
   }
   first_keys_.assign(first_keys.begin(), first_keys.end());
+  if (length_ > 0) return {};  // its tokens stay where they are
+  for (std::size_t i = 0; i < shifts_.size(); ++i) {
+    shifts_[i] = (block_tokens - first_keys_[i] % block_tokens) % block_tokens;
+  }
   return {};
 }
 
@@ -87,7 +94,7 @@ std::optional<KvCache::Extent> KvCache::make_extent(std::int64_t blocks) const {
 
 Status KvCache::reserve(std::int64_t tokens) {
   if (of_pages()) return {};  // RaggedRows was made with enough of them
-  const std::int64_t wanted = (length_ + tokens + block_tokens - 1) / block_tokens;
+  const std::int64_t wanted = blocks_for(length_ + tokens);
   const std::size_t extents_before = extents_.size();
   for (std::int64_t have = block_count(); have < wanted; have = block_count()) {
     const std::int64_t ahead = std::min(have / kGrowthPart, kMostBlocksAhead);
@@ -152,30 +159,30 @@ void* const* KvCache::value_blocks(std::int64_t sequence, std::int64_t head) con
   return value_tables_[static_cast<std::size_t>(sequence * kv_heads_ + head)].data();
 }
 
-char* KvCache::token_in(void* const* blocks, std::int64_t token) const {
-  return static_cast<char*>(blocks[token / tokens_per_block()]) +
-         token % tokens_per_block() * token_stride();
+char* KvCache::token_in(void* const* blocks, std::int64_t place) const {
+  return static_cast<char*>(blocks[place / tokens_per_block()]) +
+         place % tokens_per_block() * token_stride();
 }
 
 char* KvCache::key(std::int64_t sequence, std::int64_t token) const {
-  return token_in(key_blocks(sequence, 0), token);
+  return token_in(key_blocks(sequence, 0), place_in_blocks(sequence, token));
 }
 
 char* KvCache::value(std::int64_t sequence, std::int64_t token) const {
-  return token_in(value_blocks(sequence, 0), token);
+  return token_in(value_blocks(sequence, 0), place_in_blocks(sequence, token));
 }
 
-char* KvCache::scale_in(void* const* blocks, std::int64_t token) const {
-  return static_cast<char*>(blocks[token / block_tokens]) - scale_bytes() +
-         token % block_tokens * static_cast<std::int64_t>(sizeof(float));
+char* KvCache::scale_in(void* const* blocks, std::int64_t place) const {
+  return static_cast<char*>(blocks[place / block_tokens]) - scale_bytes() +
+         place % block_tokens * static_cast<std::int64_t>(sizeof(float));
 }
 
 char* KvCache::key_scale(std::int64_t sequence, std::int64_t token) const {
-  return scale_in(key_blocks(sequence, 0), token);
+  return scale_in(key_blocks(sequence, 0), place_in_blocks(sequence, token));
 }
 
 char* KvCache::value_scale(std::int64_t sequence, std::int64_t token) const {
-  return scale_in(value_blocks(sequence, 0), token);
+  return scale_in(value_blocks(sequence, 0), place_in_blocks(sequence, token));
 }
 
 template <class Visit>
@@ -185,8 +192,9 @@ void KvCache::each_row(bool values, std::int64_t first, std::int64_t tokens,
   for (std::int64_t b = 0; b < batch_; ++b) {
     for (std::int64_t h = 0; h < kv_heads_; ++h) {
       void* const* blocks = values ? value_blocks(b, h) : key_blocks(b, h);
-      for (std::int64_t t = first; t < first + tokens; ++t) {
-        visit(token_in(blocks, t), has_scales ? scale_in(blocks, t) : nullptr);
+      const std::int64_t begin = place_in_blocks(b, first);
+      for (std::int64_t place = begin; place < begin + tokens; ++place) {
+        visit(token_in(blocks, place), has_scales ? scale_in(blocks, place) : nullptr);
       }
     }
   }
@@ -248,10 +256,8 @@ Status KvCache::reorder(std::span<const std::int64_t> indices) {
     if (index < 0 || index >= batch_) return Error{"a sequence index is outside the cache's batch"};
   }
   KvCache reordered(static_cast<std::int64_t>(indices.size()), kv_heads_, head_dim_, dtype_);
-  std::int64_t first = 0;  // of an extent's tokens
   for (const Extent& from : extents_) {
-    if (first >= length_) break;
-    first += from.blocks * block_tokens;
+    if (reordered.block_count() >= blocks_for(length_)) break;
     std::optional<Extent> extent = reordered.make_extent(from.blocks);
     if (!extent) return Error{"out of memory for the key/value cache"};
     for (std::size_t i = 0; i < indices.size(); ++i) {
@@ -262,6 +268,7 @@ Status KvCache::reorder(std::span<const std::int64_t> indices) {
   }
   for (std::size_t i = 0; i < indices.size(); ++i) {
     reordered.first_keys_[i] = first_keys_[static_cast<std::size_t>(indices[i])];
+    reordered.shifts_[i] = shifts_[static_cast<std::size_t>(indices[i])];
   }
   reordered.rebuild_tables();
   reordered.length_ = length_;

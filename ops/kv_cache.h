@@ -86,8 +86,15 @@ class KvCache {
   }
 
   // The first key of each sequence that may be attended to (left padding); zeros at first.
+  // Before there are tokens, it also says where they will lie.
   std::span<const std::int64_t> first_keys() const { return first_keys_; }
   Status set_first_keys(std::span<const std::int64_t> first_keys);
+
+  // Where a token lies, counted in tokens from the begin of its sequence's first block: the first
+  // key is the first of a block, as if nothing were before it. So a chunk of keys is a block.
+  std::int64_t place_in_blocks(std::int64_t sequence, std::int64_t token) const {
+    return token + (of_pages() ? 0 : shifts_[static_cast<std::size_t>(sequence)]);
+  }
 
   // Makes room for tokens [length, length + tokens) in blocks of its own. Error: out of memory; the
   // cache is unchanged then.
@@ -99,13 +106,13 @@ class KvCache {
   void* const* key_blocks(std::int64_t sequence, std::int64_t head) const;
   void* const* value_blocks(std::int64_t sequence, std::int64_t head) const;
   // Where token `token` of (sequence, head 0) lies; the token's other heads follow at
-  // head_stride(token) bytes. A head's tokens of one block follow at token_stride().
+  // head_stride() bytes. A head's tokens of one block follow at token_stride().
   char* key(std::int64_t sequence, std::int64_t token) const;
   char* value(std::int64_t sequence, std::int64_t token) const;
   // The same of their scales. REQUIRES: i8
   char* key_scale(std::int64_t sequence, std::int64_t token) const;
   char* value_scale(std::int64_t sequence, std::int64_t token) const;
-  std::int64_t head_stride(std::int64_t token) const;
+  std::int64_t head_stride(std::int64_t sequence, std::int64_t token) const;
   std::int64_t token_stride() const;
   std::int64_t tokens_per_block() const { return of_pages() ? pages_.page_tokens : block_tokens; }
 
@@ -135,10 +142,13 @@ class KvCache {
     return kv_heads_ * blocks * 2 * block_bytes();
   }
   std::int64_t block_count() const;  // of a head's K
+  // For so many tokens of each sequence.
+  std::int64_t blocks_for(std::int64_t tokens) const;
   // Nothing: out of memory.
   std::optional<Extent> make_extent(std::int64_t blocks) const;
-  char* token_in(void* const* blocks, std::int64_t token) const;
-  char* scale_in(void* const* blocks, std::int64_t token) const;
+  // place: of place_in_blocks()
+  char* token_in(void* const* blocks, std::int64_t place) const;
+  char* scale_in(void* const* blocks, std::int64_t place) const;
   // visit(row, its scale or null) of each token [first, first + tokens) of each head and sequence,
   // in the order of contents: of K, else of V.
   template <class Visit>
@@ -151,7 +161,8 @@ class KvCache {
   std::shared_ptr<const RaggedRows> rows_;
   bool step_begun_ = false;  // of pages
   std::vector<std::int64_t> first_keys_;
-  std::vector<Extent> extents_;  // in the order of their tokens
+  std::vector<std::int64_t> shifts_;  // of places; below block_tokens
+  std::vector<Extent> extents_;       // in the order of their tokens
   std::vector<std::vector<void*>> key_tables_,
       value_tables_;  // [sequence * kv_heads + head][block]
 };

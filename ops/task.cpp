@@ -199,7 +199,7 @@ Rows destination_rows(const HeadDestination& destination, const Frame& frame, st
   const std::int64_t position = cache.length(place.sequence) + place.token;
   Rows rows{destination.values ? cache.value(place.sequence, position)
                                : cache.key(place.sequence, position),
-            cache.head_stride(position)};
+            cache.head_stride(place.sequence, position)};
   if (cache.dtype() == graph::DataType::i8) {
     rows.scales = destination.values ? cache.value_scale(place.sequence, position)
                                      : cache.key_scale(place.sequence, position);

@@ -9,6 +9,7 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <span>
 #include <vector>
 
 namespace tilewright::ops {
@@ -82,7 +83,7 @@ TEST(KvCache, TablesFindEveryTokenOfEveryHead) {
         const std::size_t at = static_cast<std::size_t>(((b * 3 + h) * length + t) * 4);
         EXPECT_EQ(std::memcmp(key, &keys[at], 16), 0);
         EXPECT_EQ(std::memcmp(value, &values[at], 16), 0);
-        EXPECT_EQ(key, cache.key(b, t) + h * cache.head_stride(t));
+        EXPECT_EQ(key, cache.key(b, t) + h * cache.head_stride(b, t));
       }
     }
   }
@@ -136,6 +137,41 @@ TEST(KvCache, GrowsByAQuarterAndKeepsItsTokens) {
           << head;
     }
   }
+}
+
+// Wherever padding ends: chunks of keys are blocks.
+TEST(KvCache, TheFirstKeyIsTheFirstOfABlock) {
+  constexpr std::int64_t tokens = 150, heads = 2, head_dim = 2, batch = 4;
+  const std::int64_t first[batch] = {0, 5, 64, 100};
+  KvCache cache(batch, heads, head_dim, graph::DataType::f32);
+  ASSERT_TRUE(cache.set_first_keys(first).ok());
+  const std::vector<float> keys = numbers(batch * heads * tokens * head_dim, 0),
+                           values = numbers(batch * heads * tokens * head_dim, 1e5f);
+  ASSERT_TRUE(cache.append(tokens, graph::DataType::f32, keys.data(), values.data()).ok());
+  const auto expect_contents = [&](std::span<const float> wanted_keys) {
+    std::vector<float> read_keys(keys.size()), read_values(keys.size());
+    cache.read(tokens, graph::DataType::f32, read_keys.data(), read_values.data());
+    EXPECT_TRUE(std::ranges::equal(read_keys, wanted_keys));
+  };
+  expect_contents(keys);
+  for (std::int64_t b = 0; b < batch; ++b) {
+    const std::int64_t place = cache.place_in_blocks(b, first[b]);
+    EXPECT_EQ(place % KvCache::block_tokens, 0);
+    EXPECT_EQ(cache.key(b, first[b]), cache.key_blocks(b, 0)[place / KvCache::block_tokens]);
+  }
+  // Tokens that are there stay where they are.
+  const std::int64_t others[batch] = {1, 2, 3, 4};
+  ASSERT_TRUE(cache.set_first_keys(others).ok());
+  expect_contents(keys);
+  const std::int64_t indices[batch] = {3, 2, 1, 0};
+  ASSERT_TRUE(cache.reorder(indices).ok());
+  std::vector<float> reordered;
+  const std::int64_t sequence = heads * tokens * head_dim;
+  for (std::int64_t b : indices) {
+    reordered.insert(reordered.end(), keys.begin() + b * sequence,
+                     keys.begin() + (b + 1) * sequence);
+  }
+  expect_contents(reordered);
 }
 
 TEST(KvCache, ReserveKeepsContentsAndUncommittedTokensDoNotCount) {
@@ -240,9 +276,9 @@ TEST(EightBitCache, ScalesLieBeforeTheTokensOfAHeadsBlock) {
       return static_cast<char*>(blocks[block]) + 4 * (inside - KvCache::block_tokens);
     };
     for (std::int64_t head : {0, 2}) {
-      EXPECT_EQ(cache.key_scale(1, token) + head * cache.head_stride(token),
+      EXPECT_EQ(cache.key_scale(1, token) + head * cache.head_stride(1, token),
                 scale_at(cache.key_blocks(1, head)));
-      EXPECT_EQ(cache.value_scale(1, token) + head * cache.head_stride(token),
+      EXPECT_EQ(cache.value_scale(1, token) + head * cache.head_stride(1, token),
                 scale_at(cache.value_blocks(1, head)));
     }
     float scale = 0;
@@ -325,7 +361,7 @@ TEST(RaggedRows, RowsAndPagesAreFound) {
   EXPECT_EQ(first(cache.key(0, 0)), 12 * 6);
   EXPECT_EQ(first(cache.key(1, 3)), 7 * 6);
   EXPECT_EQ(first(cache.key(1, 6)), 2 * 6);
-  EXPECT_EQ(first(cache.value(1, 6) + cache.head_stride(6)), 1000 + 2 * 6 + 3);
+  EXPECT_EQ(first(cache.value(1, 6) + cache.head_stride(1, 6)), 1000 + 2 * 6 + 3);
   EXPECT_EQ(first(static_cast<char*>(cache.key_blocks(1, 1)[1]) + cache.token_stride()), 6 + 3);
   cache.advance(3);
   EXPECT_FALSE(cache.takes(1, 3));

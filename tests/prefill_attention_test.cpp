@@ -160,6 +160,7 @@ class Problem {
     list[AttentionArgs::block_tokens] = keys.block_tokens;
     list[AttentionArgs::first_key] = list[AttentionArgs::origin] = first_keys[i];
     list[AttentionArgs::key_count] = end_keys[i] - first_keys[i];
+    list[AttentionArgs::first_chunk] = ops::kChunkKeys;
     list[AttentionArgs::mask] = address(mask_rows_[i]);
     list[AttentionArgs::scale] = std::bit_cast<std::int32_t>(scale);
     list[AttentionArgs::softcap] = std::bit_cast<std::int32_t>(softcap);

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <random>
 #include <thread>
 #include <tuple>
@@ -277,6 +278,52 @@ TEST(AttentionTask, ThreadsShareTheKeysEvenly) {
       EXPECT_EQ(merged, 8);
       EXPECT_LE(most, all / threads + 256) << threads;
     }
+  }
+}
+
+// Behind a window and behind padding: a chunk that began within a block read parts of blocks by
+// turns, at half the speed.
+TEST(AttentionTask, ChunksEndWhereBlocksOfTheCacheDo) {
+  struct Part {
+    std::int64_t first, count, first_chunk;
+  };
+  static std::vector<Part> parts;
+  Kernel token;
+  token.function = [](const std::int64_t* arguments) {
+    parts.push_back({arguments[AttentionArgs::first_key], arguments[AttentionArgs::key_count],
+                     arguments[AttentionArgs::first_chunk]});
+  };
+  const Kernel merge = counting<merged>(), tile = counting_strips();
+  AttentionTask task = causal_attention(token, merge, tile);
+  task.cache = 0;
+  for (const auto& [window, padding, queries] : std::vector<std::array<std::int64_t, 3>>{
+           {0, 0, 1}, {0, 37, 1}, {500, 0, 1}, {500, 37, 1}, {700, 5, 3}, {64, 0, 16}}) {
+    task.window = window;
+    KvCache cache(1, 1, 64, graph::DataType::f32);
+    ASSERT_TRUE(cache.set_first_keys(std::array<std::int64_t, 1>{padding}).ok());
+    ASSERT_TRUE(cache.reserve(1100).ok());
+    cache.advance(1050);
+    KvCache* const caches[] = {&cache};
+    Setting setting({0, 1, 1, queries});
+    setting.frame.caches = caches;
+    parts.clear();
+    for (int thread = 0; thread < 2; ++thread) ops::run(task, setting.frame, thread, 2);
+    std::map<std::int64_t, std::int64_t> seen;  // how many queries see a key
+    for (const Part& part : parts) {
+      for (std::int64_t i = 0; i < part.count; ++i) ++seen[part.first + i];
+      EXPECT_EQ((part.first + part.first_chunk) % KvCache::block_tokens, 0);
+      EXPECT_LE(part.count, kPartKeys);
+      EXPECT_GT(part.count, 0);
+    }
+    std::map<std::int64_t, std::int64_t> expected;
+    for (std::int64_t query = 0; query < queries; ++query) {
+      const std::int64_t end = 1050 + query + 1;
+      for (std::int64_t key = window > 0 ? std::max(end - window, padding) : padding; key < end;
+           ++key) {
+        ++expected[cache.place_in_blocks(0, key)];
+      }
+    }
+    EXPECT_EQ(seen, expected) << window << " " << padding << " " << queries;
   }
 }
 
