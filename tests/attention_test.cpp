@@ -392,7 +392,7 @@ TEST_P(Attention, MatchesTheBoundsWhereBf16ComesInPairs) {
 
 TEST_P(Attention, MatchesTheBoundsInIntegers) {
   unsigned turn = 0;
-  for (int head_dim : {64, 128, 192, 256}) {
+  for (int head_dim : {64, 128, 192, 512}) {
     for (int group : {1, 2, 3, 4, 7}) {
       for (std::int64_t count : {0, 1, 6, 16, 37, 70}) {
         AttentionKernel spec = kernel(group, head_dim);

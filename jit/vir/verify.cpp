@@ -258,7 +258,8 @@ class Verifier {
   }
 
   bool check_lanes(Op op) {
-    if ((op == Op::vscalef || op == Op::vdpbf16 || op == Op::vdpbytes || is_tile_op(op)) && function_.lanes != 16) {
+    if ((op == Op::vscalef || op == Op::vdpbf16 || op == Op::vdpbytes || is_tile_op(op)) &&
+        function_.lanes != 16) {
       return fail("{} exists with 16 lanes only", op_name(op));
     }
     return true;

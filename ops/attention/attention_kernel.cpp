@@ -2,7 +2,8 @@
 //
 //   scores    [group][chunk] in scratch: as many keys at a time as a vector has lanes, so that
 //             their horizontal sums are made together and end up in one vector, in order. Heads are
-//             the inner loop: the keys of a step stay in L1 for the whole group.
+//             the inner loop: the keys of a step stay in L1 for the whole group. In integers:
+//             integer_products.cpp
 //   softmax   in place, a row of a head at a time; what the larger scores of this chunk leave of
 //             the sums before is kept for the last phase
 //   output    heads x head_dim sums in registers, keys outside; added to the part
@@ -12,8 +13,8 @@
 // Fetching ahead costs a prefetch per line: cold keys and values of 570 tokens took 33 us a head of
 // 64 (group of 3, Zen 3) where computing took 12 and reading 12. What is asked for into L1 waits
 // for the few requests that a core may have there: into L2 is 1.2 to 1.3 times as fast on Zen 4.
-// Where tokens lie behind one another, its hardware reads them by itself, faster than all of them
-// can be asked for, as long as they are read in order (perf/results/attention-zen4.md).
+// Where keys and values lie behind one another, in the order of the phases, its hardware reads them
+// by itself, and each line asked for takes a request from it (perf/results/attention-zen4.md).
 //
 // Tested by attention_test.
 #include "ops/attention/attention_kernel.h"

@@ -26,8 +26,8 @@
 
 namespace tilewright::ops {
 
-// head_dim's that fill vectors of bytes; beyond, a sum of 32 bits is not enough registers away.
-inline constexpr int kBytesOfVector = 64, kMostIntegerColumns = 256;
+// Columns come in whole vectors of bytes, so many at most: a sum of products fits 32 bits.
+inline constexpr int kBytesOfVector = 64, kMostIntegerColumns = 512;
 
 // Writes the integers of the query of one head at `from`: its planes, [2][head_dim] bytes from `to`
 // on, then the unit (f32) and what is to be taken from a sum (i32). The unit of a query that is not

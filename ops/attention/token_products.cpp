@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "ops/attention/integer_products.h"
+#include "ops/attention/transpose.h"
 #include "ops/columns.h"
 
 namespace tilewright::ops {
@@ -250,14 +251,14 @@ void WeightedValues::add_four_keys(const std::vector<Address>& keys, Reg weights
 // Run r of vector v has the 4 columns from 16 * r + 4 * v on: runs and vectors change places.
 void WeightedValues::order_integers(Sums& sums) {
   for (int head = 0; head < sums.heads; ++head) {
-    std::array<Reg, kIntegerVectors> a;
-    for (int v = 0; v < kIntegerVectors; ++v) a[static_cast<std::size_t>(v)] = sums.at(head, v);
-    Reg even = b_.even_runs(a[0], a[1]), even2 = b_.even_runs(a[2], a[3]);
-    Reg odd = b_.odd_runs(a[0], a[1]), odd2 = b_.odd_runs(a[2], a[3]);
-    sums.at(head, 0) = b_.even_runs(even, even2);
-    sums.at(head, 1) = b_.even_runs(odd, odd2);
-    sums.at(head, 2) = b_.odd_runs(even, even2);
-    sums.at(head, 3) = b_.odd_runs(odd, odd2);
+    std::array<Reg, kIntegerVectors> vectors;
+    for (int v = 0; v < kIntegerVectors; ++v) {
+      vectors[static_cast<std::size_t>(v)] = sums.at(head, v);
+    }
+    vectors = transpose_runs(b_, vectors);
+    for (int v = 0; v < kIntegerVectors; ++v) {
+      sums.at(head, v) = vectors[static_cast<std::size_t>(v)];
+    }
   }
 }
 

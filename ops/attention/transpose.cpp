@@ -25,6 +25,10 @@ Four turn_four(Builder& b, const Four& x, Unzip even, Unzip odd) {
 
 }  // namespace
 
+Four transpose_runs(Builder& b, const Four& vectors) {
+  return turn_four(b, vectors, &Builder::even_runs, &Builder::odd_runs);
+}
+
 std::vector<Reg> transpose(Builder& b, const std::vector<Reg>& square) {
   const std::size_t lanes = square.size(), runs = lanes / 4;
   assert(static_cast<int>(lanes) == b.lanes());
@@ -44,8 +48,7 @@ std::vector<Reg> transpose(Builder& b, const std::vector<Reg>& square) {
       result[4 + c] = b.odd_runs(groups[0], groups[1]);
       continue;
     }
-    const Four turned = turn_four(b, {groups[0], groups[1], groups[2], groups[3]},
-                                  &Builder::even_runs, &Builder::odd_runs);
+    const Four turned = transpose_runs(b, {groups[0], groups[1], groups[2], groups[3]});
     for (std::size_t run = 0; run < runs; ++run) result[4 * run + c] = turned[run];
   }
   return result;

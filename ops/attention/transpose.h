@@ -7,6 +7,7 @@
 // Tested by transpose_test.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "jit/vir/builder.h"
@@ -16,5 +17,9 @@ namespace tilewright::ops {
 // REQUIRES: square.size() == builder.lanes()
 std::vector<jit::vir::Reg> transpose(jit::vir::Builder& builder,
                                      const std::vector<jit::vir::Reg>& square);
+
+// Turns runs of four lanes: what was run r of vector v is run v of vector r. REQUIRES: 16 lanes
+std::array<jit::vir::Reg, 4> transpose_runs(jit::vir::Builder& builder,
+                                            const std::array<jit::vir::Reg, 4>& vectors);
 
 }  // namespace tilewright::ops

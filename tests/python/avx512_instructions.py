@@ -261,7 +261,9 @@ def _vpdpbusd(machine: Machine, i: Instruction) -> None:
     for total, x, y in zip(w, a, b, strict=True):
         products = (
             unsigned * signed(octet, 8)
-            for unsigned, octet in zip(x.to_bytes(4, "little"), y.to_bytes(4, "little"), strict=True)
+            for unsigned, octet in zip(
+                x.to_bytes(4, "little"), y.to_bytes(4, "little"), strict=True
+            )
         )
         result.append((total + sum(products)) & 0xFFFF_FFFF)
     machine.put_lanes(i, result)
