@@ -1,5 +1,5 @@
-"""The commands behind ./dev bench: setup, roof, models, ops, encoder, generation, overhead, start,
-cache, report and compare.
+"""The commands behind ./dev bench: setup, roof, models, ops, encoder, generation, decode, overhead,
+start, cache, report and compare.
 
 Tested by tests/python/test_bench_models.py.
 """
@@ -311,6 +311,43 @@ def generation(
                 record["cases"].append(case)
     finally:
         probe.close()
+    path = output or results.default_path(record)
+    results.write(record, path)
+    print(f"wrote {path}")
+
+
+@app.command()
+def decode(
+    model: Annotated[str, typer.Option("--model")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option("--dtypes", "--dtype")] = "fp32,bf16",
+    context: Annotated[str, typer.Option("--contexts", "--context")] = "512,4096,16384",
+    new: Annotated[int, typer.Option(help="tokens to measure")] = 60,
+    batch: Annotated[int, typer.Option()] = 1,
+    padding: Annotated[int, typer.Option(help="tokens of each context that are padding")] = 0,
+    cache: Annotated[str, typer.Option("--kv-cache-dtype", help="auto or int8")] = "auto",
+    threads: Annotated[int, typer.Option()] = 2,
+    output: Annotated[Path | None, typer.Option("--json", help="where to write")] = None,
+) -> None:
+    """Tilewright's share of memory in decode, with memory read before and after each token."""
+    import torch
+
+    from bench_models import decode as steps
+    from bench_models import models as known
+    from tilewright import _core
+
+    torch.set_num_threads(threads)
+    record = results.new_record("decode", gate.measure(threads), threads)
+    record["versions"] = {"torch": torch.__version__}
+    record["cases"] = []
+    directory = known.directory_of(model)
+    for kind, length in (
+        (kind, int(length)) for kind in _split(dtype) for length in _split(context)
+    ):
+        case = steps.Case(kind, length, new, batch, padding, cache)
+        _say(f"{model} {case.title}")
+        found = steps.measured(directory, case, lambda: _core.read_bandwidth(threads))
+        record["cases"].append({**found, "case": f"{model} {found['case']}"})
+    table.print_decode(record["cases"], Console(width=None if Console().is_terminal else 150))
     path = output or results.default_path(record)
     results.write(record, path)
     print(f"wrote {path}")

@@ -175,6 +175,27 @@ def print_encoder(record: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def print_decode(cases: list[dict[str, Any]], console: Console) -> None:
+    """A line per phase of memory that a case met."""
+    table = Table(title="decode, memory read between tokens", title_justify="left")
+    for column in ("case", "tokens", "ms a token", "memory GB/s", "share of memory"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for case in cases:
+        if not case["phases"]:
+            table.add_row(
+                case["case"], f"0 of {case['tokens']}", "-", "-", "memory never held still"
+            )
+        for phase in case["phases"]:
+            table.add_row(
+                case["case"],
+                f"{phase['tokens']} of {case['tokens']}",
+                f"{phase['milliseconds']:.2f}",
+                f"{phase['read_gb_per_second']:.1f}",
+                f"{100 * phase['share']:.0f} %",
+            )
+    console.print(table)
+
+
 def print_ways(case: dict[str, Any], console: Console) -> None:
     """A line per way to generate; ratios are times faster than it the first one is."""
     first = next(iter(case["ways"]))

@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -21,6 +22,7 @@ from bench_models import (
     accuracy,
     cells,
     compare,
+    decode,
     encoders,
     figures,
     generation,
@@ -354,6 +356,28 @@ def test_ways_to_generate_are_measured_and_checked(model_directory: Path) -> Non
     console = Console(file=io.StringIO(), width=150)
     table.print_ways(tiny, console)
     assert "tilewright ahead" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_decode_is_measured_token_by_token(model_directory: Path) -> None:
+    memory = iter([10e9] * 6 + [20e9] * 40)  # a token between both does not count
+    case = decode.Case("fp32", 8, 6, batch=2, padding=3)
+    record = decode.measured(model_directory, case, lambda: next(memory))
+    slow, fast = record["phases"]
+    assert (record["tokens"], slow["tokens"], fast["tokens"]) == (6, 1, 4)
+    assert slow["read_gb_per_second"] == 10 and fast["read_gb_per_second"] == 20
+    assert all(phase["share"] > 0 and phase["milliseconds"] > 0 for phase in record["phases"])
+    console = Console(file=io.StringIO(), width=150)
+    table.print_decode([record, {"case": "none", "tokens": 3, "phases": []}], console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "3 of them padding" in printed and "never held still" in printed
+
+
+def test_a_step_reads_weights_and_keys() -> None:
+    config = SimpleNamespace(num_key_value_heads=3, num_hidden_layers=30, head_dim=64)
+    plain = decode.Case("bf16", 100, 1, batch=4)
+    assert decode.bytes_of(config, 1000, plain, 10) == 2000 + 4 * 10 * 2 * 30 * 3 * 128
+    eight = decode.Case("bf16", 100, 1, cache="int8")
+    assert decode.bytes_of(config, 1000, eight, 10) == 2000 + 10 * 2 * 30 * 3 * 68
 
 
 def test_overheads_are_measured(model_directory: Path) -> None:
