@@ -13,15 +13,13 @@
 #include <cstring>
 #include <mutex>
 
+#include "jit/base/round_up.h"
+
 namespace tilewright::jit {
 namespace {
 
 constexpr std::size_t kEntryAlignment = 64;
 constexpr int kInt3 = 0xCC;  // fills the gaps: a jump astray traps
-
-std::size_t round_up(std::size_t value, std::size_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // The words say what usually refuses, because the user can change that and nothing else.
 Error refused(const char* call, int error) {

@@ -8,6 +8,7 @@
 
 #include "jit/base/fork_mutex.h"
 #include "jit/base/fork_static.h"
+#include "jit/base/round_up.h"
 #include "ops/weight_memory.h"
 
 namespace tilewright::ops {
@@ -17,10 +18,6 @@ constexpr std::size_t kLine = 64;
 constexpr std::size_t kHugePage = 2u << 20;
 constexpr std::size_t kFewestBlocks = 4;  // of a slab: what is left at its end stays unused
 constexpr std::size_t kMostIdleBytes = 64u << 20;
-
-std::size_t round_up(std::size_t bytes, std::size_t multiple) {
-  return (bytes + multiple - 1) / multiple * multiple;
-}
 
 struct Slab {
   WeightBytes memory;

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstring>
 
+#include "jit/base/round_up.h"
 #include "ops/gemm/arithmetic.h"
 #include "ops/rope_kernel.h"
 #include "ops/threads.h"
@@ -18,10 +19,6 @@ using graph::DataType;
 
 std::int64_t padded_bytes(std::int64_t columns, graph::DataType type) {
   return (columns * graph::size_in_bytes(type) + 63) / 64 * 64;
-}
-
-std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
 }
 
 // Of packed x.

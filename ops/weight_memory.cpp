@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "jit/base/round_up.h"
+
 namespace tilewright::ops {
 namespace {
 
@@ -13,10 +15,6 @@ constexpr std::size_t kPage = 4096;
 constexpr std::size_t kHugePage = 2u << 20;
 constexpr std::size_t kAheadPart = 12;
 constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE of Linux 5.14
-
-std::size_t round_up(std::size_t bytes, std::size_t multiple) {
-  return (bytes + multiple - 1) / multiple * multiple;
-}
 
 // Address space whose memory comes in huge pages: fewer TLB misses while decode streams all
 // weights (measured: 10 % of bandwidth).

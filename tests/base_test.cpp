@@ -13,10 +13,17 @@
 #include "jit/base/env.h"
 #include "jit/base/log.h"
 #include "jit/base/result.h"
+#include "jit/base/round_up.h"
 #include "jit/base/target.h"
 
 namespace tilewright {
 namespace {
+
+TEST(RoundUp, GivesTheNextMultiple) {
+  static_assert(round_up(0, 64) == 0 && round_up(1, 64) == 64 && round_up(64, 64) == 64);
+  static_assert(round_up(std::int64_t{1} << 40, 3) % 3 == 0);
+  EXPECT_EQ(round_up(std::size_t{65}, 64), 128u);
+}
 
 TEST(Result, HoldsAValueOrAnError) {
   Result<std::unique_ptr<int>> good = std::make_unique<int>(3);

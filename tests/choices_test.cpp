@@ -339,11 +339,10 @@ TEST(Choices, AnotherChoiceGivesAnotherKeyOrTheSameBytes) {
       R"({"few_queries": 3})",
       R"({"fp32_products": 6})",
   };
-  const std::set<std::string> in_code = {"row_blocks_avx2",      "prefetch",
-                                         "prefetch_block",       "prefetch_row",
-                                         "prefetch_near",        "streams_row",
-                                         "prefetch_twelve_bits", "twelve_bits_from",
-                                         "prefetch_keys_level",  "prefetch_only_jumps"};
+  const std::set<std::string> in_code = {
+      "row_blocks_avx2",     "prefetch",           "prefetch_block",       "prefetch_row",
+      "prefetch_near",       "streams_row",        "prefetch_twelve_bits", "twelve_bits_from",
+      "prefetch_keys_level", "prefetch_only_jumps"};
   for (const ChoiceRow& row : rows({})) {
     const bool is_tried = std::ranges::any_of(changes, [&](std::string_view change) {
       return change.find('"' + std::string(row.name) + '"') != std::string_view::npos;

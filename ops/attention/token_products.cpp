@@ -8,6 +8,7 @@
 #include <span>
 #include <utility>
 
+#include "jit/base/round_up.h"
 #include "ops/attention/integer_products.h"
 #include "ops/attention/transpose.h"
 #include "ops/columns.h"
@@ -22,10 +23,6 @@ using jit::vir::Element;
 using jit::vir::Reg;
 
 constexpr int kIntegerVectors = 4;  // of the sums of a vector of bytes
-
-std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // How the sums cut the group and head_dim. What is left of the group is a smaller tile.
 struct SumsTile {
@@ -45,21 +42,21 @@ SumsTile sums_tile(const AttentionKernel& spec) {
   const int registers = spec.lanes == 16 ? 32 : 16;
   const int mask = spec.lanes == 8 && spec.head_dim % spec.lanes != 0 ? 1 : 0;
   const int accumulators = std::min(registers - tile.heads - 1 - mask, registers * 3 / 4);
-  const int vectors = static_cast<int>(round_up(spec.head_dim, spec.lanes)) / spec.lanes;
+  const int vectors = round_up(spec.head_dim, spec.lanes) / spec.lanes;
   const int most = accumulators / tile.heads;
   const int passes = (vectors + most - 1) / most;
   tile.vectors = (vectors + passes - 1) / passes;
-  if (spec.dots) tile.vectors = static_cast<int>(round_up(tile.vectors, 2));  // a pair's columns
+  if (spec.dots) tile.vectors = round_up(tile.vectors, 2);  // a pair's columns
   return tile;
 }
 
 }  // namespace
 
 TokenLayout::TokenLayout(const AttentionKernel& spec)
-    : query_bytes(round_up(spec.head_dim, spec.lanes) * 4),
-      factors(queries + round_up(spec.group * query_bytes, 64)),
-      units(factors + round_up(4 * spec.group, 64)),
-      scores(units + (spec.integers ? round_up(4 * spec.group, 64) : 0)),
+    : query_bytes(4 * round_up(spec.head_dim, spec.lanes)),
+      factors(round_up(queries + spec.group * query_bytes, 64)),
+      units(round_up(factors + 4 * spec.group, 64)),
+      scores(spec.integers ? round_up(units + 4 * spec.group, 64) : units),
       value_scales(scores + spec.group * score_bytes),
       weights(spec.integers ? value_scales + kScaleBytes * kChunkKeys : scores),
       weight_bytes(spec.integers ? 2 * kChunkKeys : score_bytes),

@@ -18,6 +18,7 @@
 #include <memory>
 #include <vector>
 
+#include "jit/base/round_up.h"
 #include "ops/gemm/exact.h"
 #include "ops/gemm/twelve_bits.h"
 
@@ -27,10 +28,6 @@ namespace {
 constexpr std::int64_t kPanelColumns = 32;
 constexpr std::int64_t kUnitBytes = 4;
 constexpr std::int64_t kLineUnits = 16;  // units of a 64-byte cache line
-
-std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // Units along k of a panel, with padding.
 std::int64_t panel_units(std::int64_t k, graph::DataType dtype) {

@@ -11,6 +11,7 @@ Tested by tests/python/test_bench_models.py.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -130,7 +131,7 @@ def phases_of(tokens: list[Token]) -> list[list[Token]]:
     steady = sorted((token for token in tokens if token.steady), key=lambda token: token.memory)
     gaps = [
         (after.memory / before.memory, index + 1)
-        for index, (before, after) in enumerate(zip(steady, steady[1:], strict=False))
+        for index, (before, after) in enumerate(itertools.pairwise(steady))
     ]
     if not gaps or steady[-1].memory < PHASE * steady[0].memory:
         return [steady] if steady else []
