@@ -243,9 +243,9 @@ class AttentionBuilder {
     return b_.vmul(of_keys, scale_);
   }
 
-  // Of `keys` keys from `place` on, which moves behind them: for the softmax, as it meets the
-  // scores, in one run, whatever the blocks, and zero behind the last. Not while scores are
-  // computed: the scales lie between the keys and the values, which are read in their order.
+  // Of `keys` keys from `values` on: for the softmax, as it meets the scores, in one run, whatever
+  // the blocks, and zero behind the last. Not while scores are computed: the scales lie between the
+  // keys and the values, which are read in their order.
   void copy_value_scales(const KeyBlocks::Place& values, Reg keys) {
     const KeyBlocks::Place place{b_.copy(values.entry), b_.copy(values.token)};
     Reg to = scratch(at_.value_scales);

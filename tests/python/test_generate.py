@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from transformers import LlamaConfig, MistralConfig
 
-from tiny_models import llama_config, padded, prompt, tiny_llama
+from tiny_models import build, llama_config, padded, prompt, tiny_llama
 
 pytest.importorskip("tilewright._core")
 
@@ -52,6 +53,7 @@ MODES = {
     "greedy": {},
     "batch": {"input_ids": prompt(3, 7)},
     "left padding": padded([9, 5, 7]),
+    "left padding of several blocks": padded([230, 70, 165]),
     "beams": {"num_beams": 3},
     "beams and padding": {**padded([6, 4]), "num_beams": 2},
     "returned sequences": {"num_beams": 3, "num_return_sequences": 2},
@@ -71,6 +73,35 @@ def test_optimised_models_generate_like_eager(mode: str) -> None:
     decoder = decoder_of(optimized)
     assert decoder is not None and not decoder.fallbacks, decoder.fallbacks
     assert decoder.calls >= NEW
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stored", ["auto", "int8"])
+@pytest.mark.parametrize("window", [0, 300])
+def test_a_padded_or_windowed_sequence_has_the_bits_that_it_has_alone(
+    stored: str, window: int
+) -> None:
+    """Its blocks, and what of them is one chunk, do not depend on what is before its first token;
+    a window's tokens are eager's."""
+    settings = llama_config(1, head_dim=64, max_position_embeddings=1024).to_dict()
+    if window > 0:
+        settings["sliding_window"] = window
+    config = MistralConfig(**settings) if window > 0 else LlamaConfig(**settings)
+    eager = build(config, torch.bfloat16)
+    model = tilewright.llm.optimize(eager, kv_cache_dtype=stored)
+    together = padded([650, 420])
+    lonely = together["input_ids"][1:, 230:]
+    arguments = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": NEW}
+    arguments |= {"do_sample": False, "pad_token_id": 0}
+    both, alone = model.generate(**together, **arguments), model.generate(lonely, **arguments)
+    assert both.sequences[1, 650:].tolist() == alone.sequences[0, 420:].tolist()
+    for of_both, of_one in zip(both.logits, alone.logits, strict=True):
+        assert torch.equal(of_both[1], of_one[0])
+    wanted = eager.generate(lonely, **arguments)
+    for got, exact in zip(alone.logits[:1], wanted.logits[:1], strict=True):
+        torch.testing.assert_close(got, exact, rtol=0.1, atol=0.1)
+    decoder = decoder_of(model)
+    assert decoder is not None and not decoder.fallbacks, decoder.fallbacks
 
 
 def test_sampling_with_a_seed() -> None:
