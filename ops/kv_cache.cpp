@@ -35,6 +35,7 @@ void KvCache::begin_step(std::shared_ptr<const RaggedRows> rows) {
   step_begun_ = true;
   batch_ = static_cast<std::int64_t>(rows_->sequences.size());
   first_keys_.assign(rows_->sequences.size(), 0);
+  shifts_ = first_keys_;
   rebuild_tables();
 }
 

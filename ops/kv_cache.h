@@ -93,7 +93,7 @@ class KvCache {
   // Where a token lies, counted in tokens from the begin of its sequence's first block: the first
   // key is the first of a block, as if nothing were before it. So a chunk of keys is a block.
   std::int64_t place_in_blocks(std::int64_t sequence, std::int64_t token) const {
-    return token + (of_pages() ? 0 : shifts_[static_cast<std::size_t>(sequence)]);
+    return token + shifts_[static_cast<std::size_t>(sequence)];
   }
 
   // Makes room for tokens [length, length + tokens) in blocks of its own. Error: out of memory; the
@@ -161,7 +161,7 @@ class KvCache {
   std::shared_ptr<const RaggedRows> rows_;
   bool step_begun_ = false;  // of pages
   std::vector<std::int64_t> first_keys_;
-  std::vector<std::int64_t> shifts_;  // of places; below block_tokens
+  std::vector<std::int64_t> shifts_;  // of places; below block_tokens, of pages 0
   std::vector<Extent> extents_;       // in the order of their tokens
   std::vector<std::vector<void*>> key_tables_,
       value_tables_;  // [sequence * kv_heads + head][block]

@@ -337,6 +337,7 @@ def decode(
 
     torch.set_num_threads(threads)
     record = results.new_record("decode", gate.measure(threads), threads)
+    record["method"] = steps.METHOD
     record["versions"] = {"torch": torch.__version__}
     record["cases"] = []
     directory = known.directory_of(model)

@@ -15,7 +15,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ AGREEMENT = 0.08  # of memory before and after a token
 PHASE = 1.2  # memory that much faster is another phase
 WARM_TOKENS = 4
 SCALE_BYTES = 4  # of a row of 8 bits
+METHOD = (
+    "One process; memory is read before and after each decode step, and a step counts if both "
+    "agree to 8 %; medians over the steps of slow and of fast memory; a share is the bytes of "
+    "weights, in 16 or 32 bits, and of keys and values over time and memory. No peer."
+)
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,8 @@ def tokens_of(directory: Path, case: Case, read: Callable[[], float]) -> list[To
     mask[:, : case.padding] = 0
     found = []
     with torch.inference_mode():
-        step: dict[str, Any] = {"input_ids": torch.tensor(ids).view(case.batch, case.context)}
-        out = model(**step, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        prompt = torch.tensor(ids).view(case.batch, case.context)
+        out = model(prompt, attention_mask=mask, use_cache=True, logits_to_keep=1)
         before = read()
         for index in range(case.new + WARM_TOKENS):
             mask = torch.cat([mask, torch.ones(case.batch, 1, dtype=torch.long)], 1)
@@ -151,4 +156,5 @@ def measured(directory: Path, case: Case, read: Callable[[], float]) -> dict[str
         }
         for phase in phases_of(tokens)
     ]
-    return {"case": case.title, "tokens": len(tokens), "phases": phases}
+    samples = [asdict(token) for token in tokens]
+    return {"case": case.title, "tokens": len(tokens), "phases": phases, "samples": samples}

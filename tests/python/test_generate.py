@@ -81,14 +81,12 @@ def test_optimised_models_generate_like_eager(mode: str) -> None:
 def test_a_padded_or_windowed_sequence_has_the_bits_that_it_has_alone(
     stored: str, window: int
 ) -> None:
-    """Its blocks, and what of them is one chunk, do not depend on what is before its first token;
-    a window's tokens are eager's."""
+    """What is before its first token does not move its blocks, nor what of them is one chunk."""
     settings = llama_config(1, head_dim=64, max_position_embeddings=1024).to_dict()
     if window > 0:
         settings["sliding_window"] = window
     config = MistralConfig(**settings) if window > 0 else LlamaConfig(**settings)
-    eager = build(config, torch.bfloat16)
-    model = tilewright.llm.optimize(eager, kv_cache_dtype=stored)
+    model = tilewright.llm.optimize(build(config, torch.bfloat16), kv_cache_dtype=stored)
     together = padded([650, 420])
     lonely = together["input_ids"][1:, 230:]
     arguments = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": NEW}
@@ -97,10 +95,19 @@ def test_a_padded_or_windowed_sequence_has_the_bits_that_it_has_alone(
     assert both.sequences[1, 650:].tolist() == alone.sequences[0, 420:].tolist()
     for of_both, of_one in zip(both.logits, alone.logits, strict=True):
         assert torch.equal(of_both[1], of_one[0])
-    wanted = eager.generate(lonely, **arguments)
-    for got, exact in zip(alone.logits[:1], wanted.logits[:1], strict=True):
-        torch.testing.assert_close(got, exact, rtol=0.1, atol=0.1)
     decoder = decoder_of(model)
+    assert decoder is not None and not decoder.fallbacks, decoder.fallbacks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", [{"input_ids": prompt(1, 420)}, padded([620, 450])])
+def test_tokens_behind_a_window_of_several_parts_are_eagers(mode: dict[str, torch.Tensor]) -> None:
+    settings = llama_config(2, max_position_embeddings=1024, sliding_window=300).to_dict()
+    model = build(MistralConfig(**settings))
+    expected = generate(model, **mode)
+    optimized = tilewright.llm.optimize(model)
+    assert generate(optimized, **mode) == expected
+    decoder = decoder_of(optimized)
     assert decoder is not None and not decoder.fallbacks, decoder.fallbacks
 
 
@@ -207,10 +214,11 @@ def test_no_more_compiles_than_with_another_backend_and_kernels_only_once() -> N
     assert core.engine().kernel_counters()["emitted"] == emitted
     optimized = tilewright.llm.optimize(tiny_llama(2))
     assert [generate(optimized, input_ids=prompt(1, n)) for n in lengths] == expected
-    emitted = core.engine().kernel_counters()["emitted"]
-    for n in range(2, 24):  # every class of M is known
-        generate(optimized, input_ids=prompt(1, n))
-    assert core.engine().kernel_counters()["emitted"] == emitted
+    for known in (False, True):  # a first time for each class of M, whose number is the CPU's
+        emitted = core.engine().kernel_counters()["emitted"]
+        for n in range(2, 24):
+            generate(optimized, input_ids=prompt(1, n))
+        assert not known or core.engine().kernel_counters()["emitted"] == emitted
 
 
 def test_other_backends_are_left_alone() -> None:
